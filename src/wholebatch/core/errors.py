@@ -41,7 +41,7 @@ class SplitError(WholeBatchError, ValueError):
 
 
 class WeightError(WholeBatchError, ValueError):
-    """Targets that cannot weigh a loss: negative, not a number, none at all, or not those that the loss averages over."""
+    """Targets that cannot weigh a loss: negative, not a number, or none at all."""
 
 
 class LossError(WholeBatchError, ValueError):

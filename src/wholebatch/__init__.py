@@ -1,0 +1,117 @@
+"""Train exactly as if the whole batch fit.
+
+Say which batch the optimizer should see; wholebatch cuts it into micro-batches that fit, and makes the update of the
+whole::
+
+    import wholebatch as wb
+
+    accumulator = wb.Accumulator(model, optimizer, loss_fn, micro_batch=wb.Rows(8))
+    for batch in loader:
+        update = accumulator.step(batch)
+
+The names below are the public face. They are found on first use, so that importing the package costs milliseconds and
+loads no framework.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wholebatch.core.errors import (
+        BatchNormError,
+        ConfigError,
+        LossError,
+        MissingExtraError,
+        NonFiniteError,
+        OptimizerError,
+        SplitError,
+        VerifyError,
+        WeightError,
+        WholeBatchError,
+        WindowError,
+    )
+    from wholebatch.core.record import Update
+    from wholebatch.core.split import Rows, Tokens
+    from wholebatch.core.weights import mean_weights
+    from wholebatch.engine.accumulator import Accumulator
+    from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
+    from wholebatch.engine.window import Window
+    from wholebatch.evidence import sinks
+    from wholebatch.evidence.verify import Verification, verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Accumulator": "engine.accumulator",
+    "BatchNormError": "core.errors",
+    "ConfigError": "core.errors",
+    "LossError": "core.errors",
+    "MissingExtraError": "core.errors",
+    "NonFiniteError": "core.errors",
+    "OptimizerError": "core.errors",
+    "Rows": "core.split",
+    "SplitError": "core.errors",
+    "Tokens": "core.split",
+    "Update": "core.record",
+    "Verification": "evidence.verify",
+    "VerifyError": "core.errors",
+    "WeightError": "core.errors",
+    "WholeBatchError": "core.errors",
+    "Window": "engine.window",
+    "WindowError": "core.errors",
+    "convert_batch_norm": "engine.batchnorm",
+    "freeze_batch_norm": "engine.batchnorm",
+    "mean_weights": "core.weights",
+    "sinks": "evidence.sinks",
+    "verify": "evidence.verify",
+}
+
+__all__ = [
+    "Accumulator",
+    "BatchNormError",
+    "ConfigError",
+    "LossError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "OptimizerError",
+    "Rows",
+    "SplitError",
+    "Tokens",
+    "Update",
+    "Verification",
+    "VerifyError",
+    "WeightError",
+    "WholeBatchError",
+    "Window",
+    "WindowError",
+    "__version__",
+    "convert_batch_norm",
+    "freeze_batch_norm",
+    "mean_weights",
+    "sinks",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = f"{__name__}.{_HOMES[name]}"
+    try:
+        module = importlib.import_module(home)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.partition(".")[0] not in ("torch", "numpy"):
+            raise
+        from wholebatch.core.errors import MissingExtraError
+
+        raise MissingExtraError(
+            f"wholebatch.{name} needs PyTorch, and {missing.name} is not installed.",
+            hint="pip install 'wholebatch[torch]'",
+        ) from None
+    value = module if _HOMES[name].rpartition(".")[2] == name and not hasattr(module, name) else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The ideas of `core` on tensors: how PyTorch does it."""

@@ -1,0 +1,353 @@
+"""The loop: one logical batch, micro-batch by micro-batch."""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wholebatch.core.errors import ConfigError, WindowError
+from wholebatch.core.record import Update
+from wholebatch.core.split import Indices, LogicalBatch, Rows, Tokens, count_rows, padding
+from wholebatch.core.weights import Count, Reduction
+from wholebatch.core.window import group
+from wholebatch.engine.batchnorm import require_row_by_row
+from wholebatch.engine.check import check_first
+from wholebatch.engine.device import move
+from wholebatch.engine.objective import LossFn, Objective, TargetsFn
+from wholebatch.engine.precision import Format, Precision
+from wholebatch.engine.setup import OnNonFinite, Setup
+from wholebatch.engine.sums import GradientSum, SumIn, check_sum_in
+from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.window import BatchNorm, Window
+
+_log = logging.getLogger("wholebatch")
+
+
+class Accumulator:
+    """Trains a model as if every logical batch fit into memory as a whole.
+
+    Three ways in: `step` takes a logical batch and cuts it, `updates` takes a loader that already yields
+    micro-batches, and `window` is for a loop that its owner wants to keep. All make the same update:
+
+        L = (sum over the targets of the logical batch of their losses) / (number of these targets),
+
+    one gradient of L, clipped once, and one step of the optimizer; or no step at all, with the reason in the record.
+
+    Args:
+        model: The module whose parameters learn.
+        optimizer: Any `torch.optim.Optimizer` that needs no closure, or several that each step a part of the model.
+        loss_fn: ``loss_fn(model, micro_batch)`` returns a scalar tensor, or ``(loss_sum, targets)``, or ``(loss_sum,
+            targets, once)`` where `once` is a term, such as a regulariser, that acts once a window. May be left out
+            for `window`.
+        targets: ``targets(micro_batch)`` counts what the loss averages over, such as unmasked tokens. Default: its
+            rows.
+        reduction: What `loss_fn` returns: ``"mean"`` over its targets, or their ``"sum"``.
+        micro_batch: ``wb.Rows(8)``, ``wb.Tokens(4096, length=...)``, or ``"auto"``: the whole batch at once.
+        memory: A budget for ``"auto"``. Not enforced yet; the reasons say so.
+        collate: Turns a list of rows into a micro-batch; with it a logical batch is a list of rows.
+        whole: Paths of tensors that each micro-batch gets as a whole, such as ``["image"]``.
+        dims: The dimension on which rows lie, for all tensors or by path, such as ``{"image": 1}``. Default 0.
+        precision: ``"fp32"`` (as the weights are), ``"bf16"`` or ``"fp16"``: autocast around `loss_fn`, with a
+            dynamic loss scale for fp16.
+        accumulate_in: How gradients of 16-bit weights are summed: ``"fp32"`` (default), ``"compensated"`` (24 bits) or
+            ``"weights"``. Wider weights always sum in their own dtype.
+        clip_norm: Largest 2-norm of the logical batch's gradient; clipped once.
+        lr_scheduler: One schedule or several, stepped once an applied update.
+        on_nonfinite: What an infinite or undefined loss or gradient does: ``"skip"`` the whole update, or ``"raise"``.
+        batch_norm: ``"refuse"`` to cut a batch that a layer computes over, or let it compute ``"per_micro_batch"``.
+        lockstep: ``"auto"``; the other ways for micro-batches to meet are not there yet.
+        check: ``"first"`` compares the gradient of a few rows of the first batch, cut and uncut, before training;
+            None: off.
+
+    Attributes:
+        reasons: What was chosen automatically, and why; one sentence each.
+
+    Raises:
+        OptimizerError: Model, optimizer and scheduler do not belong together.
+        WeightError, LossError, ConfigError: An argument is not one of those above.
+
+    Example:
+        >>> import wholebatch as wb
+        >>> model = torch.nn.Linear(3, 1)
+        >>> accumulator = Accumulator(
+        ...     model,
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     lambda model, batch: torch.nn.functional.mse_loss(model(batch["x"]), batch["y"]),
+        ...     micro_batch=wb.Rows(4),
+        ... )
+        >>> update = accumulator.step({"x": torch.ones(10, 3), "y": torch.zeros(10, 1)})
+        >>> update.micro_batches, update.rows, update.skipped
+        (3, 10, None)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        loss_fn: LossFn | None = None,
+        *,
+        targets: TargetsFn | None = None,
+        reduction: Reduction = "mean",
+        micro_batch: Literal["auto"] | Rows | Tokens = "auto",
+        memory: str | int | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        whole: Iterable[str] = (),
+        dims: int | Mapping[str, int] | None = None,
+        precision: Format = "fp32",
+        accumulate_in: SumIn | None = None,
+        clip_norm: float | None = None,
+        lr_scheduler: Any | Sequence[Any] | None = None,
+        on_nonfinite: OnNonFinite = "skip",
+        batch_norm: BatchNorm = "refuse",
+        lockstep: Literal["auto"] = "auto",
+        check: Literal["first"] | None = "first",
+    ) -> None:
+        _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
+        _check_choice("lockstep", lockstep, ("auto",))
+        _check_choice("check", check, ("first", None))
+        if micro_batch != "auto" and not isinstance(micro_batch, Rows | Tokens):
+            raise ConfigError(
+                f"micro_batch={micro_batch!r} says nothing about which rows go together.",
+                hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
+            )
+        if clip_norm is not None and not clip_norm > 0:
+            raise ConfigError(
+                f"clip_norm={clip_norm!r} would leave nothing of a gradient.", hint="pass a norm above 0, or None."
+            )
+        self._setup = Setup.of(model, optimizer, lr_scheduler)
+        self._objective = Objective(loss_fn, targets, reduction)
+        self._precision = Precision(precision, self._setup.device)
+        self._sums = GradientSum(self._setup.parameters, self._setup.bystanders, check_sum_in(accumulate_in))
+        self._transaction = Transaction(model, self._setup.device)
+        self._micro_batch = micro_batch
+        self._memory = memory
+        self._collate = collate
+        self._whole = tuple(whole)
+        self._dims = dims
+        self._clip_norm = clip_norm
+        self._on_nonfinite: OnNonFinite = on_nonfinite
+        self._batch_norm: BatchNorm = batch_norm
+        self._unchecked = check == "first"
+        self._window: Window | None = None
+        self._windows = 0
+        self.reasons: list[str] = []
+        guard = _guard(weakref.ref(self))
+        for each in self._setup.optimizers:
+            hook = each.register_step_pre_hook(guard)
+            weakref.finalize(self, hook.remove)
+
+    def step(self, batch: Any) -> Update:
+        """Make one update from a logical batch.
+
+        Args:
+            batch: A list of rows, if the accumulator has `collate`; else a pytree of tensors. None is a batch without
+                targets.
+
+        Returns:
+            The record of the update, or of why there was none.
+
+        Raises:
+            SplitError: The batch is empty, or its parts disagree on how many rows there are.
+            BatchNormError: The batch is cut, and a layer in training mode computes over the rows that it sees.
+            VerifyError: The first batch shows that the cut changes the gradient.
+            LossError, WeightError, NonFiniteError, WindowError: See `Window.close`. An exception in the loss function
+            leaves
+                as it is. In every case weights, gradients, buffers and random state are those of before.
+        """
+        if batch is None:
+            return self.window().close()
+        rows = LogicalBatch(batch, collate=self._collate, whole=self._whole, dims=self._dims)
+        cut, share = self._cut(rows)
+        if len(cut) > 1:
+            if self._batch_norm == "refuse":
+                require_row_by_row(self._setup.model)
+            self._check(rows, max(cut, key=len))
+        # Rows of a list are collated once, when their turn comes, so that the padded logical batch never exists.
+        counts: list[Count | None] = [None] * len(cut)
+        if self._collate is None or self._objective.targets is None:
+            counts = [self._count(rows, part) for part in cut]
+        known = [count for count in counts if count is not None]
+        total = sum(known) if len(known) == len(cut) else None
+        window = self._open(targets=total, micro_batches=len(cut), padding=share)
+        try:
+            for part, count in zip(cut, counts, strict=True):
+                self._pass(window, self._take(rows, part), len(part), count)
+        except BaseException:
+            if window.is_open:
+                window.rollback()
+            raise
+        return window.close()
+
+    def updates(self, loader: Iterable[Any], *, micro_batches: int) -> Iterator[Update]:
+        """Make updates from a loader that already yields micro-batches.
+
+        The tail is an update of its own, weighted by what is in it; nothing is left over for the next epoch.
+
+        Args:
+            loader: Yields micro-batches; its length need not be known. None takes its place in a window and adds
+                nothing.
+            micro_batches: How many make one logical batch.
+
+        Yields:
+            The record of each update, as soon as it has happened.
+
+        Raises:
+            WindowError: `micro_batches` is less than 1, or a window is open.
+            Exception: As in `step`; an exception in the loader leaves as it is, after the open window was rolled back.
+        """
+        window: Window | None = None
+        try:
+            for micro_batch, closes in group(loader, micro_batches):
+                if window is None:
+                    window = self._open(micro_batches=micro_batches)
+                if micro_batch is not None:
+                    if micro_batches > 1:
+                        self._check_loaded(micro_batch)
+                    self._pass(window, move(micro_batch, self._setup.device), count_rows(micro_batch), None)
+                    del micro_batch
+                if closes:
+                    update, window = window.close(), None
+                    yield update
+        except BaseException:
+            if window is not None and window.is_open:
+                window.rollback()
+            raise
+
+    def window(self, *, targets: Count | None = None, micro_batches: int = 1) -> Window:
+        """Open a window for a loop that its owner keeps.
+
+        Args:
+            targets: The targets of the whole window, if they are known beforehand: then losses are divided before their
+                backward passes instead of the gradient at the close. Unit: targets.
+            micro_batches: About how many micro-batches will come, if known; it only keeps float16 in range.
+
+        Returns:
+            The open window: `Window.backward`, then `Window.close` or `Window.rollback`.
+
+        Raises:
+            WindowError: The last window is still open.
+        """
+        return self._open(targets=targets, micro_batches=micro_batches)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which this accumulator runs forward passes, for loops with `window`."""
+        return self._precision.autocast()
+
+    def _open(self, *, targets: Count | None = None, micro_batches: int = 1, padding: float | None = None) -> Window:
+        if self._window is not None:
+            raise WindowError(
+                "A window is open already, and two of one accumulator would share its gradient.",
+                hint="close or roll back the first one; a second model or optimizer takes an accumulator of its own.",
+            )
+        self._windows += 1
+        self._window = Window(
+            number=self._windows,
+            setup=self._setup,
+            sums=self._sums,
+            transaction=self._transaction,
+            precision=self._precision,
+            reduction=self._objective.reduction,
+            clip_norm=self._clip_norm,
+            on_nonfinite=self._on_nonfinite,
+            batch_norm=self._batch_norm,
+            targets=targets,
+            micro_batches=micro_batches,
+            padding=padding,
+            ended=self._ended,
+        )
+        return self._window
+
+    def _ended(self) -> None:
+        self._window = None
+
+    def _pass(self, window: Window, micro_batch: Any, rows: int | None, count: Count | None) -> None:
+        """Run one micro-batch through the model and add its gradient to the window's."""
+        if count is None:
+            count = self._objective.count(micro_batch, rows)
+        if not isinstance(count, Tensor) and count == 0:
+            window.leave_out(rows=rows)
+            return
+        window.before_forward()
+        with self._precision.autocast():
+            part = self._objective(self._setup.model, micro_batch, count)
+        if part is None:
+            window.leave_out(rows=rows)
+        else:
+            window.add(part, rows=rows)
+
+    def _cut(self, rows: LogicalBatch) -> tuple[list[Indices], float | None]:
+        """Return the micro-batches of a logical batch, and the share of padding where lengths are known."""
+        if isinstance(self._micro_batch, Tokens):
+            lengths = rows.lengths(self._micro_batch.length)
+            cut = self._micro_batch.cut(lengths)
+            return cut, padding(lengths, cut)
+        if isinstance(self._micro_batch, Rows):
+            return self._micro_batch.cut(rows.rows), None
+        self._say(
+            f'micro_batch="auto" takes the whole batch of {rows.rows} rows at once, since planning from memory is not '
+            "there yet"
+            + (f", and the budget of {self._memory} is not enforced" if self._memory is not None else "")
+            + "; "
+            "say wb.Rows(n) or wb.Tokens(n, length=...) to cut it.",
+            logging.WARNING,
+        )
+        return [range(rows.rows)], None
+
+    def _take(self, rows: LogicalBatch, part: Indices) -> Any:
+        return move(rows.take(part), self._setup.device)
+
+    def _count(self, rows: LogicalBatch, part: Indices) -> Count:
+        if self._objective.targets is None:
+            return len(part)
+        return self._objective.count(rows.take(part), len(part))
+
+    def _check(self, rows: LogicalBatch, largest: Indices) -> None:
+        if not self._unchecked:
+            return
+        self._unchecked = False
+        lengths = rows.lengths(self._micro_batch.length) if isinstance(self._micro_batch, Tokens) else None
+        self._say(check_first(self._setup.model, self._objective, rows, largest, lengths=lengths))
+
+    def _check_loaded(self, micro_batch: Any) -> None:
+        if not self._unchecked:
+            return
+        num_rows = count_rows(micro_batch)
+        if num_rows is None:
+            self._unchecked = False
+            self._say(
+                "The first batch was not compared cut and uncut: its tensors disagree on how many rows there are."
+            )
+        elif num_rows > 1:
+            self._check(LogicalBatch(micro_batch, whole=self._whole, dims=self._dims), range(num_rows))
+
+    def _say(self, reason: str | None, level: int = logging.INFO) -> None:
+        if reason is not None and reason not in self.reasons:
+            self.reasons.append(reason)
+            _log.log(level, reason)
+
+
+def _guard(accumulator: "weakref.ref[Accumulator]") -> Callable[..., None]:
+    """A hook that keeps an optimizer from stepping inside an open window."""
+
+    def refuse(*_arguments: object) -> None:
+        owner = accumulator()
+        if owner is not None and owner._window is not None and not owner._setup.stepping:
+            raise WindowError(
+                "The optimizer was stepped inside an open window, before its gradient was that of the logical batch.",
+                hint="leave out optimizer.step(): window.close() steps, once, at the end.",
+            )
+
+    return refuse
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ConfigError(
+            f"{name}={value!r} is not one of the choices.",
+            hint="pass " + " or ".join(f"{name}={choice!r}" for choice in allowed) + ".",
+        )

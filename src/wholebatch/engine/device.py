@@ -1,0 +1,34 @@
+"""Where does a model take its input, and how does a micro-batch get there?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wholebatch.core.split import map_leaves
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; the CPU if it has none."""
+    first = next(iter(model.parameters()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def move(micro_batch: Any, device: torch.device) -> Any:
+    """Return a micro-batch on a device; copies to an accelerator are queued and do not wait.
+
+    Args:
+        micro_batch: A pytree; leaves that are no tensors stay as they are.
+        device: Where to. A batch for the CPU is returned as it is.
+    """
+    if device.type == "cpu":
+        return micro_batch
+
+    def move_leaf(_path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.device == device:
+            return leaf
+        if device.type == "cuda" and leaf.device.type == "cpu":
+            leaf = leaf.pin_memory()
+        return leaf.to(device, non_blocking=True)
+
+    return map_leaves(move_leaf, micro_batch)

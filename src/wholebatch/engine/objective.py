@@ -1,0 +1,173 @@
+"""What does a micro-batch add to the window? The declared objective: a loss, and the targets that it averages over."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from wholebatch.core.errors import LossError, WeightError
+from wholebatch.core.weights import Count, Reduction, check_count, check_reduction
+
+LossFn: TypeAlias = Callable[[Any, Any], Any]
+"""``loss_fn(model, micro_batch)``: a mean or a sum as declared, or ``(loss_sum, targets)`` with or without ``once``."""
+
+TargetsFn: TypeAlias = Callable[[Any], Any]
+"""``targets(micro_batch)``: what the loss of these rows divides by."""
+
+
+@dataclass(slots=True)
+class Part:
+    """What one micro-batch adds.
+
+    Attributes:
+        loss: Mean or sum over its targets, with a graph. Shape ``[]``.
+        reduction: Which of the two.
+        targets: What it averages over. Unit: targets.
+        once: A term that acts once a window, such as a regulariser, or None. Shape ``[]``.
+        counted: Whether the loss function itself said how many targets there are.
+    """
+
+    loss: Tensor
+    reduction: Reduction
+    targets: Count
+    once: Tensor | None = None
+    counted: bool = False
+
+
+def part_of(result: Any, *, targets: Count | None, reduction: Reduction) -> Part:
+    """Return what a loss function's result means.
+
+    Args:
+        result: A loss, ``(loss_sum, targets)`` or ``(loss_sum, targets, once)``.
+        targets: What the loss averages over, where the result does not say. Unit: targets.
+        reduction: What a loss that stands alone is.
+
+    Raises:
+        LossError: The loss is not a tensor of one number, or has no graph.
+        WeightError: Nobody says how many targets there are, or both sides do.
+    """
+    if isinstance(result, tuple):
+        if len(result) not in (2, 3):
+            raise LossError(
+                f"The loss function returned a tuple of {len(result)}.",
+                hint="return a loss, (loss_sum, targets), or (loss_sum, targets, once).",
+            )
+        loss, counted = result[:2]
+        once = result[2] if len(result) == 3 else None
+        check_count(counted)
+        _check_loss(loss)
+        if once is not None:
+            _check_scalar(once, "The term that acts once a window")
+        return Part(loss, "sum", counted, once, counted=True)
+    if targets is None:
+        raise WeightError(
+            "A loss came without its targets, so that nobody knows what it averages over.",
+            hint="say how many: window.backward(loss, targets=n).",
+        )
+    check_count(targets)
+    _check_loss(result)
+    return Part(result, reduction, targets)
+
+
+class Objective:
+    """The objective as it was declared: a loss function, what it averages over, and what it returns.
+
+    Args:
+        loss_fn: ``loss_fn(model, micro_batch)``.
+        targets: ``targets(micro_batch)``; None means the rows.
+        reduction: What `loss_fn` returns.
+
+    Raises:
+        LossError: `loss_fn` cannot be called.
+        WeightError: `targets` cannot be called, or the reduction does not exist.
+    """
+
+    def __init__(self, loss_fn: LossFn | None, targets: TargetsFn | None, reduction: Reduction) -> None:
+        if loss_fn is not None and not callable(loss_fn):
+            raise LossError(
+                f"loss_fn is a {type(loss_fn).__name__}, which cannot be called.",
+                hint="pass a function: loss_fn(model, micro_batch).",
+            )
+        if targets is not None and not callable(targets):
+            raise WeightError(
+                f"targets is a {type(targets).__name__}, which cannot be called.",
+                hint="pass a function of the micro-batch, such as lambda batch: (batch['labels'] != -100).sum().",
+            )
+        self.loss_fn = loss_fn
+        self.targets = targets
+        self.reduction = check_reduction(reduction)
+
+    def count(self, micro_batch: Any, rows: int | None) -> Count:
+        """Return the declared targets of a micro-batch: a plain number wherever that asks no device for it.
+
+        Raises:
+            WeightError: They are negative or not a number, or there is no way to count them.
+        """
+        if self.targets is None:
+            if rows is None:
+                raise WeightError(
+                    "The tensors of a micro-batch disagree on its rows, so its targets cannot be counted.",
+                    hint="pass targets=..., a function that counts what the loss averages over.",
+                )
+            return rows
+        counted = self.targets(micro_batch)
+        if isinstance(counted, Tensor) and counted.device.type == "cpu" and counted.numel() == 1:
+            counted = counted.detach().reshape(()).tolist()
+        check_count(counted)
+        return counted
+
+    def __call__(self, model: Any, micro_batch: Any, count: Count) -> Part | None:
+        """Run the loss function.
+
+        Args:
+            model: As it was given to the accumulator.
+            micro_batch: What `loss_fn` takes.
+            count: The declared targets. Unit: targets.
+
+        Returns:
+            What the micro-batch adds, or None where the loss function returned None: nothing to learn here.
+
+        Raises:
+            LossError: See `part_of`.
+            WeightError: The loss function counts its targets, and `targets` does so too.
+        """
+        if self.loss_fn is None:
+            raise LossError(
+                "This accumulator has no loss function.",
+                hint="pass loss_fn to wb.Accumulator, or use accumulator.window() and window.backward(loss, n).",
+            )
+        result = self.loss_fn(model, micro_batch)
+        if result is None:
+            return None
+        part = part_of(result, targets=count, reduction=self.reduction)
+        if part.counted and self.targets is not None:
+            raise WeightError(
+                "The loss function returned (loss_sum, targets), and targets=... was given as well.",
+                hint="let one of them count: leave out targets=..., or return the loss alone.",
+            )
+        return part
+
+
+def _check_loss(loss: Any) -> None:
+    _check_scalar(loss, "The loss")
+    if not loss.requires_grad:
+        raise LossError(
+            "The loss has no graph, so that no gradient can be computed from it.",
+            hint="return the loss as the model gave it: without .item(), .detach() or torch.no_grad().",
+        )
+
+
+def _check_scalar(loss: Any, what: str) -> None:
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            f"{what} is a {type(loss).__name__}, not a tensor.",
+            hint="return a tensor with one number; a model output with a .loss needs return output.loss.",
+        )
+    if loss.numel() != 1:
+        raise LossError(
+            f"{what} is no scalar: its shape is {tuple(loss.shape)}.",
+            hint='add it up, as in (loss.sum(), loss.numel()), or average it with reduction="mean".',
+        )
+    if loss.is_complex():
+        raise LossError(f"{what} is complex.", hint="return a real number, such as its absolute value.")

@@ -1,0 +1,72 @@
+"""In which dtype do forward passes run, and how is a loss kept in the range of 16 bits? Autocast and loss scale."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from wholebatch.core.errors import WeightError
+
+Format: TypeAlias = Literal["fp32", "bf16", "fp16"]
+"""How forward passes run: as the weights are, or under autocast in bfloat16 or float16."""
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast for the forward passes and, in float16, a dynamic loss scale.
+
+    The smallest float16 is 6e-8, and gradients of a mean over many targets lie below it. So the loss is multiplied by a
+    scale S before its backward pass and the summed gradient divided by S, in the same multiplication that divides by
+    the targets. If the sum of a window is not finite, the whole window is skipped and S is lowered, once; after many
+    good windows it is raised. `torch.amp.GradScaler` decides both.
+
+    Args:
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        device: Where the weights live.
+
+    Raises:
+        WeightError: There is no such precision.
+    """
+
+    def __init__(self, precision: Format, device: torch.device) -> None:
+        if precision not in get_args(Format):
+            raise WeightError(
+                f"precision={precision!r} is not one that forward passes can run in.",
+                hint='pass "fp32" (as the weights are), "bf16" or "fp16" (autocast).',
+            )
+        self._device = device
+        self._dtype = _AUTOCAST.get(precision)
+        self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+        # The scaler looks for infinities in the gradients of an optimizer. One with a single number, the norm of the
+        # window's gradient, tells it about all optimizers at once.
+        self._norm = torch.zeros(1, device=device, requires_grad=True)
+        self._probe = torch.optim.SGD([self._norm], lr=0.0)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context for a forward pass."""
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, self._dtype)
+
+    def scale(self) -> Tensor | None:
+        """Return the loss scale S, still on the device, or None where there is none."""
+        if self._scaler is None:
+            return None
+        scaled = self._scaler.scale(torch.ones((), device=self._device))
+        assert isinstance(scaled, Tensor)
+        return scaled
+
+    def settle(self, norm: Tensor) -> None:
+        """Let the end of a window lower or raise the loss scale.
+
+        Args:
+            norm: 2-norm of the scaled gradient of the whole window, infinite or NaN if any part of it is. Shape ``[]``.
+        """
+        if self._scaler is None:
+            return
+        self._norm.grad = norm.detach().to(self._norm.dtype).reshape(1)
+        self._scaler.unscale_(self._probe)
+        self._scaler.update()
+        self._norm.grad = None

@@ -1,0 +1,164 @@
+"""Who trains what? Model, optimizers and schedules, and whether they belong together."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from wholebatch.core.errors import OptimizerError
+from wholebatch.engine.device import input_device
+
+OnNonFinite: TypeAlias = Literal["skip", "raise"]
+"""What an infinite or undefined gradient does to its window."""
+
+
+@dataclass(slots=True)
+class Setup:
+    """A model with what steps it.
+
+    Attributes:
+        model: The module whose parameters learn.
+        optimizers: What steps them, all at the end of a window.
+        schedulers: Stepped once an applied update.
+        device: Where the model takes its input.
+        stepping: Whether a window is stepping the optimizers at this moment.
+    """
+
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    schedulers: tuple[Any, ...]
+    device: torch.device
+    stepping: bool = False
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], lr_scheduler: Any | Sequence[Any] | None
+    ) -> "Setup":
+        """Check that the three belong together.
+
+        Args:
+            model: The module whose parameters learn.
+            optimizer: One optimizer, or several that each step a part of the model.
+            lr_scheduler: One schedule or several, or None.
+
+        Raises:
+            OptimizerError: They are not of the right kind, an optimizer holds parameters that are not the model's,
+                needs a closure, or shares a parameter with another; a scheduler belongs to another optimizer.
+        """
+        optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+        if lr_scheduler is None:
+            schedulers: tuple[Any, ...] = ()
+        else:
+            schedulers = tuple(lr_scheduler) if isinstance(lr_scheduler, Sequence) else (lr_scheduler,)
+        if not isinstance(model, nn.Module):
+            raise OptimizerError(
+                f"The model is a {type(model).__name__}, not a torch.nn.Module.",
+                hint="pass the module itself; several modules go together in a torch.nn.ModuleList or ModuleDict.",
+            )
+        if not optimizers:
+            raise OptimizerError(
+                "There is no optimizer.", hint="pass one, such as torch.optim.AdamW(model.parameters())."
+            )
+        for each in optimizers:
+            _check_optimizer(each)
+        _check_parameters(model, optimizers)
+        for scheduler in schedulers:
+            _check_scheduler(scheduler, optimizers)
+        return cls(model, optimizers, schedulers, input_device(model))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizers step, each parameter once."""
+        return [parameter for each in self.optimizers for group in each.param_groups for parameter in group["params"]]
+
+    @property
+    def bystanders(self) -> list[nn.Parameter]:
+        """Parameters of the model that no optimizer steps."""
+        stepped = set(map(id, self.parameters))
+        return [parameter for parameter in self.model.parameters() if id(parameter) not in stepped]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first optimizer's first group."""
+        return float(self.optimizers[0].param_groups[0]["lr"])
+
+    @contextmanager
+    def step_allowed(self) -> Iterator[None]:
+        """Say that an optimizer which steps in this block does so for a window."""
+        self.stepping = True
+        try:
+            yield
+        finally:
+            self.stepping = False
+
+    def schedule(self, loss: float) -> None:
+        """Step the schedules: one update has been applied.
+
+        Args:
+            loss: What a `ReduceLROnPlateau` looks at.
+        """
+        for scheduler in self.schedulers:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(loss)
+            else:
+                scheduler.step()
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(
+            f"The optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer.",
+            hint="pass the optimizer itself, or a list of optimizers.",
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} needs a closure: it evaluates the loss several times in one step.",
+            hint="a window has one gradient to give; use an optimizer that steps from it, such as AdamW or SGD.",
+        )
+
+
+def _check_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen: set[int] = set()
+    held = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
+    foreign = [parameter for parameter in held if id(parameter) not in names]
+    if foreign:
+        raise OptimizerError(
+            f"The optimizer holds {len(foreign)} of {len(held)} parameters that are not the model's; the first has "
+            f"shape {tuple(foreign[0].shape)}.",
+            hint="make the optimizer from this model's parameters, after it has its final layers; parameters of the "
+            "loss go into one module with the model: torch.nn.ModuleDict({'model': model, 'loss': loss}).",
+        )
+    for parameter in held:
+        if id(parameter) in seen:
+            raise OptimizerError(
+                f"Two optimizers hold the same parameter: {names[id(parameter)]}.",
+                hint="give each parameter to one of them.",
+            )
+        seen.add(id(parameter))
+    if not any(parameter.requires_grad for parameter in held):
+        raise OptimizerError(
+            "None of the optimizer's parameters requires a gradient, so that nothing can learn.",
+            hint="unfreeze what is to learn: parameter.requires_grad_(True).",
+        )
+
+
+def _check_scheduler(scheduler: Any, optimizers: Sequence[Optimizer]) -> None:
+    if not callable(getattr(scheduler, "step", None)):
+        raise OptimizerError(
+            f"The scheduler is a {type(scheduler).__name__}, which has no step().",
+            hint="pass one of torch.optim.lr_scheduler, or leave lr_scheduler out.",
+        )
+    steps = getattr(scheduler, "optimizer", None)
+    if steps is not None and not any(steps is each for each in optimizers):
+        raise OptimizerError(
+            f"The {type(scheduler).__name__} belongs to another optimizer, so it would change no learning rate here.",
+            hint="make it from the optimizer that is passed along with it.",
+        )

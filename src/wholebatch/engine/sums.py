@@ -1,0 +1,297 @@
+"""Where does the running sum of a window's gradients live, and in which dtype?
+
+Autograd adds each micro-batch's gradient to ``parameter.grad``, in the dtype of the weights. That is right for 32 and
+64 bits. In 16 bits the sum stagnates: once it is 256 times as large as what is added, bfloat16 rounds the addend
+away. There a hook takes each gradient as soon as it has arrived and adds it to a sum of its own, so that never more
+than one parameter's gradient exists in 16 bits beside the sum.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.utils.hooks import RemovableHandle
+
+from wholebatch.core.errors import WeightError, WindowError
+
+SumIn: TypeAlias = Literal["fp32", "compensated", "weights"]
+"""How gradients of 16-bit weights are summed: in 32 bits, in 24 (a 16-bit sum and the next 8 bits), or in 16."""
+
+
+def check_sum_in(accumulate_in: str | None) -> SumIn:
+    """Return how 16-bit gradients are summed; None means in 32 bits.
+
+    Raises:
+        WeightError: There is no such sum.
+    """
+    if accumulate_in is None:
+        return "fp32"
+    if accumulate_in not in get_args(SumIn):
+        raise WeightError(
+            f"accumulate_in={accumulate_in!r} is no way to sum gradients.",
+            hint='pass "fp32" (the default for 16-bit weights), "compensated" (three bytes a weight) or "weights".',
+        )
+    return cast(SumIn, accumulate_in)
+
+
+class GradientSum:
+    """The gradient of the logical batch, as it grows.
+
+    Several accumulators may have a window open at the same time, as the two players of a GAN do, and the backward
+    pass of one reaches the parameters of the other. Only the window that runs holds its sum in ``.grad``; the others
+    keep theirs aside, and what lands on their parameters meanwhile is dropped.
+
+    Args:
+        parameters: What the optimizers step.
+        bystanders: Parameters of the model that no optimizer steps; their ``.grad`` is left as it was found.
+        sum_in: How gradients of 16-bit weights are summed. Wider weights always sum in their own dtype.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], bystanders: Sequence[nn.Parameter], sum_in: SumIn) -> None:
+        self._parameters = list(parameters)
+        self._bystanders = list(bystanders)
+        self._found: list[Tensor | None] = []
+        self._parked: list[Tensor | None] | None = None
+        self._own: dict[Tensor, _OwnSum] = {}
+        self._listening = False
+        self._marks: list[tuple[Tensor, Tensor | None, int]] = []
+        for parameter in self._parameters:
+            if sum_in != "weights" and parameter.is_floating_point() and parameter.element_size() < 4:
+                self._own[parameter] = _Fp32Sum() if sum_in == "fp32" else _CompensatedSum()
+        hook = _hook(weakref.ref(self))
+        hooks = [_listen(parameter, hook) for parameter in self._own]
+        weakref.finalize(self, _remove, hooks)
+
+    def start(self) -> None:
+        """Begin with nothing. Gradients that somebody left behind are set aside, never added."""
+        _hold(self)
+        self._found = [parameter.grad for parameter in self._everything()]
+        for parameter in self._everything():
+            parameter.grad = None
+        self._marks = []
+
+    def open_backward(self) -> None:
+        """Make sure that what is in ``.grad`` is this window's, and listen for what arrives.
+
+        Raises:
+            WindowError: Somebody zeroed, scaled or added to the gradients since the last micro-batch.
+        """
+        self.hold()
+        self._listening = True
+
+    def close_backward(self) -> None:
+        """Stop listening, and mark how far the sum has come."""
+        self._listening = False
+        arrived = [parameter for parameter in (self._parameters[0], self._parameters[-1]) if parameter.grad is not None]
+        if not arrived and not self._own:
+            arrived = [parameter for parameter in self._parameters if parameter.grad is not None][:1]
+        watched = [*arrived, *list(self._own)[:1]]
+        self._marks = [(each, each.grad, -1 if each.grad is None else each.grad._version) for each in watched]
+
+    def hold(self) -> None:
+        """Make this the window whose sum is in ``.grad``.
+
+        Raises:
+            WindowError: Somebody zeroed, scaled or added to the gradients since the last micro-batch.
+        """
+        if _holder() is not self:
+            _hold(self)
+            return
+        for parameter, grad, version in self._marks:
+            if parameter.grad is not grad or (grad is not None and grad._version != version):
+                done = "set to None" if parameter.grad is None else "changed"
+                raise WindowError(
+                    f"Inside an open window the gradients were {done} by somebody else.",
+                    hint="the window owns the gradients until it closes: leave out optimizer.zero_grad(), "
+                    "loss.backward() and clipping between its micro-batches; it does all three (clip_norm=...).",
+                )
+
+    @property
+    def empty(self) -> bool:
+        """Whether no gradient has arrived."""
+        return all(p.grad is None for p in self._parameters) and not any(own.holds for own in self._own.values())
+
+    def norm(self) -> Tensor:
+        """Return the 2-norm of the sum, on the device of the first gradient. Shape ``[]``."""
+        plain = [_values(p.grad) for p in self._parameters if p.grad is not None]
+        wide = [grad for grad in plain if grad.element_size() >= 4]
+        norms = [get_total_norm(wide)] if wide else []
+        norms += [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in plain if grad.element_size() < 4]
+        norms += [torch.linalg.vector_norm(_values(own.total())) for own in self._own.values() if own.holds]
+        if len(norms) == 1:
+            return norms[0]
+        return get_total_norm(norms)
+
+    def deliver(self, factor: float) -> None:
+        """Put the sum times `factor` into ``.grad``, in the dtype of the weights, where the optimizer looks for it."""
+        plain = [p.grad for p in self._parameters if p.grad is not None]
+        if factor != 1.0:
+            dense = [grad for grad in plain if grad.layout == torch.strided]
+            if dense:
+                torch._foreach_mul_(dense, factor)
+            for grad in plain:
+                if grad.layout != torch.strided:
+                    grad.mul_(factor)
+        for parameter, own in self._own.items():
+            if own.holds:
+                parameter.grad = own.total().mul_(factor).to(parameter.dtype)
+                own.clear()
+
+    def commit(self) -> None:
+        """End with an update: the gradients are used up."""
+        self._end([None] * len(self._parameters))
+
+    def roll_back(self) -> None:
+        """End without one: ``.grad`` is what it was before the window."""
+        self._end(self._found[: len(self._parameters)])
+
+    def _end(self, left: Sequence[Tensor | None]) -> None:
+        self._listening = False
+        for own in self._own.values():
+            own.clear()
+        found = [*left, *self._found[len(self._parameters) :]]
+        for parameter, grad in zip(self._everything(), found, strict=True):
+            parameter.grad = grad
+        self._found = []
+        self._marks = []
+        self._parked = None
+        _release(self)
+
+    def _everything(self) -> Iterator[nn.Parameter]:
+        yield from self._parameters
+        yield from self._bystanders
+
+    def _park(self) -> None:
+        self._parked = [parameter.grad for parameter in self._everything()]
+        for parameter in self._everything():
+            parameter.grad = None
+
+    def _unpark(self) -> None:
+        if self._parked is not None:
+            for parameter, grad in zip(self._everything(), self._parked, strict=True):
+                parameter.grad = grad
+            self._parked = None
+
+    def _take(self, parameter: Tensor) -> None:
+        if self._listening and parameter.grad is not None:
+            self._own[parameter].add(parameter.grad)
+            parameter.grad = None
+
+
+class _Fp32Sum:
+    """Sums 16-bit gradients in 32 bits: four bytes a weight."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self._sum is not None
+
+    def add(self, grad: Tensor) -> None:
+        if self._sum is None:
+            self._sum = grad.to(torch.float32)
+        else:
+            self._sum.add_(grad)
+
+    def total(self) -> Tensor:
+        assert self._sum is not None
+        return self._sum
+
+    def clear(self) -> None:
+        self._sum = None
+
+
+class _CompensatedSum:
+    """Sums 16-bit gradients in 24 bits: a bfloat16 and the 8 bits that follow it, three bytes a weight.
+
+    The error of one addition is 2**-17 of the sum, 256 times less than in bfloat16. A float32 is made of one
+    parameter at a time, and the three bytes are its upper ones.
+    """
+
+    def __init__(self) -> None:
+        self._high: Tensor | None = None
+        self._low: Tensor | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self._high is not None
+
+    def add(self, grad: Tensor) -> None:
+        total = _dense(grad).to(torch.float32, copy=True)
+        if self._high is not None:
+            total.add_(self.total())
+        bits = total.view(torch.int32)
+        bits.add_(torch.isfinite(total).to(torch.int32), alpha=128)  # round to 24 bits; an infinity stays one
+        self._high = bits.bitwise_right_shift(16).to(torch.int16)
+        self._low = bits.bitwise_right_shift_(8).to(torch.uint8)
+
+    def total(self) -> Tensor:
+        assert self._high is not None
+        assert self._low is not None
+        bits = self._high.to(torch.int32).bitwise_left_shift_(16)
+        return bits.bitwise_or_(self._low.to(torch.int32).bitwise_left_shift_(8)).view(torch.float32)
+
+    def clear(self) -> None:
+        self._high = self._low = None
+
+
+_OwnSum: TypeAlias = _Fp32Sum | _CompensatedSum
+
+
+class _Holder(threading.local):
+    """The sum that is in ``.grad`` now, in this thread."""
+
+    sum: "weakref.ref[GradientSum] | None" = None
+
+
+_held = _Holder()
+
+
+def _holder() -> GradientSum | None:
+    return _held.sum() if _held.sum is not None else None
+
+
+def _hold(gradient_sum: GradientSum) -> None:
+    before = _holder()
+    if before is not None and before is not gradient_sum:
+        before._park()
+    gradient_sum._unpark()
+    _held.sum = weakref.ref(gradient_sum)
+
+
+def _release(gradient_sum: GradientSum) -> None:
+    if _holder() is gradient_sum:
+        _held.sum = None
+
+
+def _hook(listener: "weakref.ref[GradientSum]") -> Callable[[Tensor], None]:
+    def take(parameter: Tensor) -> None:
+        gradient_sum = listener()
+        if gradient_sum is not None:
+            gradient_sum._take(parameter)
+
+    return take
+
+
+def _listen(parameter: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)
+    return handle
+
+
+def _remove(hooks: Sequence[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _values(grad: Tensor) -> Tensor:
+    """The numbers of a gradient; of a sparse one those that are stored, each place once."""
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout == torch.strided else grad.to_dense()

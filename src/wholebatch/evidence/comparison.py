@@ -1,0 +1,112 @@
+"""What did it bring? One logical batch cut, as a whole, and in the loop that one would have written."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from wholebatch.core.split import Rows, Tokens
+from wholebatch.core.weights import Reduction
+from wholebatch.engine.accumulator import Accumulator
+from wholebatch.engine.objective import LossFn, TargetsFn
+from wholebatch.evidence.verify import Catch, verify
+
+ROUNDS = 3
+"""How often both loops run, taking turns; the fastest round of each counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One logical batch, trained in three ways.
+
+    Attributes:
+        gradient_error: 2-norm of the difference between cut and undivided gradient, relative to the latter.
+        cut_peak_bytes: Highest memory use with the batch cut. Unit: bytes.
+        undivided_peak_bytes: The same with the batch as a whole. Unit: bytes.
+        targets_per_second: Targets per CPU second of the accumulator.
+        plain_targets_per_second: The same of the textbook loop: rows as they come, equally many a micro-batch.
+        speedup: The former over the latter.
+    """
+
+    gradient_error: float
+    cut_peak_bytes: int | None
+    undivided_peak_bytes: int | None
+    targets_per_second: float
+    plain_targets_per_second: float
+    speedup: float
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+def compare(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Sequence[Any],
+    *,
+    micro_batch: Rows | Tokens,
+    collate: Callable[[list[Any]], Any],
+    targets: TargetsFn | None = None,
+    reduction: Reduction = "mean",
+    plain_rows: int = 16,
+    seed: int = 0,
+) -> Comparison:
+    """Measure what cutting a logical batch saves and costs. Model and random state are left as they were.
+
+    Args:
+        model: The module; as a whole, the batch must fit into memory once.
+        loss_fn: As for `wb.Accumulator`, and so are `micro_batch`, `collate`, `targets` and `reduction`.
+        batch: The rows of a logical batch.
+        plain_rows: Rows a micro-batch in the textbook loop. Unit: rows.
+        seed: Of the order in which the textbook loop meets the rows.
+
+    Returns:
+        The figures.
+    """
+    objective: dict[str, Any] = {"collate": collate, "targets": targets, "reduction": reduction}
+    found = verify(model, loss_fn, batch, micro_batch=micro_batch, **objective)
+    catch = Catch(parameter for parameter in model.parameters() if parameter.requires_grad)
+    accumulator = Accumulator(
+        model, catch, loss_fn, micro_batch=micro_batch, check=None, batch_norm="per_micro_batch", **objective
+    )
+    shuffled = random.Random(seed).sample(list(batch), len(batch))
+    counted = 0.0
+    ours, plain = [], []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        counted = accumulator.step(batch).targets
+        ours.append(time.process_time() - start)
+        start = time.process_time()
+        textbook_window(model, catch, loss_fn, shuffled, collate=collate, rows_a_micro_batch=plain_rows)
+        plain.append(time.process_time() - start)
+    return Comparison(
+        gradient_error=found.error,
+        cut_peak_bytes=found.cut_peak_bytes,
+        undivided_peak_bytes=found.undivided_peak_bytes,
+        targets_per_second=counted / min(ours),
+        plain_targets_per_second=counted / min(plain),
+        speedup=min(plain) / min(ours),
+    )
+
+
+def textbook_window(
+    model: nn.Module,
+    optimizer: Any,
+    loss_fn: LossFn,
+    rows: Sequence[Any],
+    *,
+    collate: Callable[[list[Any]], Any],
+    rows_a_micro_batch: int = 16,
+) -> None:
+    """Train on some rows as the tutorials do: equal slices, each loss divided by their number, one step at the end."""
+    slices = [rows[start : start + rows_a_micro_batch] for start in range(0, len(rows), rows_a_micro_batch)]
+    for part in slices:
+        result = loss_fn(model, collate(list(part)))
+        loss = result[0] / result[1] if isinstance(result, tuple) else result
+        (loss / len(slices)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
