@@ -31,7 +31,8 @@ class RandomState:
     """
 
     cpu: Tensor
-    devices: tuple[tuple[int, Tensor], ...]
+    device: torch.device | None
+    on_device: Tensor | None
     python: Any
     numpy: Any
 
@@ -42,15 +43,12 @@ class RandomState:
         Args:
             device: An accelerator whose stream is taken as well.
         """
-        devices: tuple[tuple[int, Tensor], ...] = ()
-        if device is not None and device.type != "cpu":
-            module = torch.get_device_module(device)
-            index = device.index if device.index is not None else module.current_device()
-            devices = ((index, module.get_rng_state(index)),)
+        on_accelerator = device is not None and device.type != "cpu"
         numpy: Any = sys.modules.get("numpy")
         return cls(
             cpu=torch.get_rng_state(),
-            devices=devices,
+            device=device if on_accelerator else None,
+            on_device=torch.get_device_module(device).get_rng_state(*_place(device)) if on_accelerator else None,
             python=random.getstate(),
             numpy=numpy and numpy.random.get_state(),
         )
@@ -58,11 +56,16 @@ class RandomState:
     def restore(self) -> None:
         """Put every stream back to where it stood."""
         torch.set_rng_state(self.cpu)
-        for index, state in self.devices:
-            torch.get_device_module(torch.accelerator.current_accelerator()).set_rng_state(state, index)
+        if self.on_device is not None:
+            torch.get_device_module(self.device).set_rng_state(self.on_device, *_place(self.device))
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def _place(device: torch.device | None) -> tuple[torch.device, ...]:
+    """How a random stream is named to its module: by device, but Metal has only one."""
+    return () if device is None or device.type == "mps" else (device,)
 
 
 @dataclass(slots=True)
