@@ -7,8 +7,11 @@ leaves are tensors of any framework: whatever has a shape and can be indexed.
 import copy
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+import math
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -133,7 +136,7 @@ class LogicalBatch:
         (3, 'ccc-a')
     """
 
-    __slots__ = ("_batch", "_collate", "_dims", "_whole", "rows")
+    __slots__ = ("_batch", "_collate", "_dims", "_leaves", "_rebuild", "_whole", "rows")
 
     def __init__(
         self,
@@ -147,18 +150,22 @@ class LogicalBatch:
         self._collate = collate
         self._whole = frozenset(whole)
         self._dims = dims if dims is not None else 0
-        self.rows = self._count_collated() if collate is not None else self._count_leaves()
-        if self.rows == 0:
-            raise SplitError(
-                "The logical batch is empty: it holds no rows.", hint="leave empty batches out of the loader."
-            )
+        if collate is not None:
+            self.rows = self._count_collated()
+        else:
+            self._leaves, self._rebuild = _flatten(batch, columns=True)
+            self.rows = self._count_leaves()
+            self._leaves = [
+                (path, _Column(leaf) if _is_column(leaf) and axis is not None else leaf, axis)
+                for path, leaf, _ in self._leaves
+                for axis in [self._axis(path, leaf)]
+            ]
 
     def take(self, rows: Indices) -> Any:
         """Return a micro-batch of these rows: views where they stand side by side, copies elsewhere."""
         if self._collate is not None:
             return self._collate([self._batch[row] for row in rows])
-        index = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)
-        return map_leaves(lambda path, leaf: self._index(path, leaf, index), self._batch, is_leaf=_is_column)
+        return self._index(slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows))
 
     def lengths(self, length: Callable[[Any], int]) -> list[int]:
         """Return the length of each row.
@@ -171,7 +178,7 @@ class LogicalBatch:
         """
         lengths = [length(self._row(row)) for row in range(self.rows)]
         for row, tokens in enumerate(lengths):
-            if tokens < 0 or tokens != int(tokens):
+            if not _is_whole(tokens):
                 raise SplitError(
                     f"Row {row} of the logical batch is said to be {tokens!r} tokens long.",
                     hint="let length(row) return a whole number, such as len(row['input_ids']).",
@@ -179,23 +186,30 @@ class LogicalBatch:
         return lengths
 
     def _row(self, row: int) -> Any:
-        if self._collate is not None:
-            return self._batch[row]
-        return map_leaves(lambda path, leaf: self._index(path, leaf, row), self._batch, is_leaf=_is_column)
+        return self._batch[row] if self._collate is not None else self._index(row)
 
-    def _index(self, path: str, leaf: Any, index: slice | list[int] | int) -> Any:
+    def _index(self, index: slice | list[int] | int) -> Any:
+        return self._rebuild(
+            iter(
+                [
+                    leaf if axis is None else leaf[index] if axis == 0 else leaf[(slice(None),) * axis + (index,)]
+                    for _, leaf, axis in self._leaves
+                ]
+            )
+        )
+
+    def _axis(self, path: str, leaf: Any) -> int | None:
+        """The dimension of a leaf on which its rows lie; None where every micro-batch gets all of it."""
         if _named(path, self._whole):
-            return leaf
+            return None
         if _is_array(leaf):
-            return leaf[(slice(None),) * self._dim(path) + (index,)]
-        if _is_column(leaf) and len(leaf) == self.rows:
-            return type(leaf)(leaf[row] for row in index) if isinstance(index, list) else leaf[index]
-        return leaf
+            return self._dim(path) if len(leaf.shape) > 0 else None
+        return 0 if _is_column(leaf) and len(leaf) == self.rows else None
 
     def _dim(self, path: str) -> int:
         if isinstance(self._dims, int):
             return self._dims
-        return self._dims.get(path, 0)
+        return next((dim for name, dim in self._dims.items() if _named(path, [name])), 0)
 
     def _count_collated(self) -> int:
         if (
@@ -217,26 +231,20 @@ class LogicalBatch:
             )
         counts: dict[str, int] = {}
         columns: dict[str, int] = {}
-        paths: list[str] = []
-
-        def count(path: str, leaf: Any) -> Any:
-            paths.append(path)
+        for path, leaf, _ in self._leaves:
             if _named(path, self._whole):
-                return leaf
+                continue
             if _is_array(leaf) and len(leaf.shape) > 0:
                 dim = self._dim(path)
-                if dim >= len(leaf.shape):
+                if not 0 <= dim < len(leaf.shape):
                     raise SplitError(
                         f"{path or 'The batch'} has shape {tuple(leaf.shape)}, and no dimension {dim} for its rows.",
-                        hint="dims counts from 0: dims={'image': 1} is the second dimension.",
+                        hint="dims counts from 0, not from the end: dims={'image': 1} is the second dimension.",
                     )
                 counts[path] = leaf.shape[dim]
             elif _is_column(leaf):
                 columns[path] = len(leaf)
-            return leaf
-
-        map_leaves(count, self._batch, is_leaf=_is_column)
-        self._check_paths(paths)
+        self._check_paths([path for path, _, _ in self._leaves])
         found = counts or columns
         if not found:
             raise SplitError(
@@ -266,64 +274,111 @@ class LogicalBatch:
                 )
 
 
-def map_leaves(
-    function: Callable[[str, Any], Any], tree: Any, *, is_leaf: Callable[[Any], bool] | None = None, path: str = ""
-) -> Any:
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """Return a tree of the same structure, each leaf replaced by what `function` makes of it.
 
     Args:
-        function: Takes the path of a leaf, such as ``"inputs.image"`` or ``"0"``, and the leaf.
+        function: Takes a leaf.
         tree: Mappings, lists, tuples, named tuples and dataclasses, nested at will; all else is a leaf.
-        is_leaf: Says of a list or tuple that it is to be taken as one leaf.
-        path: The path of `tree` itself.
 
     Example:
-        >>> map_leaves(lambda path, leaf: (path, leaf * 2), {"x": 1, "y": [2, 3]})
-        {'x': ('x', 2), 'y': [('y.0', 4), ('y.1', 6)]}
+        >>> map_leaves(abs, {"x": -1, "y": [2, (-3,)]})
+        {'x': 1, 'y': [2, (3,)]}
     """
-
-    def below(name: object, branch: Any) -> Any:
-        return map_leaves(function, branch, is_leaf=is_leaf, path=f"{path}.{name}" if path else str(name))
-
-    if _is_array(tree) or (is_leaf is not None and is_leaf(tree)):
-        return function(path, tree)
-    if type(tree) is dict:
-        return {name: below(name, branch) for name, branch in tree.items()}
-    if isinstance(tree, MutableMapping):
-        mapping = copy.copy(tree)
-        for name, branch in tree.items():
-            mapping[name] = below(name, branch)
-        return mapping
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(below(name, branch) for name, branch in zip(tree._fields, tree, strict=True)))
-    if isinstance(tree, list | tuple):
-        return type(tree)([below(place, branch) for place, branch in enumerate(tree)])
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        changed = copy.copy(tree)
-        for field in dataclasses.fields(tree):
-            object.__setattr__(changed, field.name, below(field.name, getattr(tree, field.name)))
-        return changed
-    return function(path, tree)
+    leaves, rebuild = _flatten(tree)
+    return rebuild(iter([function(leaf) for _, leaf, _ in leaves]))
 
 
-def count_rows(micro_batch: Any) -> int | None:
+def count_rows(
+    micro_batch: Any, *, whole: Iterable[str] = (), dims: int | Mapping[str, int] | None = None
+) -> int | None:
     """Return the rows of a micro-batch that somebody else has cut, or None where its tensors do not agree on them.
 
     Args:
-        micro_batch: A pytree of tensors, rows on their first dimension.
+        micro_batch: A pytree of tensors.
+        whole: Paths of tensors that are the same for every row.
+        dims: The dimension on which the rows lie, as for `LogicalBatch`.
 
     Example:
-        >>> count_rows({"text": ["a", "b"]}) is None
-        True
+        >>> count_rows({"text": ["a", "b"]}), count_rows("ab")
+        (2, None)
     """
-    counts: set[int] = set()
+    try:
+        return LogicalBatch(micro_batch, whole=whole, dims=dims).rows
+    except SplitError:
+        return None
 
-    def count(_path: str, leaf: Any) -> None:
-        if _is_array(leaf) and len(leaf.shape) > 0:
-            counts.add(leaf.shape[0])
 
-    map_leaves(count, micro_batch)
-    return counts.pop() if len(counts) == 1 else None
+_Leaf: TypeAlias = tuple[str, Any, int | None]
+"""The path of a leaf, such as ``"inputs.image"`` or ``"0"``, the leaf, and the dimension on which it is cut."""
+
+_Rebuild: TypeAlias = Callable[[Iterator[Any]], Any]
+
+
+def _flatten(tree: Any, path: str = "", *, columns: bool = False) -> tuple[list[_Leaf], _Rebuild]:
+    """Return the leaves of a tree, and a function that builds the same tree from other leaves."""
+    if _is_array(tree) or (columns and _is_column(tree)):
+        return [(path, tree, None)], next
+    make: Callable[[list[Any]], Any]
+    if type(tree) is dict:
+        names, branches = list(tree), list(tree.values())
+        make = partial(_make_dict, names)
+    elif isinstance(tree, Mapping):
+        names, branches = list(tree), list(tree.values())
+        make = partial(_make_mapping, tree if isinstance(tree, dict | UserDict) else {}, names)
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        names, branches = list(tree._fields), list(tree)
+        make = partial(_make_named, type(tree))
+    elif isinstance(tree, list | tuple):
+        names, branches = list(range(len(tree))), list(tree)
+        make = type(tree)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree)]
+        branches = [getattr(tree, name) for name in names]
+        make = partial(_make_dataclass, tree, names)
+    else:
+        return [(path, tree, None)], next
+    leaves: list[_Leaf] = []
+    rebuilds: list[_Rebuild] = []
+    for name, branch in zip(names, branches, strict=True):
+        below, rebuild = _flatten(branch, f"{path}.{name}" if path else str(name), columns=columns)
+        leaves += below
+        rebuilds.append(rebuild)
+    return leaves, lambda replaced: make([rebuild(replaced) for rebuild in rebuilds])
+
+
+def _make_dict(names: list[Any], values: list[Any]) -> dict[Any, Any]:
+    return dict(zip(names, values, strict=True))
+
+
+def _make_mapping(like: Any, names: list[Any], values: list[Any]) -> Any:
+    made = copy.copy(like)
+    for name, value in zip(names, values, strict=True):
+        made[name] = value
+    return made
+
+
+def _make_named(kind: type[Any], values: list[Any]) -> Any:
+    return kind(*values)
+
+
+def _make_dataclass(like: Any, names: list[str], values: list[Any]) -> Any:
+    made = copy.copy(like)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(made, name, value)
+    return made
+
+
+class _Column:
+    """A list or tuple with one entry a row, cut as a tensor is."""
+
+    def __init__(self, entries: list[Any] | tuple[Any, ...]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, index: slice | list[int] | int) -> Any:
+        if isinstance(index, list):
+            return type(self._entries)([self._entries[row] for row in index])
+        return self._entries[index]
 
 
 def _is_array(leaf: Any) -> bool:
@@ -342,6 +397,10 @@ def _is_column(leaf: Any) -> bool:
 
 def _looks_like_rows(batch: Any) -> bool:
     return isinstance(batch, list) and len(batch) > 0 and all(isinstance(row, Mapping | list | tuple) for row in batch)
+
+
+def _is_whole(tokens: Any) -> bool:
+    return hasattr(tokens, "__float__") and 0 <= float(tokens) < math.inf and float(tokens) % 1 == 0
 
 
 def _named(path: str, names: Iterable[str]) -> bool:

@@ -86,6 +86,8 @@ def check_count(count: Count) -> None:
         <BLANKLINE>
         hint: targets are what the loss averages over: 0 or more, such as (labels != -100).sum().
     """
+    if type(count) is int and count >= 0:
+        return
     if isinstance(count, Real):
         if 0 <= float(count) < math.inf:
             return

@@ -51,7 +51,7 @@ class WindowState:
         """
         self.micro_batches += 1
         self.targets = self.targets + targets
-        self.leave_out(rows=rows)
+        self.rows = None if rows is None or self.rows is None else self.rows + rows
 
     def leave_out(self, *, rows: int | None) -> None:
         """Count the rows of a micro-batch from which there is nothing to learn.

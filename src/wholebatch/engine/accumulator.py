@@ -4,25 +4,27 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from operator import is_
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wholebatch.core.errors import ConfigError, WindowError
+from wholebatch.core.errors import ConfigError, SplitError, WindowError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Indices, LogicalBatch, Rows, Tokens, count_rows, padding
-from wholebatch.core.weights import Count, Reduction
+from wholebatch.core.weights import Count, Reduction, check_count
 from wholebatch.core.window import group
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.check import check_first
 from wholebatch.engine.device import move
-from wholebatch.engine.objective import LossFn, Objective, TargetsFn
+from wholebatch.engine.objective import LossFn, Objective, TargetsFn, plain_count
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.sums import GradientSum, SumIn, check_sum_in
 from wholebatch.engine.transaction import Transaction
-from wholebatch.engine.window import BatchNorm, Window
+from wholebatch.engine.window import BatchNorm, Rules, Window
 
 _log = logging.getLogger("wholebatch")
 
@@ -122,16 +124,22 @@ class Accumulator:
         self._setup = Setup.of(model, optimizer, lr_scheduler)
         self._objective = Objective(loss_fn, targets, reduction)
         self._precision = Precision(precision, self._setup.device)
-        self._sums = GradientSum(self._setup.parameters, self._setup.bystanders, check_sum_in(accumulate_in))
-        self._transaction = Transaction(model, self._setup.device)
+        self._sum_in = check_sum_in(accumulate_in)
+        self._rules = Rules(
+            setup=self._setup,
+            sums=GradientSum(self._setup.parameters, self._setup.bystanders, self._sum_in),
+            transaction=Transaction(model, self._setup.device),
+            precision=self._precision,
+            reduction=self._objective.reduction,
+            clip_norm=clip_norm,
+            on_nonfinite=on_nonfinite,
+            batch_norm=batch_norm,
+        )
         self._micro_batch = micro_batch
         self._memory = memory
         self._collate = collate
         self._whole = tuple(whole)
         self._dims = dims
-        self._clip_norm = clip_norm
-        self._on_nonfinite: OnNonFinite = on_nonfinite
-        self._batch_norm: BatchNorm = batch_norm
         self._unchecked = check == "first"
         self._window: Window | None = None
         self._windows = 0
@@ -162,9 +170,13 @@ class Accumulator:
         if batch is None:
             return self.window().close()
         rows = LogicalBatch(batch, collate=self._collate, whole=self._whole, dims=self._dims)
+        if rows.rows == 0:
+            raise SplitError(
+                "The logical batch is empty: it holds no rows.", hint="leave empty batches out of the loader."
+            )
         cut, share = self._cut(rows)
         if len(cut) > 1:
-            if self._batch_norm == "refuse":
+            if self._rules.batch_norm == "refuse":
                 require_row_by_row(self._setup.model)
             self._check(rows, max(cut, key=len))
         # Rows of a list are collated once, when their turn comes, so that the padded logical batch never exists.
@@ -208,7 +220,7 @@ class Accumulator:
                 if micro_batch is not None:
                     if micro_batches > 1:
                         self._check_loaded(micro_batch)
-                    self._pass(window, move(micro_batch, self._setup.device), count_rows(micro_batch), None)
+                    self._pass(window, move(micro_batch, self._setup.device), self._count_rows(micro_batch), None)
                     del micro_batch
                 if closes:
                     update, window = window.close(), None
@@ -244,17 +256,19 @@ class Accumulator:
                 "A window is open already, and two of one accumulator would share its gradient.",
                 hint="close or roll back the first one; a second model or optimizer takes an accumulator of its own.",
             )
+        parameters = self._setup.parameters
+        summed = self._rules.sums.parameters
+        if len(parameters) != len(summed) or not all(map(is_, parameters, summed)):  # a parameter group was added
+            sums = GradientSum(parameters, self._setup.bystanders, self._sum_in)
+            self._rules = replace(self._rules, sums=sums)
+        if targets is not None:
+            targets = plain_count(targets)
+            check_count(targets)
+            targets = None if not isinstance(targets, Tensor) and targets == 0 else targets
         self._windows += 1
         self._window = Window(
+            self._rules,
             number=self._windows,
-            setup=self._setup,
-            sums=self._sums,
-            transaction=self._transaction,
-            precision=self._precision,
-            reduction=self._objective.reduction,
-            clip_norm=self._clip_norm,
-            on_nonfinite=self._on_nonfinite,
-            batch_norm=self._batch_norm,
             targets=targets,
             micro_batches=micro_batches,
             padding=padding,
@@ -307,16 +321,18 @@ class Accumulator:
         return self._objective.count(rows.take(part), len(part))
 
     def _check(self, rows: LogicalBatch, largest: Indices) -> None:
-        if not self._unchecked:
-            return
-        self._unchecked = False
-        lengths = rows.lengths(self._micro_batch.length) if isinstance(self._micro_batch, Tokens) else None
-        self._say(check_first(self._setup.model, self._objective, rows, largest, lengths=lengths))
+        if self._unchecked:
+            lengths = rows.lengths(self._micro_batch.length) if isinstance(self._micro_batch, Tokens) else None
+            self._say(check_first(self._setup.model, self._objective, rows, largest, lengths=lengths))
+            self._unchecked = False
+
+    def _count_rows(self, micro_batch: Any) -> int | None:
+        return count_rows(micro_batch, whole=self._whole, dims=self._dims)
 
     def _check_loaded(self, micro_batch: Any) -> None:
         if not self._unchecked:
             return
-        num_rows = count_rows(micro_batch)
+        num_rows = self._count_rows(micro_batch)
         if num_rows is None:
             self._unchecked = False
             self._say(

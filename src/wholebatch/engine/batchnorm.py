@@ -5,12 +5,13 @@ micro-batches these are not the rows of the logical batch, so neither the gradie
 those of the undivided batch.
 """
 
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, SupportsIndex, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from wholebatch.core.errors import BatchNormError
+from wholebatch.engine.device import modules
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,9 +41,9 @@ def require_row_by_row(model: nn.Module) -> None:
     Raises:
         BatchNormError: A layer would compute otherwise on a part of the batch.
     """
-    layers = batch_dependent_layers(model)
-    if not layers:
+    if not any(map(_depends, modules(model))):
         return
+    layers = batch_dependent_layers(model)
     shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
     raise BatchNormError(
         "The logical batch is cut into micro-batches, and in training mode these layers compute over the rows that "
@@ -142,8 +143,12 @@ def freeze_batch_norm(model: Module) -> Module:
 class _Frozen(nn.Module):
     """Mixed into a batch norm layer: training mode does not reach it."""
 
-    def train(self, _mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
         return super().train(False)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        thawed = next(kind for kind in type(self).__mro__[2:] if not issubclass(kind, _Frozen))
+        return _unpickle, (thawed,), *super().__reduce_ex__(protocol)[2:]
 
 
 class FrozenBatchNorm1d(_Frozen, nn.BatchNorm1d):
@@ -170,6 +175,11 @@ _FROZEN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+def _unpickle(kind: type[nn.Module]) -> nn.Module:
+    frozen = _frozen(kind)
+    return frozen.__new__(frozen)
+
+
 def _frozen(kind: type[nn.Module]) -> type[nn.Module]:
     """The frozen kind of a layer; for a subclass that somebody else wrote it is made here."""
     if kind not in _FROZEN:
@@ -178,12 +188,10 @@ def _frozen(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _depends(layer: nn.Module) -> bool:
-    if isinstance(layer, _BatchNorm):
-        return layer.training or layer.running_mean is None
-    keeps_statistics = getattr(layer, "running_mean", None) is not None
-    if isinstance(layer, _NormBase):  # instance norm: each row for itself, but its running statistics are of the batch
-        return layer.training and keeps_statistics
-    return layer.training and keeps_statistics and getattr(layer, "running_var", None) is not None
+    if isinstance(layer, _BatchNorm) and layer.running_mean is None:
+        return True
+    # Instance norm treats each row for itself, but its running statistics are those of the batch.
+    return layer.training and layer._buffers.get("running_mean") is not None
 
 
 def _require_channels(model: nn.Module) -> None:

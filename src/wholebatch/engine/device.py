@@ -1,4 +1,4 @@
-"""Where does a model take its input, and how does a micro-batch get there?"""
+"""Where does a model take its input, how does a micro-batch get there, and which modules meet it?"""
 
 from typing import Any
 
@@ -14,6 +14,18 @@ def input_device(model: nn.Module) -> torch.device:
     return first.device if first is not None else torch.device("cpu")
 
 
+def modules(model: nn.Module) -> list[nn.Module]:
+    """Return a model and all modules below it, as ``model.modules()`` does, in a fraction of its time."""
+    found: dict[int, nn.Module] = {}
+    ahead: list[nn.Module | None] = [model]
+    while ahead:
+        module = ahead.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            ahead.extend(module._modules.values())
+    return list(found.values())
+
+
 def move(micro_batch: Any, device: torch.device) -> Any:
     """Return a micro-batch on a device; copies to an accelerator are queued and do not wait.
 
@@ -24,7 +36,7 @@ def move(micro_batch: Any, device: torch.device) -> Any:
     if device.type == "cpu":
         return micro_batch
 
-    def move_leaf(_path: str, leaf: Any) -> Any:
+    def move_leaf(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.device == device:
             return leaf
         if device.type == "cuda" and leaf.device.type == "cpu":

@@ -1,14 +1,16 @@
 """What did that cost? Peak memory of a device, and of the tensors alone."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
 import torch
 
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
+if sys.platform != "win32":
+    import resource
 
 
 def reset_peak(device: torch.device) -> None:
@@ -18,13 +20,9 @@ def reset_peak(device: torch.device) -> None:
         device: Where the weights live. On a CPU the kernel's high-water mark of this process is reset (Linux only).
     """
     if device.type == "cpu":
-        try:
-            with _CLEAR_REFS.open("w") as clear_refs:
-                clear_refs.write("5")
-        except (
-            OSError
-        ):  # another platform, or a sandbox that forbids it: then peak_bytes tells the peak since the start
-            return
+        handle = _clear_refs(os.getpid())
+        if handle is not None:
+            os.write(handle, b"5")
     elif device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "xpu":
@@ -49,11 +47,23 @@ def peak_bytes(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "xpu":
         return torch.xpu.max_memory_allocated(device)
-    if device.type == "cpu" and _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if device.type == "cpu" and _clear_refs(os.getpid()) is not None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return None
+
+
+@cache
+def _clear_refs(_process: int) -> int | None:
+    """The kernel's switch that resets this process's high-water mark, or None where there is none.
+
+    It is opened once a process: a forked child that wrote to its parent's would reset the wrong one.
+    """
+    try:
+        handle = os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(handle, b"5")
+    except OSError:  # another platform, or a sandbox that forbids it
+        return None
+    return handle
 
 
 @dataclass(slots=True)

@@ -53,7 +53,7 @@ def part_of(result: Any, *, targets: Count | None, reduction: Reduction) -> Part
                 f"The loss function returned a tuple of {len(result)}.",
                 hint="return a loss, (loss_sum, targets), or (loss_sum, targets, once).",
             )
-        loss, counted = result[:2]
+        loss, counted = result[0], plain_count(result[1])
         once = result[2] if len(result) == 3 else None
         check_count(counted)
         _check_loss(loss)
@@ -65,9 +65,17 @@ def part_of(result: Any, *, targets: Count | None, reduction: Reduction) -> Part
             "A loss came without its targets, so that nobody knows what it averages over.",
             hint="say how many: window.backward(loss, targets=n).",
         )
+    targets = plain_count(targets)
     check_count(targets)
     _check_loss(result)
     return Part(result, reduction, targets)
+
+
+def plain_count(count: Count) -> Count:
+    """Return a count as a plain number wherever that asks no device for it: a tensor on an accelerator stays one."""
+    if isinstance(count, Tensor) and count.device.type == "cpu" and count.numel() == 1:
+        return count.detach().reshape(()).tolist()
+    return count
 
 
 class Objective:
@@ -111,9 +119,7 @@ class Objective:
                     hint="pass targets=..., a function that counts what the loss averages over.",
                 )
             return rows
-        counted = self.targets(micro_batch)
-        if isinstance(counted, Tensor) and counted.device.type == "cpu" and counted.numel() == 1:
-            counted = counted.detach().reshape(()).tolist()
+        counted = plain_count(self.targets(micro_batch))
         check_count(counted)
         return counted
 
@@ -140,8 +146,11 @@ class Objective:
         result = self.loss_fn(model, micro_batch)
         if result is None:
             return None
+        if not isinstance(result, tuple):
+            _check_loss(result)
+            return Part(result, self.reduction, count)
         part = part_of(result, targets=count, reduction=self.reduction)
-        if part.counted and self.targets is not None:
+        if self.targets is not None:
             raise WeightError(
                 "The loss function returned (loss_sum, targets), and targets=... was given as well.",
                 hint="let one of them count: leave out targets=..., or return the loss alone.",

@@ -14,6 +14,9 @@ Format: TypeAlias = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_AS_IS = nullcontext()
+
+
 class Precision:
     """Autocast for the forward passes and, in float16, a dynamic loss scale.
 
@@ -47,7 +50,7 @@ class Precision:
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context for a forward pass."""
         if self._dtype is None:
-            return nullcontext()
+            return _AS_IS
         return torch.autocast(self._device.type, self._dtype)
 
     def scale(self) -> Tensor | None:
@@ -58,15 +61,15 @@ class Precision:
         assert isinstance(scaled, Tensor)
         return scaled
 
-    def settle(self, norm: Tensor) -> None:
+    def settle(self, norm: float) -> None:
         """Let the end of a window lower or raise the loss scale.
 
         Args:
-            norm: 2-norm of the scaled gradient of the whole window, infinite or NaN if any part of it is. Shape ``[]``.
+            norm: 2-norm of the scaled gradient of the whole window, infinite or NaN if any part of it is.
         """
         if self._scaler is None:
             return
-        self._norm.grad = norm.detach().to(self._norm.dtype).reshape(1)
+        self._norm.grad = torch.full_like(self._norm, norm)
         self._scaler.unscale_(self._probe)
         self._scaler.update()
         self._norm.grad = None

@@ -1,8 +1,7 @@
 """Who trains what? Model, optimizers and schedules, and whether they belong together."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -88,12 +87,12 @@ class Setup:
         """The learning rate of the first optimizer's first group."""
         return float(self.optimizers[0].param_groups[0]["lr"])
 
-    @contextmanager
-    def step_allowed(self) -> Iterator[None]:
-        """Say that an optimizer which steps in this block does so for a window."""
+    def step(self) -> None:
+        """Step every optimizer once, for a window."""
         self.stepping = True
         try:
-            yield
+            for each in self.optimizers:
+                each.step()
         finally:
             self.stepping = False
 

@@ -8,12 +8,11 @@ than one parameter's gradient exists in 16 bits beside the sum.
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 from wholebatch.core.errors import WeightError, WindowError
@@ -49,19 +48,26 @@ class GradientSum:
         parameters: What the optimizers step.
         bystanders: Parameters of the model that no optimizer steps; their ``.grad`` is left as it was found.
         sum_in: How gradients of 16-bit weights are summed. Wider weights always sum in their own dtype.
+
+    Attributes:
+        parameters: As given.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], bystanders: Sequence[nn.Parameter], sum_in: SumIn) -> None:
-        self._parameters = list(parameters)
-        self._bystanders = list(bystanders)
+        self.parameters = list(parameters)
+        self._everything = [*parameters, *bystanders]
         self._found: list[Tensor | None] = []
         self._parked: list[Tensor | None] | None = None
         self._own: dict[Tensor, _OwnSum] = {}
         self._listening = False
-        self._marks: list[tuple[Tensor, Tensor | None, int]] = []
-        for parameter in self._parameters:
+        self._watched: Tensor | None = None
+        self._grad: Tensor | None = None
+        self._version = -1
+        for parameter in self.parameters:
             if sum_in != "weights" and parameter.is_floating_point() and parameter.element_size() < 4:
                 self._own[parameter] = _Fp32Sum() if sum_in == "fp32" else _CompensatedSum()
+        kinds = {(each.device, each.dtype) for each in parameters}
+        self._uniform = len(kinds) == 1 and parameters[0].dtype in (torch.float32, torch.float64)
         hook = _hook(weakref.ref(self))
         hooks = [_listen(parameter, hook) for parameter in self._own]
         weakref.finalize(self, _remove, hooks)
@@ -69,10 +75,10 @@ class GradientSum:
     def start(self) -> None:
         """Begin with nothing. Gradients that somebody left behind are set aside, never added."""
         _hold(self)
-        self._found = [parameter.grad for parameter in self._everything()]
-        for parameter in self._everything():
+        self._found = [parameter.grad for parameter in self._everything]
+        for parameter in self._everything:
             parameter.grad = None
-        self._marks = []
+        self._watched = self._grad = None
 
     def open_backward(self) -> None:
         """Make sure that what is in ``.grad`` is this window's, and listen for what arrives.
@@ -86,11 +92,10 @@ class GradientSum:
     def close_backward(self) -> None:
         """Stop listening, and mark how far the sum has come."""
         self._listening = False
-        arrived = [parameter for parameter in (self._parameters[0], self._parameters[-1]) if parameter.grad is not None]
-        if not arrived and not self._own:
-            arrived = [parameter for parameter in self._parameters if parameter.grad is not None][:1]
-        watched = [*arrived, *list(self._own)[:1]]
-        self._marks = [(each, each.grad, -1 if each.grad is None else each.grad._version) for each in watched]
+        if self._watched is None:
+            self._watched = self._choose_watched()
+        grad = self._grad = self._watched.grad
+        self._version = -1 if grad is None else grad._version
 
     def hold(self) -> None:
         """Make this the window whose sum is in ``.grad``.
@@ -98,37 +103,38 @@ class GradientSum:
         Raises:
             WindowError: Somebody zeroed, scaled or added to the gradients since the last micro-batch.
         """
-        if _holder() is not self:
+        if _held.sum is None or _held.sum() is not self:
             _hold(self)
             return
-        for parameter, grad, version in self._marks:
-            if parameter.grad is not grad or (grad is not None and grad._version != version):
-                done = "set to None" if parameter.grad is None else "changed"
-                raise WindowError(
-                    f"Inside an open window the gradients were {done} by somebody else.",
-                    hint="the window owns the gradients until it closes: leave out optimizer.zero_grad(), "
-                    "loss.backward() and clipping between its micro-batches; it does all three (clip_norm=...).",
-                )
+        if self._watched is None:
+            return
+        grad = self._watched.grad
+        if grad is not self._grad or (grad is not None and grad._version != self._version):
+            done = "set to None" if grad is None else "changed"
+            raise WindowError(
+                f"Inside an open window the gradients were {done} by somebody else.",
+                hint="the window owns the gradients until it closes: leave out optimizer.zero_grad(), "
+                "loss.backward() and clipping between its micro-batches; it does all three (clip_norm=...).",
+            )
 
     @property
     def empty(self) -> bool:
         """Whether no gradient has arrived."""
-        return all(p.grad is None for p in self._parameters) and not any(own.holds for own in self._own.values())
+        return all(p.grad is None for p in self.parameters) and not any(own.holds for own in self._own.values())
 
-    def norm(self) -> Tensor:
-        """Return the 2-norm of the sum, on the device of the first gradient. Shape ``[]``."""
-        plain = [_values(p.grad) for p in self._parameters if p.grad is not None]
-        wide = [grad for grad in plain if grad.element_size() >= 4]
-        norms = [get_total_norm(wide)] if wide else []
-        norms += [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in plain if grad.element_size() < 4]
-        norms += [torch.linalg.vector_norm(_values(own.total())) for own in self._own.values() if own.holds]
-        if len(norms) == 1:
-            return norms[0]
-        return get_total_norm(norms)
+    def norms(self) -> list[Tensor]:
+        """Return 2-norms whose own 2-norm is that of the sum, still on their devices. Each of shape ``[]``."""
+        grads = [grad for p in self.parameters if (grad := p.grad) is not None]
+        if any(grad.is_sparse for grad in grads):
+            grads = list(map(_values, grads))
+        if self._uniform:
+            return list(torch._foreach_norm(grads))
+        norms = [torch.linalg.vector_norm(grad, dtype=_at_least_fp32(grad)) for grad in grads]
+        return norms + [torch.linalg.vector_norm(_values(own.total())) for own in self._own.values() if own.holds]
 
     def deliver(self, factor: float) -> None:
         """Put the sum times `factor` into ``.grad``, in the dtype of the weights, where the optimizer looks for it."""
-        plain = [p.grad for p in self._parameters if p.grad is not None]
+        plain = [p.grad for p in self.parameters if p.grad is not None]
         if factor != 1.0:
             dense = [grad for grad in plain if grad.layout == torch.strided]
             if dense:
@@ -143,36 +149,37 @@ class GradientSum:
 
     def commit(self) -> None:
         """End with an update: the gradients are used up."""
-        self._end([None] * len(self._parameters))
+        self._end([None] * len(self.parameters))
 
     def roll_back(self) -> None:
         """End without one: ``.grad`` is what it was before the window."""
-        self._end(self._found[: len(self._parameters)])
+        _hold(self)
+        self._end(self._found[: len(self.parameters)])
+
+    def _choose_watched(self) -> Tensor:
+        """A parameter that shows if somebody else touched the gradients: one whose ``.grad`` is the sum, if any."""
+        return next((each for each in self.parameters if each.grad is not None), self.parameters[-1])
 
     def _end(self, left: Sequence[Tensor | None]) -> None:
         self._listening = False
         for own in self._own.values():
             own.clear()
-        found = [*left, *self._found[len(self._parameters) :]]
-        for parameter, grad in zip(self._everything(), found, strict=True):
+        found = [*left, *self._found[len(self.parameters) :]]
+        for parameter, grad in zip(self._everything, found, strict=True):
             parameter.grad = grad
         self._found = []
-        self._marks = []
+        self._watched = self._grad = None
         self._parked = None
         _release(self)
 
-    def _everything(self) -> Iterator[nn.Parameter]:
-        yield from self._parameters
-        yield from self._bystanders
-
     def _park(self) -> None:
-        self._parked = [parameter.grad for parameter in self._everything()]
-        for parameter in self._everything():
+        self._parked = [parameter.grad for parameter in self._everything]
+        for parameter in self._everything:
             parameter.grad = None
 
     def _unpark(self) -> None:
         if self._parked is not None:
-            for parameter, grad in zip(self._everything(), self._parked, strict=True):
+            for parameter, grad in zip(self._everything, self._parked, strict=True):
                 parameter.grad = grad
             self._parked = None
 
@@ -279,7 +286,10 @@ def _hook(listener: "weakref.ref[GradientSum]") -> Callable[[Tensor], None]:
 
 
 def _listen(parameter: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    learns = parameter.requires_grad
+    parameter.requires_grad_(True)  # a frozen parameter takes no hook, but keeps one until it is unfrozen
     handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)
+    parameter.requires_grad_(learns)
     return handle
 
 
@@ -291,6 +301,10 @@ def _remove(hooks: Sequence[RemovableHandle]) -> None:
 def _values(grad: Tensor) -> Tensor:
     """The numbers of a gradient; of a sparse one those that are stored, each place once."""
     return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+
+
+def _at_least_fp32(grad: Tensor) -> torch.dtype | None:
+    return torch.float32 if grad.element_size() < 4 else None
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -4,18 +4,18 @@ Weights, optimizer state, loss scale and schedule need no copy: nothing touches 
 good. The gradient sum has its own beginning and end (`sums.py`).
 """
 
+import ctypes
 import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from wholebatch.engine.device import modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,12 @@ class RandomState:
             device: An accelerator whose stream is taken as well.
         """
         on_accelerator = device is not None and device.type != "cpu"
-        numpy: Any = sys.modules.get("numpy")
         return cls(
             cpu=torch.get_rng_state(),
             device=device if on_accelerator else None,
             on_device=torch.get_device_module(device).get_rng_state(*_place(device)) if on_accelerator else None,
             python=random.getstate(),
-            numpy=numpy and numpy.random.get_state(),
+            numpy=_numpy.state(),
         )
 
     def restore(self) -> None:
@@ -63,25 +62,48 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 
+class _NumpyStream:
+    """NumPy's global stream, whose state is read only when it has moved.
+
+    Reading it takes NumPy longer than a small layer takes to run, and hardly any model draws from it. So the
+    generator's bytes are compared with those of the last time. They tell all, unless a normal number is kept in
+    reserve, as the state says.
+    """
+
+    def __init__(self) -> None:
+        self._generator: Any = None
+        self._seen = b""
+        self._state: Any = None
+
+    def state(self) -> Any:
+        """Return the state, or None where NumPy is not loaded."""
+        numpy: Any = sys.modules.get("numpy")
+        if numpy is None:
+            return None
+        generator = numpy.random.get_bit_generator()
+        if type(generator).__name__ != "MT19937":
+            return numpy.random.get_state()
+        seen = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+        if generator is not self._generator or seen != self._seen or self._state[3]:
+            self._generator, self._seen, self._state = generator, seen, numpy.random.get_state()
+        return self._state
+
+
+_MT19937_BYTES = 625 * 4
+
+_numpy = _NumpyStream()
+
+
 def _place(device: torch.device | None) -> tuple[torch.device, ...]:
     """How a random stream is named to its module: by device, but Metal has only one."""
     return () if device is None or device.type == "mps" else (device,)
 
 
-@dataclass(slots=True)
-class _Kept:
-    """One buffer as it was: the tensor itself, its version when it was copied, and the copy."""
-
-    tensor: Tensor
-    version: int
-    copy: Tensor
-
-
 class Transaction:
     """What a model's forward passes change, kept so that it can be undone.
 
-    Buffers are copied before a window, but only those that changed since they were last copied: constant ones (masks,
-    tables) cost one copy in all.
+    Buffers are copied before every window, into the same copies: a version counter would miss what goes through
+    ``.data``.
 
     Args:
         model: Whose buffers are kept.
@@ -91,57 +113,57 @@ class Transaction:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model = model
         self._device = device
-        self._kept: dict[tuple[int, str], _Kept] = {}
-        self._owners: list[nn.Module] = []
+        self._copies: dict[int, Tensor] = {}
+        self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._random: RandomState | None = None
 
     def begin(self) -> None:
         """Keep random state and buffers as they are now."""
         self._random = RandomState.now(self._device)
-        self._owners = [module for module in self._model.modules() if module._buffers]
-        kept: dict[tuple[int, str], _Kept] = {}
-        for module in self._owners:
-            for name, tensor in module._buffers.items():
-                if tensor is None:
-                    continue
-                key = (id(module), name)
-                last = self._kept.get(key)
-                if last is None or last.tensor is not tensor or last.version != tensor._version:
-                    last = _Kept(tensor, tensor._version, tensor.detach().clone())
-                kept[key] = last
-        self._kept = kept
+        self._buffers = {module: dict(module._buffers) for module in modules(self._model)}
+        before, self._copies = self._copies, {}
+        for buffers in self._buffers.values():
+            for buffer in buffers.values():
+                if buffer is not None and id(buffer) not in self._copies:
+                    self._copies[id(buffer)] = _copy(buffer, before.get(id(buffer)))
 
     def roll_back(self) -> None:
         """Put random state and buffers back to where they were at `begin`."""
         if self._random is not None:
             self._random.restore()
-        for module in self._owners:
-            for name in list(module._buffers):
-                last = self._kept.get((id(module), name))
-                if last is None:
-                    module._buffers[name] = None
-                    continue
-                if last.tensor._version != last.version:
+        for module, buffers in self._buffers.items():
+            for name in [name for name in module._buffers if name not in buffers]:
+                del module._buffers[name]
+            for name, buffer in buffers.items():
+                if buffer is not None:
                     with torch.no_grad():
-                        last.tensor.copy_(last.copy)
-                    last.version = last.tensor._version
-                module._buffers[name] = last.tensor
+                        buffer.copy_(self._copies[id(buffer)])
+                module._buffers[name] = buffer
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
+def _copy(buffer: Tensor, into: Tensor | None) -> Tensor:
+    """A copy of a buffer, in the memory of its last copy where that fits."""
+    if into is not None and into.shape == buffer.shape and into.dtype == buffer.dtype and into.device == buffer.device:
+        return into.copy_(buffer.detach())
+    return buffer.detach().clone()
+
+
+class uninterrupted:  # noqa: N801 - reads as what it does
     """Hold Ctrl-C back until the end of the block, so that an update happens once or not at all.
 
     Only the main thread can, and needs to: Python delivers the interrupt there.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held and callable(before):
-            before(*held[0])
+
+    def __enter__(self) -> None:
+        self._held: list[int] = []
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.getsignal(signal.SIGINT)
+        if self._before is not None:
+            signal.signal(signal.SIGINT, lambda number, _frame: self._held.append(number))
+
+    def __exit__(self, *_error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+        if self._held:
+            signal.raise_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from wholebatch.core.errors import LossError, NonFiniteError, WeightError, WindowError
 from wholebatch.core.record import Update
-from wholebatch.core.weights import Count, Reduction, gradient_factor, loss_factor
+from wholebatch.core.weights import Count, Reduction
 from wholebatch.core.window import Phase, WindowState
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
@@ -20,9 +21,27 @@ from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.transaction import Transaction, uninterrupted
+from wholebatch.engine.weighing import Weighing
 
 BatchNorm: TypeAlias = Literal["refuse", "per_micro_batch"]
 """What batch-dependent layers do to a window of more than one micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What holds for every window of an accumulator."""
+
+    setup: Setup
+    sums: GradientSum
+    transaction: Transaction
+    precision: Precision
+    reduction: Reduction
+    clip_norm: float | None
+    on_nonfinite: OnNonFinite
+    batch_norm: BatchNorm
+
+
+_NOTHING = "no micro-batch held a target, so there was nothing to learn"
 
 
 class Window:
@@ -44,45 +63,27 @@ class Window:
 
     def __init__(
         self,
+        rules: Rules,
         *,
         number: int,
-        setup: Setup,
-        sums: GradientSum,
-        transaction: Transaction,
-        precision: Precision,
-        reduction: Reduction,
-        clip_norm: float | None,
-        on_nonfinite: OnNonFinite,
-        batch_norm: BatchNorm,
         targets: Count | None = None,
         micro_batches: int = 1,
         padding: float | None = None,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
         self._started = time.perf_counter()
+        self._rules = rules
         self._number = number
-        self._setup = setup
-        self._sums = sums
-        self._transaction = transaction
-        self._precision = precision
-        self._reduction = reduction
-        self._clip_norm = clip_norm
-        self._on_nonfinite = on_nonfinite
-        self._refuses = batch_norm == "refuse"
-        self._total = targets
-        self._expected = micro_batches
         self._padding = padding
         self._ended = ended
+        self._row_by_row = rules.batch_norm != "refuse"
         self._state = WindowState()
-        self._reference: Count | None = None
-        self._least: Tensor | None = None
-        self._scale: Tensor | None = None
         self._update: Update | None = None
-        wide = torch.float32 if setup.device.type == "mps" else torch.float64
-        self._loss_sum = torch.zeros((), dtype=wide, device=setup.device)
-        memory.reset_peak(setup.device)
-        transaction.begin()
-        sums.start()
+        self._weighing = Weighing(targets=targets, micro_batches=micro_batches, scale=rules.precision.scale())
+        self._sums = rules.sums
+        memory.reset_peak(rules.setup.device)
+        rules.transaction.begin()
+        rules.sums.start()
 
     @property
     def is_open(self) -> bool:
@@ -109,7 +110,9 @@ class Window:
         Args:
             loss: The mean over its targets, or their sum, as the accumulator's `reduction` says; or ``(loss_sum,
                 targets)`` or ``(loss_sum, targets, once)``. Shape ``[]``.
-            targets: What the loss averages over: a number, or a tensor that stays on its device. Unit: targets.
+            targets: What the loss averages over: a number, or a tensor that stays on its device. Unit: targets. Where
+                a tensor on an accelerator may be 0, hand in the pair ``(loss_sum, targets)``: a mean over nothing is
+                not a number.
             rows: The micro-batch's rows, for the record. Unit: rows.
 
         Raises:
@@ -119,7 +122,7 @@ class Window:
             BatchNormError: This is the second micro-batch and the model computes over the rows of a part.
         """
         self._state.require_open("take a loss")
-        self.add(part_of(loss, targets=targets, reduction=self._reduction), rows=rows)
+        self.add(part_of(loss, targets=targets, reduction=self._rules.reduction), rows=rows)
 
     def close(self) -> Update:
         """Turn the window into one update: divide, clip, step the optimizers and the schedules.
@@ -149,7 +152,7 @@ class Window:
             WindowError: The window has ended before.
         """
         self._state.require_open("roll back")
-        self._transaction.roll_back()
+        self._rules.transaction.roll_back()
         self._sums.roll_back()
         self._end(Phase.ROLLED_BACK)
 
@@ -171,9 +174,9 @@ class Window:
         Raises:
             BatchNormError: The window is cut, and the model computes over the rows of a part.
         """
-        if self._refuses and self._state.micro_batches > 0:
-            require_row_by_row(self._setup.model)
-            self._refuses = False
+        if not self._row_by_row and self._state.micro_batches > 0:
+            require_row_by_row(self._rules.setup.model)
+            self._row_by_row = True
 
     def leave_out(self, *, rows: int | None) -> None:
         """Count a micro-batch from which there is nothing to learn.
@@ -195,103 +198,52 @@ class Window:
             return
         try:
             self.before_forward()
-            losses, weights = self._weigh(part)
+            losses, roots = self._weighing.weigh(part)
             self._sums.open_backward()
-            torch.autograd.backward(losses, weights)
+            torch.autograd.backward(losses, roots)
             self._sums.close_backward()
         except BaseException:
             self.rollback()
             raise
         self._state.add(rows=rows, targets=part.targets)
 
-    def _weigh(self, part: Part) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the micro-batch's losses and the factors with which their gradients enter; add the losses up."""
-        count = part.targets
-        if self._reference is None:
-            early = self._total is not None and not part.counted
-            self._reference = self._total if early else _positive(count) * self._expected
-            self._scale = self._precision.scale()
-        weight = loss_factor(part.reduction, count, self._reference)
-        losses, weights = [part.loss], [self._root(weight, count, part.loss)]
-        self._note(part.loss, count if part.reduction == "mean" else 1)
-        if part.once is not None:
-            self._note(part.once, count)
-            if part.once.requires_grad:
-                losses.append(part.once)
-                weights.append(self._root(loss_factor("mean", count, self._reference), count, part.once))
-        if isinstance(count, Tensor):
-            self._least = count if self._least is None else torch.minimum(self._least, count)
-        return losses, weights
-
-    def _root(self, weight: Count, count: Count, loss: Tensor) -> Tensor:
-        """The gradient that enters at a loss: its weight times the loss scale; 0 where a device counted no target."""
-        if isinstance(count, Tensor):
-            weight = torch.where(count > 0, weight, 0.0)
-        if self._scale is not None:
-            weight = weight * self._scale
-        if isinstance(weight, Tensor):
-            return weight.detach().to(device=loss.device, dtype=loss.dtype).reshape(loss.shape)
-        return torch.full_like(loss, weight)
-
-    def _note(self, loss: Tensor, count: Count) -> None:
-        """Add `count` times the loss to the sum of losses, on the device."""
-        loss = loss.detach().reshape(())
-        if isinstance(count, Tensor):
-            self._loss_sum += torch.where(count > 0, loss * count, 0.0).reshape(()).to(self._loss_sum.device)
-        else:
-            self._loss_sum.add_(loss, alpha=count)
-
     def _close(self) -> Update:
         if self._state.micro_batches == 0:
-            return self._skip("no micro-batch held a target, so there was nothing to learn", loss=math.nan, norm=None)
+            return self._skip(_NOTHING, loss=math.nan, norm=None)
         self._sums.hold()
         if self._sums.empty:
             raise LossError(
                 "No parameter that the optimizer steps received a gradient.",
                 hint="the loss must depend on the weights of the model that was given to wb.Accumulator.",
             )
-        scaled_norm = self._sums.norm()
-        norm, loss_sum, targets, reference, scale, least = self._read(
-            scaled_norm, self._loss_sum, self._state.targets, self._reference, self._scale, self._least
-        )
-        self._state.targets = int(targets) if targets.is_integer() else targets
-        if not (math.isfinite(targets) and least >= 0):
+        read = self._weighing.read(self._sums.norms(), self._state.targets)
+        self._state.targets = int(read.targets) if read.targets % 1 == 0 else read.targets
+        if not (math.isfinite(read.targets) and read.least >= 0):
             raise WeightError(
-                f"The targets of a window add up to {targets}, and a micro-batch holds {least}.",
+                f"The targets of a window add up to {read.targets}, and a micro-batch holds {read.least}.",
                 hint="targets are what the loss averages over: 0 or more, such as (labels != -100).sum().",
             )
-        if targets == 0:
-            return self._skip("no micro-batch held a target, so there was nothing to learn", loss=math.nan, norm=None)
-        self._precision.settle(scaled_norm)
-        factor = gradient_factor(reference, targets) / scale
-        norm, loss = norm * factor, loss_sum / targets
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            return self._refuse_nonfinite(loss, norm)
-        if self._clip_norm is not None:
-            factor *= min(1.0, self._clip_norm / (norm + 1e-6))
-        self._sums.deliver(factor)
-        lr = self._setup.lr
+        if read.targets == 0:
+            return self._skip(_NOTHING, loss=math.nan, norm=None)
+        self._rules.precision.settle(read.scaled_norm)
+        if not (math.isfinite(read.norm) and math.isfinite(read.loss)):
+            return self._refuse_nonfinite(read.loss, read.norm)
+        clip = 1.0 if self._rules.clip_norm is None else min(1.0, self._rules.clip_norm / (read.norm + 1e-6))
+        self._sums.deliver(read.factor * clip)
+        lr = self._rules.setup.lr
         with uninterrupted():
-            with self._setup.step_allowed():
-                for optimizer in self._setup.optimizers:
-                    optimizer.step()
-            self._setup.schedule(loss)
+            self._rules.setup.step()
             self._sums.commit()
             self._end(Phase.CLOSED)
-        return self._record(loss=loss, norm=norm, lr=lr, skipped=None)
-
-    def _read(self, *values: Any) -> list[float]:
-        """Return numbers that may live on the device, with one wait for it; None reads as 1."""
-        on_device = [value for value in values if isinstance(value, Tensor)]
-        wide, device = self._loss_sum.dtype, self._loss_sum.device
-        read = iter(torch.stack([value.detach().reshape(()).to(device, wide) for value in on_device]).tolist())
-        return [next(read) if isinstance(value, Tensor) else 1.0 if value is None else float(value) for value in values]
+            self._update = self._record(loss=read.loss, norm=read.norm, lr=lr, skipped=None)
+            self._rules.setup.schedule(read.loss)
+        return self._update
 
     def _refuse_nonfinite(self, loss: float, norm: float) -> Update:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
         # With a loss scale, an infinite gradient under a finite loss says that the scale was too high: it has been
         # lowered.
-        if self._on_nonfinite == "raise" and not (self._scale is not None and math.isfinite(loss)):
+        if self._rules.on_nonfinite == "raise" and not (self._weighing.scaled and math.isfinite(loss)):
             raise NonFiniteError(
                 f"A window of {self._state.micro_batches} micro-batches is not finite: {what}.",
                 hint="look at the rows of this logical batch and at the learning rate; weights are as before.",
@@ -300,7 +252,7 @@ class Window:
 
     def _skip(self, reason: str, *, loss: float, norm: float | None) -> Update:
         self.rollback()
-        return self._record(loss=loss, norm=norm, lr=self._setup.lr, skipped=reason)
+        return self._record(loss=loss, norm=norm, lr=self._rules.setup.lr, skipped=reason)
 
     def _record(self, *, loss: float, norm: float | None, lr: float, skipped: str | None) -> Update:
         return Update(
@@ -313,14 +265,10 @@ class Window:
             grad_norm=norm,
             lr=lr,
             skipped=skipped,
-            peak_bytes=memory.peak_bytes(self._setup.device),
+            peak_bytes=memory.peak_bytes(self._rules.setup.device),
             seconds=time.perf_counter() - self._started,
         )
 
     def _end(self, phase: Phase) -> None:
         self._state.end(phase)
         self._ended()
-
-
-def _positive(count: Count) -> Count:
-    return torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count

@@ -11,7 +11,9 @@ from torch import nn
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
 from wholebatch.engine.accumulator import Accumulator
+from wholebatch.engine.device import input_device
 from wholebatch.engine.objective import LossFn, TargetsFn
+from wholebatch.engine.transaction import Transaction
 from wholebatch.evidence.verify import Catch, verify
 
 ROUNDS = 3
@@ -55,7 +57,8 @@ def compare(
     plain_rows: int = 16,
     seed: int = 0,
 ) -> Comparison:
-    """Measure what cutting a logical batch saves and costs. Model and random state are left as they were.
+    """Measure what cutting a logical batch saves and costs. Weights, buffers and random state are left as they were;
+    gradients are used up, as at the end of any training loop.
 
     Args:
         model: The module; as a whole, the batch must fit into memory once.
@@ -73,6 +76,8 @@ def compare(
     accumulator = Accumulator(
         model, catch, loss_fn, micro_batch=micro_batch, check=None, batch_norm="per_micro_batch", **objective
     )
+    transaction = Transaction(model, input_device(model))
+    transaction.begin()
     shuffled = random.Random(seed).sample(list(batch), len(batch))
     counted = 0.0
     ours, plain = [], []
@@ -83,6 +88,7 @@ def compare(
         start = time.process_time()
         textbook_window(model, catch, loss_fn, shuffled, collate=collate, rows_a_micro_batch=plain_rows)
         plain.append(time.process_time() - start)
+    transaction.roll_back()
     return Comparison(
         gradient_error=found.error,
         cut_peak_bytes=found.cut_peak_bytes,

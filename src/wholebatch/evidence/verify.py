@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import SplitError, VerifyError
+from wholebatch.core.errors import SplitError, VerifyError, WeightError
 from wholebatch.core.record import Update
 from wholebatch.core.split import LogicalBatch, Rows, Tokens
 from wholebatch.core.weights import Reduction
@@ -122,6 +122,8 @@ def verify(
 
     Raises:
         SplitError: The batch has fewer than two rows, or its parts disagree on how many rows there are.
+        WeightError: The batch holds no target.
+        NonFiniteError: Loss or gradient of the batch is infinite or not a number.
 
     Example:
         >>> def loss_fn(model, batch):
@@ -153,6 +155,10 @@ def verify(
             whole=whole,
             dims=dims,
         )
+        if update.skipped is not None:
+            raise WeightError(
+                f"There is nothing to compare: {update.skipped}.", hint="verify with a batch that holds targets."
+            )
         transaction.roll_back()
         peak, whole_gradient = _whole_gradient(model, objective, rows)
         transaction.roll_back()

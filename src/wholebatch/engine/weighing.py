@@ -1,0 +1,163 @@
+"""With which factor does a loss's gradient enter a window, and what do the losses add up to?"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wholebatch.core.weights import Count, gradient_factor, loss_factor
+from wholebatch.engine.objective import Part
+
+_LOSSES = 256
+"""How many losses are kept apart before they are added up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a window came to, as plain numbers.
+
+    Attributes:
+        loss: The objective: the sum of losses over the targets.
+        norm: 2-norm of the gradient of the objective.
+        factor: What the summed gradient is multiplied by to be that of the objective. Dimensionless.
+        scaled_norm: 2-norm of the summed gradient as it stands, loss scale included.
+        targets: Targets of the window.
+        least: The fewest that a device counted in one micro-batch; 0 where none did.
+    """
+
+    loss: float
+    norm: float
+    factor: float
+    scaled_norm: float
+    targets: float
+    least: float
+
+
+class Weighing:
+    """Divides the losses of one window before their backward passes, and its gradient at the close.
+
+    The rule is that of `wholebatch.core.weights`: every loss is divided by a reference, which is the window's targets
+    where they are known and a guess elsewhere, and the gradient is multiplied by reference over targets. Nothing here
+    waits for the device before `read`.
+
+    Args:
+        targets: The targets of the whole window, if they are known beforehand. Unit: targets.
+        micro_batches: About how many micro-batches will come; the guess is this times the targets of the first.
+        scale: The loss scale, on the device, or None.
+    """
+
+    def __init__(self, *, targets: Count | None, micro_batches: int, scale: Tensor | None) -> None:
+        self._known = _widen(targets) if isinstance(targets, Tensor) else targets
+        self._expected = micro_batches
+        self._reference: Count | None = None
+        self._scale = scale
+        self._losses: list[tuple[Tensor, float]] = []
+        self._least: Tensor | None = None
+        self._root: tuple[float, Tensor] | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether there is a loss scale."""
+        return self._scale is not None
+
+    def weigh(self, part: Part) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the losses of a micro-batch and the gradients that enter at them; note the losses for the record.
+
+        Args:
+            part: Loss and targets, more than 0 of them unless a device counted.
+
+        Returns:
+            The two arguments of `torch.autograd.backward`.
+        """
+        count = part.targets
+        if isinstance(count, Tensor):
+            count = self._watch(count)
+        if self._reference is None:
+            guess = self._known is None or part.counted
+            self._reference = _positive(count) * self._expected if guess else self._known
+        self._note(part.loss, count if part.reduction == "mean" else 1, count)
+        losses = [part.loss]
+        roots = [self._enter(loss_factor(part.reduction, count, self._reference), count, part.loss)]
+        if part.once is not None:
+            self._note(part.once, count, count)
+            if part.once.requires_grad:
+                losses.append(part.once)
+                roots.append(self._enter(loss_factor("mean", count, self._reference), count, part.once))
+        return losses, roots
+
+    def read(self, norms: Sequence[Tensor], targets: Count) -> Reading:
+        """Return what the window came to, with one wait for the device.
+
+        Args:
+            norms: 2-norms of the parts of the summed gradient. Each of shape ``[]``.
+            targets: Targets of the window. Unit: targets.
+        """
+        asked = [targets, self._reference, self._scale, self._least]
+        tensors = [each for each in asked if isinstance(each, Tensor)]
+        numbers = _read([*norms, *(loss for loss, _ in self._losses), *tensors])
+        rest = iter(numbers[len(norms) + len(self._losses) :])
+        total, reference, scale, least = [next(rest) if isinstance(each, Tensor) else each for each in asked]
+        loss_sum = sum(count * loss for (_, count), loss in zip(self._losses, numbers[len(norms) :], strict=False))
+        scaled_norm = math.hypot(*numbers[: len(norms)])
+        factor = gradient_factor(reference, total) / (scale or 1.0) if total else 0.0
+        return Reading(
+            loss=loss_sum / total if total else math.nan,
+            norm=scaled_norm * factor,
+            factor=factor,
+            scaled_norm=scaled_norm,
+            targets=total,
+            least=least if least is not None else 0.0,
+        )
+
+    def _watch(self, count: Tensor) -> Tensor:
+        count = _widen(count)
+        self._least = count if self._least is None else torch.minimum(self._least, count)
+        return count
+
+    def _enter(self, weight: Count, count: Count, loss: Tensor) -> Tensor:
+        """The gradient that enters at a loss: its weight times the loss scale; 0 where a device counted no target."""
+        if isinstance(count, Tensor):
+            weight = torch.where(count > 0, weight, 0.0)
+        if self._scale is not None:
+            weight = weight * self._scale
+        if isinstance(weight, Tensor):
+            return weight.detach().to(device=loss.device, dtype=loss.dtype).reshape(loss.shape)
+        last = self._root
+        if last is None or last[0] != weight or last[1].dtype != loss.dtype or last[1].shape != loss.shape:
+            last = self._root = (weight, torch.full_like(loss, weight))
+        return last[1]
+
+    def _note(self, loss: Tensor, times: Count, count: Count) -> None:
+        """Keep a loss, with how often it counts; it stays on its device until it is read."""
+        noted = loss.detach() if loss.ndim == 0 else loss.detach().reshape(())
+        if isinstance(count, Tensor):
+            noted, times = torch.where(count > 0, noted * times, 0.0), 1
+        elif loss._is_view():
+            noted = noted.clone()  # of one number, not of all that it is a part of
+        self._losses.append((noted, times))
+        if len(self._losses) > _LOSSES:
+            wide = [noted.to(_wide(noted)) * times for noted, times in self._losses]
+            self._losses = [(torch.stack(wide).sum(), 1)]
+
+
+def _widen(count: Tensor) -> Tensor:
+    """A count as wide as its device has numbers, so that dividing by it rounds no more than the losses do."""
+    return count.detach().reshape(()).to(_wide(count))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _positive(count: Count) -> Count:
+    return torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count
+
+
+def _read(tensors: list[Tensor]) -> list[float]:
+    """The numbers of some tensors of shape ``[]``, with one wait for the device."""
+    if len({each.device for each in tensors}) > 1:
+        tensors = [each.to(tensors[0].device) for each in tensors]
+    numbers: list[float] = torch.stack(tensors).tolist()
+    return numbers
