@@ -82,10 +82,10 @@ class _NumpyStream:
             return None
         generator = numpy.random.get_bit_generator()
         if type(generator).__name__ != "MT19937":
-            return numpy.random.get_state()
+            return numpy.random.get_state(legacy=False)
         seen = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
-        if generator is not self._generator or seen != self._seen or self._state[3]:
-            self._generator, self._seen, self._state = generator, seen, numpy.random.get_state()
+        if generator is not self._generator or seen != self._seen or self._state["has_gauss"]:
+            self._generator, self._seen, self._state = generator, seen, numpy.random.get_state(legacy=False)
         return self._state
 
 
