@@ -4,9 +4,9 @@ Weights, optimizer state, loss scale and schedule need no copy: nothing touches 
 good. The gradient sum has its own beginning and end (`sums.py`).
 """
 
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enumerations, at ten times the cost
 import ctypes
 import random
-import signal
 import sys
 import threading
 from dataclasses import dataclass
@@ -158,12 +158,12 @@ class uninterrupted:  # noqa: N801 - reads as what it does
         self._held: list[int] = []
         self._before: Any = None
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.getsignal(signal.SIGINT)
+            self._before = _signal.getsignal(_signal.SIGINT)
         if self._before is not None:
-            signal.signal(signal.SIGINT, lambda number, _frame: self._held.append(number))
+            _signal.signal(_signal.SIGINT, lambda number, _frame: self._held.append(number))
 
     def __exit__(self, *_error: object) -> None:
         if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+            _signal.signal(_signal.SIGINT, self._before)
         if self._held:
-            signal.raise_signal(signal.SIGINT)
+            _signal.raise_signal(_signal.SIGINT)

@@ -1,0 +1,236 @@
+"""The user's model, cut and uncut: the causes are named, sound models pass, and no trace is left."""
+
+import json
+
+import pytest
+import torch
+from menagerie import (
+    BATCH_NORM,
+    CALM,
+    CONTRASTIVE,
+    DROPOUT,
+    MIXED,
+    NOISY,
+    Animal,
+    TiedHead,
+    mean_over_labels,
+    mean_square,
+    mlp,
+    num_labels,
+    numbers,
+    regression,
+    sum_over_labels,
+    texts,
+)
+from properties import assert_leaves_no_trace
+from torch import nn
+
+import wholebatch as wb
+
+
+def verified(animal, rows=10, dtype=torch.float64, **options):
+    model = animal.model(dtype)
+    batch = animal.batch(rows, dtype)
+    return wb.verify(model, animal.loss_fn, batch, **{**animal.objective, **options})
+
+
+def counts_the_padding(batch):
+    return batch["labels"].numel()
+
+
+WRONG = {
+    "batch norm": (BATCH_NORM, "training mode compute over the rows that they are given: 1."),
+    "dropout": (DROPOUT, "other masks when the batch is cut: 0, 2."),
+    "randomness": (NOISY, "draw random numbers"),
+    "reduction: a sum": (Animal(TiedHead, texts, sum_over_labels, num_labels), "a sum, declared as a mean"),
+    "reduction: a mean": (Animal(TiedHead, texts, mean_over_labels, num_labels, "sum"), "a mean, declared as a sum"),
+    "targets": (Animal(TiedHead, texts, mean_over_labels, counts_the_padding), "as declared"),
+    "targets: rows": (Animal(TiedHead, texts, mean_over_labels), "does not average over the targets"),
+    "not a sum over rows": (CONTRASTIVE, "No weights turn the gradients of the parts into that of the whole"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_cause_is_named(wrong, dtype):
+    animal, found = WRONG[wrong]
+    verification = verified(animal, dtype=dtype)
+    assert not verification.ok
+    assert verification.error > 1e-3
+    (cause,) = verification.causes
+    assert cause.name == wrong.partition(":")[0]
+    assert found in cause.found
+    assert cause.hint
+    assert verification.cause == f"{cause.name}: {cause.found}"
+
+
+def test_several_causes_are_named_together():
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    verification = wb.verify(model, mean_square, regression(10, torch.float64), reduction="sum")
+    assert [cause.name for cause in verification.causes] == ["batch norm", "dropout", "reduction"]
+
+
+def test_batch_norm_and_randomness_alone_are_not_called_anything_else():
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    verification = wb.verify(model, mean_square, regression(10, torch.float64))
+    assert [cause.name for cause in verification.causes] == ["batch norm", "dropout"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("micro_batch", [None, wb.Rows(1), wb.Rows(4), wb.Rows(99)], ids=str)
+@pytest.mark.parametrize("name", CALM)
+def test_there_is_no_false_alarm(name, micro_batch, dtype):
+    verification = verified(CALM[name], micro_batch=micro_batch, dtype=dtype)
+    assert verification.ok, str(verification)
+    assert verification.causes == ()
+    assert verification.cause is None
+    verification.raise_if_not_ok()
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolution", "shared weights", "sparse gradients"])
+def test_there_is_no_false_alarm_in_16_bits(name):
+    assert verified(CALM[name], dtype=torch.bfloat16).ok
+
+
+def test_there_is_no_false_alarm_for_weights_of_two_dtypes():
+    verification = verified(MIXED, dtype=torch.float32)
+    assert verification.ok
+    assert verification.eps == torch.finfo(torch.bfloat16).eps
+
+
+def test_one_dropout_layer_that_draws_the_same_masks_is_equal():
+    """Masks are drawn row after row, so a single layer draws the same ones for rows that are cut in order."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5)).double()
+    assert wb.verify(model, lambda m, b: m(b["x"]).square().mean(), regression(9, torch.float64)).ok
+
+
+def test_gradients_that_cancel_to_nothing_are_no_alarm():
+    """At the optimum the gradient of the whole is rounding; it is measured by what the parts hold."""
+    model = nn.Linear(5, 3).double()
+    x = numbers(10, 5)
+    y = model(x).detach() + numbers(10, 3, seed=1)
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(10, 1)], 1), y).solution
+    with torch.no_grad():
+        model.weight.copy_(solution[:5].T)
+        model.bias.copy_(solution[5])
+    assert wb.verify(model, mean_square, {"x": x, "y": y}).ok
+
+
+def test_a_gradient_that_is_zero_is_equal():
+    model = nn.Linear(5, 3).double()
+    verification = wb.verify(model, lambda m, b: m(b["x"]).mul(0).mean(), regression(6, torch.float64))
+    assert verification.ok
+    assert verification.error == 0.0
+
+
+def test_a_gradient_that_is_not_a_number_is_not_equal():
+    """The whole batch meets a 0 / 0 in its last parameter that no part meets."""
+
+    def loss_fn(model, batch):
+        loss = mean_square(model, batch)
+        return loss + (model[2].bias * 0).sqrt().sum() if len(batch["x"]) > 4 else loss
+
+    assert not wb.verify(mlp().double(), loss_fn, regression(9, torch.float64)).ok
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_verify_leaves_no_trace(wrong):
+    animal, _ = WRONG[wrong]
+    model, batch = animal.model(), animal.batch(10, torch.float64)
+    animal.loss_fn(model, batch).backward()
+    with assert_leaves_no_trace(model):
+        wb.verify(model, animal.loss_fn, batch, **animal.objective)
+
+
+def test_verify_leaves_no_trace_when_the_loss_function_raises():
+    def stumbling(model, batch):
+        if len(batch["x"]) > 4:
+            raise ArithmeticError
+        return mean_square(model, batch)
+
+    model = BATCH_NORM.model()
+    mean_square(model, regression(5, torch.float64)).backward()
+    with assert_leaves_no_trace(model), pytest.raises(ArithmeticError):
+        wb.verify(model, stumbling, regression(9, torch.float64))
+
+
+def test_an_open_window_is_left_alone():
+    model = mlp().double()
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    window = accumulator.window()
+    window.backward(mean_square(model, regression(4, torch.float64)), targets=4)
+    assert wb.verify(model, mean_square, regression(6, torch.float64)).ok
+    window.backward(mean_square(model, regression(4, torch.float64)), targets=4)
+    assert window.close().targets == 8
+
+
+def test_rows_by_length_are_verified_as_they_are_cut():
+    rows = [numbers(length, 5, seed=length) for length in (7, 2, 9, 4, 1)]
+
+    def loss_fn(model, x):
+        mask = x.abs().sum(2) > 0
+        return (model(x).square().sum(2) * mask).sum(), mask.sum()
+
+    def pad(some):
+        return nn.utils.rnn.pad_sequence(some, batch_first=True)
+
+    verification = wb.verify(mlp().double(), loss_fn, rows, micro_batch=wb.Tokens(10, length=len), collate=pad)
+    assert verification.ok
+    assert (verification.rows, verification.micro_batches) == (5, 4)
+
+
+def test_a_wrong_mask_is_found_in_rows_by_length():
+    rows = [numbers(length, 5, seed=length) for length in (7, 2, 9, 4, 1)]
+
+    def pad(some):
+        return nn.utils.rnn.pad_sequence(some, batch_first=True)
+
+    def over_padding(model, x):
+        return model(x).square().mean()
+
+    verification = wb.verify(mlp().double(), over_padding, rows, micro_batch=wb.Tokens(10, length=len), collate=pad)
+    assert not verification.ok
+
+
+def test_a_verification_speaks():
+    good, bad = verified(CALM["mlp"]), verified(WRONG["targets"][0])
+    assert str(good).startswith("equal: the gradient of 10 rows as a whole and in 3 micro-batches differs by")
+    assert "cause: targets." in str(bad)
+    assert "hint: let targets=... count exactly" in str(bad)
+    assert "worst parameters: " in str(bad)
+    with pytest.raises(wb.VerifyError, match="not equal") as error:
+        bad.raise_if_not_ok()
+    assert error.value.hint == bad.causes[0].hint
+
+
+@pytest.mark.parametrize("wrong", [None, "targets"])
+def test_a_verification_is_plain_values(wrong):
+    verification = verified(WRONG[wrong][0] if wrong else CALM["mlp"])
+    plain = verification.to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["ok"] is (wrong is None)
+    assert [cause["name"] for cause in plain["causes"]] == ([wrong] if wrong else [])
+    assert set(plain["by_parameter"]) == {name for name, _ in (TiedHead() if wrong else mlp()).named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind", "found"),
+    [
+        (regression(1, torch.float32), wb.SplitError, "one row cannot be cut"),
+        ({"x": torch.ones(4, 5), "y": torch.ones(3, 3)}, wb.SplitError, "disagree"),
+        ({"x": torch.ones(4, 5), "y": torch.full((4, 3), float("nan"))}, wb.NonFiniteError, "loss is nan"),
+    ],
+)
+def test_a_batch_that_cannot_be_verified_is_refused(batch, kind, found):
+    model = mlp()
+    with assert_leaves_no_trace(model), pytest.raises(kind, match=found) as error:
+        wb.verify(model, mean_square, batch)
+    assert error.value.hint
+
+
+def test_a_batch_without_targets_cannot_be_verified():
+    animal = CALM["shared weights"]
+    model, batch = animal.model(), animal.batch(6, torch.float64)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    with assert_leaves_no_trace(model), pytest.raises(wb.WeightError, match="nothing to compare"):
+        wb.verify(model, animal.loss_fn, batch, targets=num_labels)
