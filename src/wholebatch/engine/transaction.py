@@ -131,6 +131,10 @@ class Transaction:
         """Put random state and buffers back to where they were at `begin`."""
         if self._random is not None:
             self._random.restore()
+        self.roll_back_buffers()
+
+    def roll_back_buffers(self) -> None:
+        """Put buffers back to where they were at `begin`, and let the random streams go on."""
         for module, buffers in self._buffers.items():
             for name in [name for name in module._buffers if name not in buffers]:
                 del module._buffers[name]

@@ -49,7 +49,7 @@ class Weighing:
     """
 
     def __init__(self, *, targets: Count | None, micro_batches: int, scale: Tensor | None) -> None:
-        self._known = _widen(targets) if isinstance(targets, Tensor) else targets
+        self._known = widen(targets)
         self._expected = micro_batches
         self._reference: Count | None = None
         self._scale = scale
@@ -71,9 +71,9 @@ class Weighing:
         Returns:
             The two arguments of `torch.autograd.backward`.
         """
-        count = part.targets
+        count = widen(part.targets)
         if isinstance(count, Tensor):
-            count = self._watch(count)
+            self._least = count if self._least is None else torch.minimum(self._least, count)
         if self._reference is None:
             guess = self._known is None or part.counted
             self._reference = _positive(count) * self._expected if guess else self._known
@@ -111,11 +111,6 @@ class Weighing:
             least=least if least is not None else 0.0,
         )
 
-    def _watch(self, count: Tensor) -> Tensor:
-        count = _widen(count)
-        self._least = count if self._least is None else torch.minimum(self._least, count)
-        return count
-
     def _enter(self, weight: Count, count: Count, loss: Tensor) -> Tensor:
         """The gradient that enters at a loss: its weight times the loss scale; 0 where a device counted no target."""
         if isinstance(count, Tensor):
@@ -142,9 +137,9 @@ class Weighing:
             self._losses = [(torch.stack(wide).sum(), 1)]
 
 
-def _widen(count: Tensor) -> Tensor:
-    """A count as wide as its device has numbers, so that dividing by it rounds no more than the losses do."""
-    return count.detach().reshape(()).to(_wide(count))
+def widen(count: Count) -> Count:
+    """Return a count as wide as its device has numbers, so that sums and quotients round no more than losses do."""
+    return count.detach().reshape(()).to(_wide(count)) if isinstance(count, Tensor) else count
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -21,7 +21,7 @@ from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.transaction import Transaction, uninterrupted
-from wholebatch.engine.weighing import Weighing
+from wholebatch.engine.weighing import Weighing, widen
 
 BatchNorm: TypeAlias = Literal["refuse", "per_micro_batch"]
 """What batch-dependent layers do to a window of more than one micro-batch."""
@@ -205,7 +205,7 @@ class Window:
         except BaseException:
             self.rollback()
             raise
-        self._state.add(rows=rows, targets=part.targets)
+        self._state.add(rows=rows, targets=widen(part.targets))
 
     def _close(self) -> Update:
         if self._state.micro_batches == 0:

@@ -1,0 +1,145 @@
+"""Why does the cut change the gradient? Experiments on a few rows, each of which names a cause.
+
+With batch norm off; with another random state; with the rows given twice (a sum doubles, a mean does not); and with the
+weights w that fit g = sum_k w_k g_k best: if some fit, the loss is a mean over other targets than those declared; if
+none fits, it is not a sum over rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from wholebatch.core.split import Indices
+from wholebatch.engine.batchnorm import batch_dependent_layers
+from wholebatch.engine.pieces import Probe, compare, evaluating, is_rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a cut changes the gradient.
+
+    Attributes:
+        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"reduction"``, ``"targets"`` or ``"not a sum over
+            rows"``.
+        found: What was found, as a sentence.
+        hint: What to do about it.
+    """
+
+    name: str
+    found: str
+    hint: str
+
+
+def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cause]:
+    """Return why the gradient of the parts is not that of the whole; nothing where it is.
+
+    Args:
+        probe: Runs the rows.
+        whole: The undivided rows.
+        parts: The same rows, cut.
+    """
+    causes: list[Cause] = []
+
+    def agree() -> bool:
+        found = compare(probe, whole, parts)
+        return found is None or is_rounding(found, probe.tolerance)
+
+    def draws() -> bool:
+        first, second = probe.run(whole), probe.run(whole)
+        if first is None or second is None:
+            return False
+        return float((first.gradient - second.gradient).norm()) > probe.tolerance * float(first.gradient.norm())
+
+    if agree():
+        return causes
+    layers = batch_dependent_layers(probe.model)
+    with evaluating([layer for name, layer in probe.model.named_modules() if name in layers]):
+        if layers:
+            causes.append(
+                Cause(
+                    "batch norm",
+                    f"Layers in training mode compute over the rows that they are given: {', '.join(layers)}.",
+                    'use wb.convert_batch_norm(model, to="group") or wb.freeze_batch_norm(model).',
+                )
+            )
+            if agree():
+                return causes
+        random = draws()
+        if random:
+            causes.append(_random_cause(probe.model))
+        with evaluating(list(probe.model.modules()) if random else []):
+            if random and (agree() or draws()):
+                return causes
+            return causes + _arithmetic_causes(probe, whole, parts)
+
+
+def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cause]:
+    """What is wrong with the division itself, given that the model is deterministic and no layer sees the batch."""
+    undivided = probe.run(whole)
+    twice = probe.run([*whole, *whole])
+    pieces = [piece for part in parts if (piece := probe.run(part)) is not None]
+    if undivided is None or twice is None or not pieces:
+        return []
+    size = float(undivided.gradient.norm())
+    doubles = float((twice.gradient - 2 * undivided.gradient).norm()) <= probe.tolerance * 2 * size
+    stays = float((twice.gradient - undivided.gradient).norm()) <= probe.tolerance * size
+    if doubles and not undivided.is_sum:
+        return [
+            Cause(
+                "reduction",
+                "The loss doubles when every row is given twice: it is a sum, declared as a mean.",
+                'pass reduction="sum", or let loss_fn return the mean over its targets.',
+            )
+        ]
+    if stays and undivided.is_sum:
+        return [
+            Cause(
+                "reduction",
+                "The loss stays the same when every row is given twice: it is a mean, declared as a sum.",
+                'pass reduction="mean" with targets=..., or let loss_fn return a sum.',
+            )
+        ]
+    gradients = torch.stack([piece.gradient for piece in pieces], dim=1)
+    fit = torch.linalg.lstsq(gradients, undivided.gradient.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    left = float((gradients @ fit - undivided.gradient).norm())
+    if left <= probe.tolerance * max(size, float((gradients.abs() @ fit.abs()).norm())):
+        declared = ", ".join(f"{piece.targets:g}" for piece in pieces)
+        actual = ", ".join(f"{weight:.3g}" for weight in (fit / fit.sum() if not undivided.is_sum else fit).tolist())
+        return [
+            Cause(
+                "targets",
+                f"The parts hold {declared} targets as declared ({undivided.targets:g} as a whole), but the loss "
+                f"weighs them by {actual}: it does not average over the targets that are counted.",
+                "let targets=... count exactly what the loss averages over, such as (labels != -100).sum() for "
+                "cross_entropy with ignored labels.",
+            )
+        ]
+    return [
+        Cause(
+            "not a sum over rows",
+            "No weights turn the gradients of the parts into that of the whole: the loss is not a sum over rows, as "
+            "with in-batch negatives, statistics of the batch, or a nonlinear function of a mean.",
+            "compute it on an undivided logical batch, or write it as a sum over rows.",
+        )
+    ]
+
+
+def _random_cause(model: nn.Module) -> Cause:
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    names = [
+        name for name, layer in model.named_modules() if isinstance(layer, kinds) and layer.training and layer.p > 0
+    ]
+    if names:
+        return Cause(
+            "dropout",
+            f"Dropout draws other masks when the batch is cut: {', '.join(names[:5])}. The update is that of other "
+            "masks of the same distribution.",
+            "this is no mistake; to compare exactly, call model.eval() first.",
+        )
+    return Cause(
+        "randomness",
+        "Model or loss draw random numbers (functional dropout, noise, sampling), and others when the batch is cut.",
+        "this is no mistake if it is meant; to compare exactly, call model.eval() or fix the draws by row.",
+    )

@@ -1,0 +1,192 @@
+"""Does the cut change the gradient? Some rows as a whole against the same rows in parts.
+
+With g the gradient of the loss over some rows and g_k those over its parts, a loss that averages over n targets obeys
+
+    g = sum_k (n_k / n) g_k
+
+whatever the cut.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wholebatch.core.split import Indices, LogicalBatch
+from wholebatch.core.weights import mean_weights
+from wholebatch.engine.device import input_device, move
+from wholebatch.engine.objective import Objective
+from wholebatch.engine.sums import GradientSum
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows, run through the model: their declared targets and the gradient of what the loss function returned."""
+
+    targets: float
+    is_sum: bool
+    gradient: Tensor
+
+
+class Probe:
+    """Runs rows of a batch through model and loss, and leaves no trace.
+
+    Args:
+        model: The module.
+        objective: What is to be trained.
+        rows: The batch.
+        sample: How many entries of each parameter's gradient are kept; None: all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        rows: LogicalBatch,
+        *,
+        sample: int | None = None,
+    ) -> None:
+        self.model = model
+        self._objective = objective
+        self._rows = rows
+        self._sample = sample
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._parameters = [parameter for _, parameter in named]
+        self.names = [name for name, _ in named]
+        self.sizes = [_num_entries(parameter, sample) for parameter in self._parameters]
+
+    @property
+    def eps(self) -> float:
+        """The rounding unit of the coarsest weights; on hardware that multiplies in TF32, that of TF32."""
+        eps = max(torch.finfo(parameter.dtype).eps for parameter in self._parameters)
+        tf32 = input_device(self.model).type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        return max(eps, 2.0**-10) if tf32 else eps
+
+    @property
+    def tolerance(self) -> float:
+        """How far rounding alone may take the cut gradient from the uncut one, relative to its size."""
+        return (4096 if self.eps < 1e-5 else 32) * self.eps
+
+    def run(self, indices: Indices) -> Piece | None:
+        """Return what some rows give, or None where there is nothing to learn from them."""
+        sums = GradientSum(self._parameters, [], "weights")
+        micro_batch = move(self._rows.take(indices), input_device(self.model))
+        count = self._objective.count(micro_batch, len(indices))
+        if float(count) == 0:
+            return None
+        sums.start()
+        try:
+            part = self._objective(self.model, micro_batch, count)
+            if part is None or float(part.targets) == 0:
+                return None
+            losses = [part.loss]
+            weights = [torch.ones_like(part.loss)]
+            if part.once is not None and part.once.requires_grad:
+                losses.append(part.once)
+                weights.append(torch.full_like(part.once, float(part.targets)))
+            torch.autograd.backward(losses, weights)
+            gradient = flat_gradient(self._parameters, self._sample)
+        finally:
+            sums.roll_back()
+        return Piece(float(part.targets), part.reduction == "sum", gradient)
+
+
+def flat_gradient(parameters: Iterable[nn.Parameter], sample: int | None = None) -> Tensor:
+    """Return the gradients of some parameters, one after the other, in float64 on the CPU.
+
+    Args:
+        parameters: Whose ``.grad`` is taken; None is zero.
+        sample: At most so many entries of each, evenly spaced; None: all.
+
+    Returns:
+        Shape ``[entries]``; a complex entry counts as two.
+    """
+    return torch.cat([_entries(parameter, _num_entries(parameter, sample)) for parameter in parameters])
+
+
+def _num_entries(parameter: nn.Parameter, sample: int | None) -> int:
+    entries = parameter.numel() * (2 if parameter.is_complex() else 1)
+    return min(entries, sample) if sample is not None else entries
+
+
+def _entries(parameter: nn.Parameter, size: int) -> Tensor:
+    if parameter.grad is None:
+        return torch.zeros(size, dtype=torch.float64)
+    grad = parameter.grad.detach()
+    grad = grad if grad.layout == torch.strided else grad.to_dense()
+    flat = (torch.view_as_real(grad) if grad.is_complex() else grad).flatten()
+    return flat[:: max(1, flat.numel() // max(1, size))][:size].to("cpu", torch.float64)
+
+
+def errors(cut: Tensor, whole: Tensor, scale: Tensor, sizes: Sequence[int]) -> list[float]:
+    """Return the relative error of each parameter's gradient.
+
+    Args:
+        cut: Gradient from the parts, all parameters one after the other. Shape ``[entries]``.
+        whole: Gradient of the undivided rows. Shape ``[entries]``.
+        scale: How large the parts' gradients are, entry by entry, before they cancel. Shape ``[entries]``.
+        sizes: Entries of each parameter.
+
+    Returns:
+        For each parameter the 2-norm of the difference over that of the parts; a parameter with hardly any gradient is
+        measured against 3 % of the average.
+    """
+    average = float(scale.norm()) / max(1, len(scale)) ** 0.5
+    result = []
+    for difference, size in zip(
+        (cut - whole).split_with_sizes(list(sizes)), scale.split_with_sizes(list(sizes)), strict=True
+    ):
+        floor = max(float(size.norm()), 0.03 * average * len(size) ** 0.5)
+        error = float(difference.norm())
+        result.append(error / floor if floor > 0 else error)
+    return result
+
+
+def compare(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[float] | None:
+    """Return the relative error of each parameter's gradient, parts against whole; None: nothing to learn."""
+    pieces = [piece for part in parts if (piece := probe.run(part)) is not None]
+    undivided = probe.run(whole)
+    if undivided is None or not pieces:
+        return None
+    cut, scale = _sum(pieces)
+    gradient = undivided.gradient / undivided.targets if undivided.is_sum else undivided.gradient
+    return errors(cut, gradient, scale, probe.sizes)
+
+
+def scale_of_parts(probe: Probe, parts: Sequence[Indices]) -> Tensor:
+    """Return how large the weighted gradients of the parts are before they cancel. Shape ``[entries]``."""
+    return _sum([piece for part in parts if (piece := probe.run(part)) is not None])[1]
+
+
+def is_rounding(found: Sequence[float], tolerance: float) -> bool:
+    """Return whether errors are no more than rounding; one that is not a number is more.
+
+    Args:
+        found: Relative errors.
+        tolerance: The largest that counts as rounding.
+    """
+    return all(error <= tolerance for error in found)
+
+
+def _sum(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    """Return the sum of the parts' gradients as the objective is declared, and the sum of their absolute values."""
+    weights = mean_weights([piece.targets for piece in pieces])
+    total = sum(piece.targets for piece in pieces)
+    factors = [1 / total if piece.is_sum else weight for piece, weight in zip(pieces, weights, strict=True)]
+    terms = torch.stack([factor * piece.gradient for factor, piece in zip(factors, pieces, strict=True)])
+    return terms.sum(0), terms.abs().sum(0)
+
+
+@contextmanager
+def evaluating(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Put layers into evaluation mode, each by itself, and back again."""
+    modes = [(layer, layer.training) for layer in layers]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
