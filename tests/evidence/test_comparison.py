@@ -4,16 +4,23 @@ import json
 
 import pytest
 import torch
-from menagerie import mean_square, mlp, numbers
-from properties import assert_leaves_no_trace, flat, relative_error
 from torch import nn
 
 import wholebatch as wb
+from menagerie import mean_square, mlp, numbers
+from properties import assert_leaves_no_trace, flat, relative_error
 from wholebatch.evidence.comparison import compare, textbook_window
 from wholebatch.evidence.verify import Catch
 
 ROWS = [{"x": numbers(5, seed=k), "y": numbers(3, seed=100 + k)} for k in range(24)]
-KEYS = "gradient_error cut_peak_bytes undivided_peak_bytes targets_per_second plain_targets_per_second speedup".split()
+KEYS = [
+    "gradient_error",
+    "cut_peak_bytes",
+    "undivided_peak_bytes",
+    "targets_per_second",
+    "plain_targets_per_second",
+    "speedup",
+]
 collate = torch.utils.data.default_collate
 
 

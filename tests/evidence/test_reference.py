@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+
 from menagerie import CALM, mean_square, mlp, num_labels, numbers, regression, regularised_sum, sum_over_labels
 from properties import flat, sgd
-
 from wholebatch.evidence import reference
 
 

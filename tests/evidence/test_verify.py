@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
+import wholebatch as wb
 from menagerie import (
     BATCH_NORM,
     CALM,
@@ -23,9 +26,6 @@ from menagerie import (
     texts,
 )
 from properties import assert_leaves_no_trace
-from torch import nn
-
-import wholebatch as wb
 
 
 def verified(animal, rows=10, dtype=torch.float64, **options):
@@ -96,12 +96,6 @@ def test_there_is_no_false_alarm_for_weights_of_two_dtypes():
     verification = verified(MIXED, dtype=torch.float32)
     assert verification.ok
     assert verification.eps == torch.finfo(torch.bfloat16).eps
-
-
-def test_one_dropout_layer_that_draws_the_same_masks_is_equal():
-    """Masks are drawn row after row, so a single layer draws the same ones for rows that are cut in order."""
-    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5)).double()
-    assert wb.verify(model, lambda m, b: m(b["x"]).square().mean(), regression(9, torch.float64)).ok
 
 
 def test_gradients_that_cancel_to_nothing_are_no_alarm():

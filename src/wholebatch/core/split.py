@@ -108,8 +108,8 @@ def padding(lengths: Sequence[int], cut: Iterable[Indices]) -> float:
         A share in 0 to 1; 0 for a batch without any position.
 
     Example:
-        >>> padding([3, 6, 2, 5], [[1, 3], [0, 2]])
-        0.1111111111111111
+        >>> round(padding([3, 6, 2, 5], [[1, 3], [0, 2]]), 3)
+        0.111
     """
     padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in cut)
     return 1 - sum(lengths) / padded if padded else 0.0

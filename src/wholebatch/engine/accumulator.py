@@ -73,6 +73,7 @@ class Accumulator:
         WeightError, LossError, ConfigError: An argument is not one of those above.
 
     Example:
+        >>> import torch
         >>> import wholebatch as wb
         >>> model = torch.nn.Linear(3, 1)
         >>> accumulator = Accumulator(

@@ -5,6 +5,7 @@ weights w that fit g = sum_k w_k g_k best: if some fit, the loss is a mean over 
 none fits, it is not a sum over rows.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ class Cause:
     """Why a cut changes the gradient.
 
     Attributes:
-        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"reduction"``, ``"targets"`` or ``"not a sum over
-            rows"``.
+        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"reduction"``, ``"targets"``, ``"not finite"`` or
+            ``"not a sum over rows"``.
         found: What was found, as a sentence.
         hint: What to do about it.
     """
@@ -30,6 +31,14 @@ class Cause:
     name: str
     found: str
     hint: str
+
+
+_NOT_A_SUM = Cause(
+    "not a sum over rows",
+    "No weights turn the gradients of the parts into that of the whole: the loss is not a sum over rows, as with in-batch "
+    "negatives, statistics of the batch, or a nonlinear function of a mean.",
+    "compute it on an undivided logical batch, or write it as a sum over rows.",
+)
 
 
 def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cause]:
@@ -83,6 +92,14 @@ def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -
     if undivided is None or twice is None or not pieces:
         return []
     size = float(undivided.gradient.norm())
+    if not math.isfinite(size):
+        return [
+            Cause(
+                "not finite",
+                "The gradient of the rows is infinite or not a number, as a whole already.",
+                "look at the rows, and at divisions, logarithms and square roots in the loss.",
+            )
+        ]
     doubles = float((twice.gradient - 2 * undivided.gradient).norm()) <= probe.tolerance * 2 * size
     stays = float((twice.gradient - undivided.gradient).norm()) <= probe.tolerance * size
     if doubles and not undivided.is_sum:
@@ -102,6 +119,8 @@ def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -
             )
         ]
     gradients = torch.stack([piece.gradient for piece in pieces], dim=1)
+    if not gradients.isfinite().all():
+        return [_NOT_A_SUM]
     fit = torch.linalg.lstsq(gradients, undivided.gradient.unsqueeze(1), driver="gelsd").solution.squeeze(1)
     left = float((gradients @ fit - undivided.gradient).norm())
     if left <= probe.tolerance * max(size, float((gradients.abs() @ fit.abs()).norm())):
@@ -116,14 +135,7 @@ def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -
                 "cross_entropy with ignored labels.",
             )
         ]
-    return [
-        Cause(
-            "not a sum over rows",
-            "No weights turn the gradients of the parts into that of the whole: the loss is not a sum over rows, as "
-            "with in-batch negatives, statistics of the batch, or a nonlinear function of a mean.",
-            "compute it on an undivided logical batch, or write it as a sum over rows.",
-        )
-    ]
+    return [_NOT_A_SUM]
 
 
 def _random_cause(model: nn.Module) -> Cause:

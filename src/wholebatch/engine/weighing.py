@@ -10,9 +10,6 @@ from torch import Tensor
 from wholebatch.core.weights import Count, gradient_factor, loss_factor
 from wholebatch.engine.objective import Part
 
-_LOSSES = 256
-"""How many losses are kept apart before they are added up."""
-
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -53,7 +50,7 @@ class Weighing:
         self._expected = micro_batches
         self._reference: Count | None = None
         self._scale = scale
-        self._losses: list[tuple[Tensor, float]] = []
+        self._loss_sum: Tensor | None = None
         self._least: Tensor | None = None
         self._root: tuple[float, Tensor] | None = None
 
@@ -94,12 +91,10 @@ class Weighing:
             norms: 2-norms of the parts of the summed gradient. Each of shape ``[]``.
             targets: Targets of the window. Unit: targets.
         """
-        asked = [targets, self._reference, self._scale, self._least]
-        tensors = [each for each in asked if isinstance(each, Tensor)]
-        numbers = _read([*norms, *(loss for loss, _ in self._losses), *tensors])
-        rest = iter(numbers[len(norms) + len(self._losses) :])
-        total, reference, scale, least = [next(rest) if isinstance(each, Tensor) else each for each in asked]
-        loss_sum = sum(count * loss for (_, count), loss in zip(self._losses, numbers[len(norms) :], strict=False))
+        asked = [self._loss_sum, targets, self._reference, self._scale, self._least]
+        numbers = _read([*norms, *(each for each in asked if isinstance(each, Tensor))])
+        rest = iter(numbers[len(norms) :])
+        loss_sum, total, reference, scale, least = [next(rest) if isinstance(each, Tensor) else each for each in asked]
         scaled_norm = math.hypot(*numbers[: len(norms)])
         factor = gradient_factor(reference, total) / (scale or 1.0) if total else 0.0
         return Reading(
@@ -125,16 +120,16 @@ class Weighing:
         return last[1]
 
     def _note(self, loss: Tensor, times: Count, count: Count) -> None:
-        """Keep a loss, with how often it counts; it stays on its device until it is read."""
-        noted = loss.detach() if loss.ndim == 0 else loss.detach().reshape(())
+        """Add a loss, times what it counts for, to the window's; the sum stays on its device until it is read.
+
+        One tensor for all: a small one for each loss would pin places in the heap between large blocks.
+        """
+        noted = loss.detach().reshape(()) if loss.ndim else loss.detach()
+        if self._loss_sum is None:
+            self._loss_sum = torch.zeros((), dtype=_wide(noted), device=noted.device)
         if isinstance(count, Tensor):
             noted, times = torch.where(count > 0, noted * times, 0.0), 1
-        elif loss._is_view():
-            noted = noted.clone()  # of one number, not of all that it is a part of
-        self._losses.append((noted, times))
-        if len(self._losses) > _LOSSES:
-            wide = [noted.to(_wide(noted)) * times for noted, times in self._losses]
-            self._losses = [(torch.stack(wide).sum(), 1)]
+        self._loss_sum.add_(noted.to(self._loss_sum.device), alpha=times)
 
 
 def widen(count: Count) -> Count:

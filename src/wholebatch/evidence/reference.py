@@ -38,7 +38,7 @@ def gradient(model, loss_fn, batch, *, targets=None, reduction="mean"):  # type:
 
 def update(model, optimizer, loss_fn, batch, *, clip_norm=None, **objective):  # type: ignore[no-untyped-def]
     """Make one update from an undivided batch and return its loss; arguments as for `gradient`."""
-    loss = gradient(model, loss_fn, batch, **objective)
+    loss = gradient(model, loss_fn, batch, **objective)  # type: ignore[no-untyped-call]
     if clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()

@@ -36,6 +36,13 @@ class Verification:
         micro_batches: How many parts it was cut into.
         cut_peak_bytes: Highest memory use with the batch cut, as in `Update.peak_bytes`; None where nothing tells.
         undivided_peak_bytes: The same with the batch as a whole. Unit: bytes.
+
+    Example:
+        >>> def loss_fn(model, batch):
+        ...     return model(batch).square().sum(), len(batch)
+        >>> verification = verify(nn.Linear(3, 1), loss_fn, torch.ones(4, 3))
+        >>> verification.ok, verification.cause, sorted(verification.by_parameter)
+        (True, None, ['bias', 'weight'])
     """
 
     ok: bool

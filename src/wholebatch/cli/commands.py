@@ -1,0 +1,246 @@
+"""Which button does what? The commands with their flags; what they do stands elsewhere.
+
+Everything that takes long to import is imported inside a command, so that ``--help`` answers at once.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, edge, say
+from wholebatch.recipes.finding import BUILT_IN
+from wholebatch.recipes.options import OPTIONS
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_RECIPE = f"{', '.join(BUILT_IN)}, my_file.py:recipe or package.module:recipe."
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import wholebatch
+
+        print(wholebatch.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Train exactly as if the whole batch fit.
+
+    \b
+    Examples:
+      wholebatch train text
+      wholebatch verify my_file.py:recipe
+      wholebatch report runs/text
+      wholebatch doctor
+    """
+
+
+def _show_recipes(wanted: bool) -> None:
+    if wanted:
+        for name, what in BUILT_IN.items():
+            print(f"{name:<8}{what}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help=_RECIPE, show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="A TOML file; its keys are these flags.")
+    ] = None,
+    logical_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["logical_batch"].help)] = None,
+    micro_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["micro_batch"].help)] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["epochs"].help)] = None,
+    updates: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["updates"].help)] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["lr"].help)] = None,
+    clip_norm: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["clip_norm"].help)] = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
+    accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["seed"].help)] = None,
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help=OPTIONS["out"].help)] = None,
+    compare: Annotated[bool | None, typer.Option("--compare/--no-compare", help=OPTIONS["compare"].help)] = None,
+    list_: Annotated[  # noqa: ARG001 - answered by its callback
+        bool, typer.Option("--list", callback=_show_recipes, is_eager=True, help="Print the recipes and stop.")
+    ] = False,
+    debug: _Debug = False,
+) -> None:
+    """Train a recipe, with a log and a report.
+
+    What a flag leaves open, the file of --config says, and what that leaves open, the recipe. The last line says what
+    was achieved; it and the path of the report go to stdout, all else to stderr. Ctrl-C ends a run cleanly, with its
+    report.
+
+    \b
+    Examples:
+      wholebatch train text
+      wholebatch train images --logical-batch '512 rows' --micro-batch '16 rows' --epochs 3
+      wholebatch train text --logical-batch '65536 tokens' --micro-batch '4096 tokens' --out runs/first
+      wholebatch train my_file.py:recipe --config job.toml --lr 3e-4
+
+    \b
+    A file job.toml:
+      logical_batch = "512 rows"
+      micro_batch = "16 rows"
+      epochs = 3
+
+    A recipe of your own is anything with four functions: data(split), model(), collate(rows) and
+    loss(model, micro_batch).
+    """
+    flags = {
+        "recipe": recipe,
+        "logical_batch": logical_batch,
+        "micro_batch": micro_batch,
+        "epochs": epochs,
+        "updates": updates,
+        "lr": lr,
+        "clip_norm": clip_norm,
+        "precision": precision,
+        "accumulate_in": accumulate_in,
+        "seed": seed,
+        "out": out,
+        "compare": compare,
+    }
+    with edge(debug=debug):
+        from wholebatch.recipes.config import Layer, configure, defaults_of, read_toml
+
+        given = {key: value for key, value in flags.items() if value is not None}
+        layers = [read_toml(config)] if config is not None else []
+        layers.append(Layer("on the command line", given, "--{}"))
+        stated = configure(layers)  # a wrong key is said before anything slow is loaded
+
+        _rest_while_waiting()
+        from wholebatch.evidence.sinks import CallbackSink, ProgressBar
+        from wholebatch.recipes.finding import find_recipe
+        from wholebatch.recipes.job import train as run
+
+        found = find_recipe(stated.recipe)
+        _listen()
+        summary = run(configure([defaults_of(found), *layers]), [CallbackSink(_say_start), ProgressBar()], recipe=found)
+        print(summary.line)
+        if summary.report is not None:
+            print(summary.report)
+        else:
+            say(f"There is no report: {summary.why_no_report}")
+        sys.exit(ENDED_BY_CTRL_C if summary.status == "interrupted" else DONE)
+
+
+def _rest_while_waiting() -> None:
+    """Let threads of PyTorch sleep while they wait, unless the user has said otherwise. Needed before it is loaded.
+
+    Spinning, the default of OpenMP, costs most of a core as soon as anything else runs on the machine: on two busy cores
+    the text recipe trained 5 times as slow.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _say_start(event: Mapping[str, Any]) -> None:
+    if event["event"] == "start":
+        say(
+            f"{event['recipe']}: {event['parameters']:,} parameters, {event['rows']:,} rows; "
+            f"{event['updates_planned']:,} updates of {event['logical_batch']}, {event['micro_batch']} at once, "
+            f"{event['precision']} on {event['device']}"
+        )
+
+
+def _listen() -> None:
+    """Print what the package says of itself, such as the reasons of automatic choices."""
+
+    class Talk(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    log = logging.getLogger("wholebatch")
+    log.addHandler(Talk())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+@app.command()
+def verify(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=_RECIPE)],
+    rows: Annotated[int, typer.Option(min=2, metavar="N", help="Rows of the batch that is cut.")] = 64,
+    micro_batch: Annotated[
+        str | None, typer.Option(metavar="AMOUNT", help="How to cut: rows or tokens; left out: three parts.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the weights and of the choice of rows.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Compare the gradient of a batch, cut and uncut.
+
+    Names the cause where they differ. Ends with 0 when the gradients agree up to rounding, and with 1 when they do not.
+
+    \b
+    Examples:
+      wholebatch verify text
+      wholebatch verify my_file.py:recipe --rows 32 --micro-batch '5 rows'
+      wholebatch verify my_file.py:recipe --json > verification.json
+    """
+    with edge(debug=debug):
+        from wholebatch.recipes.config import Layer, configure
+
+        given = {"recipe": recipe, "micro_batch": micro_batch or "auto", "seed": seed}
+        stated = configure([Layer("on the command line", given, "--{}")])
+
+        _rest_while_waiting()
+        from wholebatch.recipes.checking import check_recipe
+        from wholebatch.recipes.finding import find_recipe
+
+        verification = check_recipe(
+            find_recipe(stated.recipe), rows=rows, micro_batch=stated.micro_batch, seed=stated.seed
+        )
+        print(json.dumps(verification.to_dict(), indent=2) if as_json else verification)
+        sys.exit(DONE if verification.ok else FAILED)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or the log in it.")],
+    debug: _Debug = False,
+) -> None:
+    """Write report.html anew from the log of a run.
+
+    Also of one that was killed. The path of the report goes to stdout, a summary in words to stderr.
+
+    \b
+    Examples:
+      wholebatch report runs/text
+      open "$(wholebatch report runs/text)"
+    """
+    with edge(debug=debug):
+        from wholebatch.evidence.report import read_log, summarize, write_report
+
+        say(summarize(read_log(run)))
+        print(write_report(run))
+
+
+@app.command()
+def doctor(debug: _Debug = False) -> None:
+    """Say what is installed, what is missing, and what the machine has.
+
+    \b
+    Example:
+      wholebatch doctor
+    """
+    with edge(debug=debug):
+        from wholebatch.cli.doctor import examine
+
+        sys.stdout.write(examine())

@@ -1,0 +1,245 @@
+"""How does a job run? From a configuration to a trained model, a log, a report and the line that sums it up."""
+
+import logging
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import wholebatch
+from wholebatch.core.errors import WholeBatchError
+from wholebatch.core.split import Rows, Tokens
+from wholebatch.engine.accumulator import Accumulator
+from wholebatch.evidence.comparison import compare
+from wholebatch.evidence.report import REPORT_NAME, write_report
+from wholebatch.evidence.runlog import LOG_NAME
+from wholebatch.evidence.sinks import JsonLines, Sink, SinkError
+from wholebatch.recipes.config import TrainConfig
+from wholebatch.recipes.finding import find_recipe
+from wholebatch.recipes.ingredients import cut_of, model_of, optimizer_of, rows_of, seed_everything
+from wholebatch.recipes.loader import LogicalBatches
+from wholebatch.recipes.protocol import Recipe
+from wholebatch.recipes.summary import Summary
+from wholebatch.recipes.validation import validate
+
+_log = logging.getLogger("wholebatch")
+
+
+def train(config: TrainConfig, sinks: Iterable[Sink] = (), *, recipe: Recipe | None = None) -> Summary:
+    """Train what a configuration says.
+
+    The run folder gets ``log.jsonl``, one event a line, and at the end ``report.html``, whichever way the run ends.
+    Ctrl-C ends it as an outcome, not as an exception: the open window leaves no trace.
+
+    Args:
+        config: What was asked for.
+        sinks: Where events go besides the log. They are closed at the end.
+        recipe: What to train, if it was found already; else `config` names it.
+
+    Returns:
+        What was achieved; its `line` says it.
+
+    Raises:
+        ConfigError: The recipe cannot be used as stated, or the log cannot be written where it is wanted.
+        SinkError: The log could not be written any more.
+        Exception: Whatever stopped the run, once log and report say so.
+
+    Example:
+        >>> config = TrainConfig(recipe="text", logical_batch="8 rows", updates=1, compare=False, out="first")
+        >>> summary = train(config)
+        >>> summary.status, summary.updates, summary.report.name
+        ('done', 1, 'report.html')
+    """
+    recipe = recipe if recipe is not None else find_recipe(config.recipe)
+    run = _Run(config, recipe)
+    folder = Path(config.out) if config.out is not None else _new_folder(config.recipe)
+    began = time.monotonic()
+    log = JsonLines(folder / LOG_NAME)
+    (folder / REPORT_NAME).unlink(missing_ok=True)  # of an earlier run in the same place
+    run.sinks = [log, *sinks]
+    run.summary.folder = folder
+    failure = "the run was ended from outside"
+    try:
+        run.go()
+        run.summary.status = "done"
+    except KeyboardInterrupt:
+        run.summary.status = "interrupted"
+    except Exception as error:
+        found = error.found if isinstance(error, WholeBatchError) else str(error)
+        failure = f"{type(error).__name__}: {found}"
+        error.add_note(f"What the run did until then is in {folder}.")
+        raise
+    finally:
+        run.summary.seconds = time.monotonic() - began
+        run.finish(f"Failed: {failure}" if run.summary.status == "failed" else run.summary.line)
+    return run.summary
+
+
+class _Run:
+    """One run: what it was told, and how far it is."""
+
+    def __init__(self, config: TrainConfig, recipe: Recipe) -> None:
+        self.config = config
+        self.recipe = recipe
+        self.whole = cut_of(recipe, config.logical_batch)
+        self.cut: Rows | Tokens | Literal["auto"] = (
+            "auto" if config.micro_batch == "auto" else cut_of(recipe, config.micro_batch)
+        )
+        self.sinks: list[Sink] = []
+        self.summary = Summary(logical_batch=str(config.logical_batch))
+        self.reasons: list[str] = []
+
+    def go(self) -> None:
+        """Train, validate and compare."""
+        seed_everything(self.config.seed)
+        rows, held_out = rows_of(self.recipe, "train"), rows_of(self.recipe, "validation")
+        model = model_of(self.recipe)
+        accumulator = Accumulator(
+            model,
+            optimizer_of(self.recipe, model, self.config.lr),
+            self.recipe.loss,
+            targets=self.recipe.targets,
+            reduction=self.recipe.reduction,
+            micro_batch=self.cut,
+            collate=self._collate,
+            precision=self.config.precision,
+            accumulate_in=self.config.accumulate_in,
+            clip_norm=self.config.clip_norm or None,
+        )
+        self.reasons = accumulator.reasons
+        batches = LogicalBatches(rows, self.config.logical_batch, length=self.recipe.length, seed=self.config.seed)
+        planned = self.config.updates or sum(batches.count(epoch) for epoch in range(1, (self.config.epochs or 1) + 1))
+        self._start(model, num_rows=len(rows), planned=planned)
+        done = 0
+        for epoch in count(1):
+            for batch in batches.epoch(epoch):
+                self._update(epoch, accumulator, batch)
+                done += 1
+                if done == planned:
+                    break
+            if held_out:
+                self._validate(epoch, done, model, accumulator, held_out)
+            if done == planned:
+                break
+        if self.config.compare:
+            self._compare(model, next(batches.epoch(1)))
+
+    def finish(self, summary: str) -> None:
+        """Write the last event and the report, as far as that is still possible."""
+        event = {
+            "event": "finish",
+            "status": self.summary.status,
+            "updates": self.summary.updates,
+            "skipped": self.summary.skipped,
+            "seconds": self.summary.seconds,
+            "summary": summary,
+            "reasons": list(self.reasons),
+        }
+        for sink in self.sinks:
+            try:
+                sink.write(event)
+            except SinkError as error:  # the disk is still full; what stands in the log is reported all the same
+                _log.warning(error.found)
+            finally:
+                sink.close()
+        try:
+            self.summary.report = write_report(self.summary.folder)
+        except WholeBatchError as error:
+            self.summary.why_no_report = f"{error.found} hint: {error.hint}"
+
+    def _write(self, event: Mapping[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(event)
+
+    def _start(self, model: nn.Module, *, num_rows: int, planned: int) -> None:
+        self._write(
+            {
+                "event": "start",
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "recipe": self.config.recipe,
+                "logical_batch": str(self.config.logical_batch),
+                "micro_batch": str(self.config.micro_batch),
+                "precision": self.config.precision,
+                "seed": self.config.seed,
+                "device": str(next(model.parameters()).device),
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "rows": num_rows,
+                "updates_planned": planned,
+                "budget_bytes": None,
+                "reasons": list(self.reasons),
+                "versions": {
+                    "wholebatch": wholebatch.__version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+            }
+        )
+
+    def _update(self, epoch: int, accumulator: Accumulator, batch: list[Any]) -> None:
+        update = accumulator.step(batch)
+        self.summary.updates += update.applied
+        self.summary.skipped += not update.applied
+        self.summary.cut |= update.micro_batches > 1
+        self._write({"event": "update", "epoch": epoch, **update.to_dict()})
+
+    def _validate(self, epoch: int, done: int, model: nn.Module, accumulator: Accumulator, rows: Sequence[Any]) -> None:
+        cut = self.cut if self.cut != "auto" else self.whole
+        self.summary.measures = validate(model, self.recipe, rows, micro_batch=cut, autocast=accumulator.autocast)
+        self._write({"event": "validation", "epoch": epoch, "update": done, "measures": self.summary.measures})
+
+    def _compare(self, model: nn.Module, batch: list[Any]) -> None:
+        """Measure what the cut saved. The run has succeeded already, so that nothing found here makes it fail."""
+        why = "the logical batch was not cut" if not self.summary.cut else "one row cannot be cut"
+        found: dict[str, Any] = {}
+        if self.cut != "auto" and self.summary.cut and len(batch) > 1:
+            _log.info("Comparing one logical batch cut, as a whole, and in the plain loop ...")
+            try:
+                found = compare(
+                    model,
+                    self.recipe.loss,
+                    batch,
+                    micro_batch=self.cut,
+                    collate=self.recipe.collate,
+                    targets=self.recipe.targets,
+                    reduction=self.recipe.reduction,
+                    seed=self.config.seed,
+                ).to_dict()
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.summary.evidence = found
+        self._write({"event": "evidence", **(found or {**dict.fromkeys(_EVIDENCE), "why": why})})
+
+    def _collate(self, rows: list[Any]) -> Any:
+        """Collate, and keep count of the most that was in memory at once."""
+        self.summary.rows_at_once = max(self.summary.rows_at_once, len(rows))
+        if self.recipe.length is not None:
+            tokens = len(rows) * max(map(self.recipe.length, rows))
+            self.summary.tokens_at_once = max(self.summary.tokens_at_once or 0, tokens)
+        return self.recipe.collate(rows)
+
+
+_EVIDENCE = (
+    "gradient_error",
+    "undivided_peak_bytes",
+    "cut_peak_bytes",
+    "targets_per_second",
+    "plain_targets_per_second",
+    "speedup",
+)
+
+
+def _new_folder(recipe: str) -> Path:
+    """Return a folder in ``runs`` that no earlier run has used."""
+    name = Path(recipe.partition(":")[0]).stem if ".py" in recipe else recipe.partition(":")[0]
+    folder = Path("runs") / name
+    for place in count(2):
+        if not folder.exists():
+            break
+        folder = Path("runs") / f"{name}-{place}"
+    return folder

@@ -1,0 +1,51 @@
+"""What can be said about a run? The keys of a configuration file, which are the flags too."""
+
+from typing import NamedTuple
+
+
+class Option(NamedTuple):
+    """One thing that can be stated.
+
+    Attributes:
+        what: What it is, as a phrase.
+        takes: Which values there are.
+
+    Example:
+        >>> OPTIONS["seed"].help
+        'Of weights, order and dropout: a whole number of at least 0.'
+    """
+
+    what: str
+    takes: str
+
+    @property
+    def help(self) -> str:
+        """The line of ``--help``."""
+        return f"{self.what}: {self.takes}."
+
+
+OPTIONS: dict[str, Option] = {
+    "recipe": Option("What is trained", "text, images, my_file.py:recipe or package.module:recipe"),
+    "logical_batch": Option(
+        "What one update is made of", "rows or tokens, such as '512 rows' (the default) or '65536 tokens'"
+    ),
+    "micro_batch": Option(
+        "What is in memory at once", "'auto' (the default), rows or tokens, such as '16 rows' or '4096 tokens'"
+    ),
+    "epochs": Option("How often the rows are gone through", "a whole number of at least 1, 1 by default"),
+    "updates": Option("When the run ends, in place of epochs", "a whole number of at least 1"),
+    "lr": Option(
+        "Learning rate of every parameter group", "a number above 0; left out, what the recipe's optimizer says"
+    ),
+    "clip_norm": Option("Largest norm of a logical batch's gradient", "a number above 0, or 0 for no clipping"),
+    "precision": Option("In what the model computes", "'fp32' (the default), 'bf16' or 'fp16'"),
+    "accumulate_in": Option("How gradients of 16-bit weights are summed", "'fp32', 'compensated' or 'weights'"),
+    "seed": Option("Of weights, order and dropout", "a whole number of at least 0"),
+    "out": Option(
+        "Where log and report go", "a folder, in which an earlier run is replaced; left out, a new one in runs/"
+    ),
+    "compare": Option(
+        "Whether a batch is compared, at the end, with the undivided one and the plain loop", "true or false"
+    ),
+}
+"""By key: what it is and what it takes. The defaults named here are those where the recipe says nothing."""

@@ -1,0 +1,257 @@
+"""The loop: records, schedules, reasons, what a batch may be, and what is refused before anything changes."""
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.optim import lr_scheduler
+
+import wholebatch as wb
+from menagerie import CALM, mean_square, mlp, regression
+from properties import assert_leaves_no_trace, flat, relative_error, sgd
+
+
+def trained(loss_fn=mean_square, **options):
+    torch.manual_seed(0)
+    model = mlp().double()
+    options = {"micro_batch": wb.Rows(2), "check": None, **options}
+    return wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, **options), model
+
+
+# The record.
+
+
+@pytest.mark.parametrize("way", ["step", "updates", "window"])
+def test_a_record_says_what_happened(way):
+    accumulator, model = trained()
+    batch = regression(5, torch.float64)
+    loss = mean_square(model, batch)
+    norm = flat(torch.autograd.grad(loss, list(model.parameters()))).norm()
+    parts = [{name: x[rows] for name, x in batch.items()} for rows in (slice(0, 2), slice(2, 4), slice(4, 5))]
+    if way == "step":
+        update = accumulator.step(batch)
+    elif way == "updates":
+        (update,) = accumulator.updates(parts, micro_batches=3)
+    else:
+        with accumulator.window() as window:
+            for part in parts:
+                window.backward(mean_square(model, part), targets=len(part["x"]), rows=len(part["x"]))
+        update = window.update
+    assert update.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert update.grad_norm == pytest.approx(float(norm), rel=1e-12)
+    assert (update.number, update.targets, update.rows, update.micro_batches) == (1, 5, 5, 3)
+    assert (update.lr, update.skipped, update.retries, update.padding) == (0.1, None, 0, None)
+    assert update.applied
+    assert 0 < update.seconds < 60
+    assert update.peak_bytes is None or update.peak_bytes > 1 << 20
+
+
+def test_the_norm_of_the_record_is_that_before_clipping():
+    batch = regression(5, torch.float64)
+    norms = [trained(clip_norm=clip_norm)[0].step(batch).grad_norm for clip_norm in (None, 1e-3)]
+    assert norms[0] == norms[1]
+
+
+def test_a_record_of_rows_by_length_says_how_much_was_padded():
+    rows = [torch.ones(length, 5, dtype=torch.float64) for length in (1, 4, 2, 8)]
+
+    def pad(some):
+        return nn.utils.rnn.pad_sequence(some, batch_first=True)
+
+    accumulator, _ = trained(
+        lambda model, x: (model(x).square().sum(), x.shape[0]), micro_batch=wb.Tokens(8, length=len), collate=pad
+    )
+    update = accumulator.step(rows)
+    assert update.micro_batches == 3
+    assert update.padding == pytest.approx(1 - 15 / (8 + 2 * 4 + 1))
+    assert update.rows == 4
+
+
+def test_records_are_numbered_and_say_the_rate_that_was_used():
+    accumulator, model = trained()
+    schedule = lr_scheduler.StepLR(accumulator._setup.optimizers[0], 1, 0.5)
+    accumulator = wb.Accumulator(model, schedule.optimizer, mean_square, lr_scheduler=schedule)
+    updates = [accumulator.step(batch) for batch in (regression(4, torch.float64), None, regression(4, torch.float64))]
+    assert [update.number for update in updates] == [1, 2, 3]
+    assert [update.lr for update in updates] == [0.1, 0.05, 0.05]
+    assert [update.applied for update in updates] == [True, False, True]
+
+
+# Schedules.
+
+
+def test_a_schedule_is_stepped_once_an_applied_update():
+    torch.manual_seed(0)
+    model = mlp().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedules = [lr_scheduler.LambdaLR(optimizer, lambda k: 0.5**k), lr_scheduler.ExponentialLR(optimizer, 1.0)]
+    accumulator = wb.Accumulator(
+        model, optimizer, mean_square, lr_scheduler=schedules, micro_batch=wb.Rows(1), check=None
+    )
+    bad = regression(4, torch.float64)
+    bad["y"][0] = math.nan
+    for batch in (regression(4, torch.float64), bad, None, regression(4, torch.float64)):
+        accumulator.step(batch)
+    assert [schedule.last_epoch for schedule in schedules] == [2, 2]
+
+
+def test_a_plateau_looks_at_the_loss_of_the_logical_batch():
+    torch.manual_seed(0)
+    model = mlp().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    schedule = lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, factor=0.5, eps=0.0)
+    accumulator = wb.Accumulator(
+        model, optimizer, mean_square, lr_scheduler=schedule, micro_batch=wb.Rows(2), check=None
+    )
+    updates = [accumulator.step(regression(4, torch.float64)) for _ in range(4)]
+    assert schedule.best == pytest.approx(updates[0].loss, rel=1e-4)
+    assert updates[-1].lr < updates[0].lr
+
+
+# Batches and loaders.
+
+
+def test_a_batch_may_be_a_list_of_rows_that_is_collated_when_its_turn_comes():
+    batch = regression(7, torch.float64)
+    rows = [{name: x[k] for name, x in batch.items()} for k in range(7)]
+    collated = []
+
+    def collate(some):
+        collated.append(len(some))
+        return torch.utils.data.default_collate(some)
+
+    changes = []
+    for options in ({}, {"collate": collate}, {"collate": collate, "targets": lambda part: len(part["x"])}):
+        accumulator, model = trained(micro_batch=wb.Rows(3), **options)
+        before = flat(model.parameters())
+        accumulator.step(rows if options else batch)
+        changes.append(flat(model.parameters()) - before)
+    assert all(relative_error(change, changes[0]) <= 1e-12 for change in changes)
+    assert collated == [3, 3, 1] * 2
+
+
+def test_rows_by_length_run_the_largest_micro_batch_first():
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(int(batch["length"].max()))
+        return mean_square(model, batch)
+
+    accumulator, _ = trained(loss_fn, micro_batch=wb.Tokens(10, length=lambda row: int(row["length"])))
+    batch = {**regression(6, torch.float64), "length": torch.tensor([2, 9, 4, 1, 5, 3])}
+    accumulator.step(batch)
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] == 9
+
+
+def test_updates_take_micro_batches_of_tensors_with_rows_anywhere():
+    """Rows are counted where they lie, so that a smaller tail weighs less."""
+    animal = CALM["rows on another dimension"]
+    batch = animal.batch(5, torch.float64)
+    parts = [{"x": batch["x"][:, rows], "y": batch["y"][rows]} for rows in (slice(0, 4), slice(4, 5))]
+    model = animal.model()
+    right = flat(torch.autograd.grad(animal.loss_fn(model, batch), list(model.parameters())))
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), animal.loss_fn, dims={"x": 1})
+    before = flat(model.parameters())
+    (update,) = accumulator.updates(parts, micro_batches=2)
+    assert relative_error(before - flat(model.parameters()), right) <= 1e-12
+    assert update.rows == 5
+
+
+def test_updates_of_micro_batches_whose_rows_nobody_knows_ask_for_targets():
+    accumulator, model = trained(lambda model, batch: mse_loss(model(batch["x"]), batch["y"]))
+    odd = [{**regression(3, torch.float64), "anchor": torch.ones(2)} for _ in range(2)]
+    with assert_leaves_no_trace(model), pytest.raises(wb.WeightError, match="disagree on its rows") as error:
+        list(accumulator.updates(odd, micro_batches=2))
+    assert "targets=" in error.value.hint
+    accumulator, _ = trained(targets=lambda part: len(part["x"]))
+    (update,) = accumulator.updates(odd, micro_batches=2)
+    assert (update.targets, update.rows) == (6, None)
+
+
+def test_updates_of_no_micro_batches_are_refused():
+    accumulator, _ = trained()
+    with pytest.raises(wb.WindowError, match="window of 0 micro-batches"):
+        list(accumulator.updates([regression(2, torch.float64)], micro_batches=0))
+    assert list(accumulator.updates([], micro_batches=2)) == []
+
+
+@pytest.mark.parametrize(("batch", "collate"), [({"x": torch.ones(0, 5)}, None), ([], list)], ids=["tensors", "rows"])
+def test_an_empty_batch_is_refused(batch, collate):
+    accumulator, model = trained(collate=collate)
+    with assert_leaves_no_trace(model), pytest.raises(wb.SplitError, match="empty") as error:
+        accumulator.step(batch)
+    assert "loader" in error.value.hint
+
+
+def test_an_accumulator_without_a_loss_function_has_windows_only():
+    accumulator, model = trained(None)
+    with assert_leaves_no_trace(model), pytest.raises(wb.LossError, match="no loss function") as error:
+        accumulator.step(regression(4, torch.float64))
+    assert "accumulator.window()" in error.value.hint
+    assert accumulator.window().is_open
+
+
+def test_several_modules_go_together():
+    torch.manual_seed(0)
+    modules = nn.ModuleDict({"model": mlp(), "loss": nn.Linear(3, 1)}).double()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=1.0) for part in modules.values()]
+    accumulator = wb.Accumulator(
+        modules, optimizers, lambda m, b: m["loss"](m["model"](b["x"])).square().mean(), micro_batch=wb.Rows(2)
+    )
+    before = flat(modules.parameters())
+    right = flat(
+        torch.autograd.grad(
+            modules["loss"](modules["model"](regression(5, torch.float64)["x"])).square().mean(),
+            list(modules.parameters()),
+        )
+    )
+    accumulator.step({"x": regression(5, torch.float64)["x"]})
+    assert relative_error(before - flat(modules.parameters()), right) <= 1e-12
+
+
+# Reasons.
+
+
+def test_the_choice_not_to_cut_is_said_once_with_its_reason(caplog):
+    accumulator, _ = trained(micro_batch="auto", memory="8GiB")
+    with caplog.at_level(logging.INFO, "wholebatch"):
+        updates = [accumulator.step(regression(6, torch.float64)) for _ in range(2)]
+    assert [update.micro_batches for update in updates] == [1, 1]
+    (reason,) = accumulator.reasons
+    assert "takes the whole batch of 6 rows at once" in reason
+    assert "8GiB is not enforced" in reason
+    assert [record.getMessage() for record in caplog.records] == [reason]
+
+
+def test_a_cut_that_was_asked_for_needs_no_reason():
+    accumulator, _ = trained()
+    accumulator.step(regression(6, torch.float64))
+    assert accumulator.reasons == []
+
+
+# Choices that do not exist, and batch norm, are refused before anything changes.
+
+
+@pytest.mark.parametrize(
+    ("options", "found", "hint"),
+    [
+        ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore'", "on_nonfinite='skip' or on_nonfinite='raise'"),
+        ({"batch_norm": "exact"}, "batch_norm='exact'", "batch_norm='refuse'"),
+        ({"lockstep": "joined"}, "lockstep='joined'", "lockstep='auto'"),
+        ({"check": "always"}, "check='always'", "check=None"),
+        ({"micro_batch": 8}, "micro_batch=8", "wb.Rows(8)"),
+        ({"micro_batch": "all"}, "micro_batch='all'", '"auto"'),
+        ({"clip_norm": 0}, "clip_norm=0", "above 0"),
+        ({"clip_norm": math.nan}, "clip_norm=nan", "above 0"),
+    ],
+    ids=str,
+)
+def test_a_choice_that_does_not_exist_is_refused(options, found, hint):
+    with pytest.raises(wb.ConfigError, match=found) as error:
+        trained(**options)
+    assert hint in error.value.hint
+    assert isinstance(error.value, ValueError)

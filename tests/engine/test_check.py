@@ -1,0 +1,242 @@
+"""The first batch, cut and uncut: what is wrong raises, what is random does not, and no trace is left."""
+
+import pytest
+import torch
+from torch import nn
+
+import wholebatch as wb
+from menagerie import (
+    BATCH_NORM,
+    CALM,
+    CONTRASTIVE,
+    DROPOUT,
+    MIXED,
+    NOISY,
+    Animal,
+    TiedHead,
+    mean_over_labels,
+    mean_square,
+    mlp,
+    regression,
+    sum_over_labels,
+    texts,
+)
+from properties import assert_leaves_no_trace, flat, sgd, state_of
+
+
+def accumulator_of(animal, model, **options):
+    options = {"micro_batch": wb.Rows(4), **animal.objective, **options}
+    return wb.Accumulator(model, sgd(animal.trained(model)), animal.loss_fn, **options)
+
+
+WRONG = {
+    "targets": (Animal(TiedHead, texts, mean_over_labels), "does not average over the targets"),
+    "a sum as a mean": (Animal(TiedHead, texts, sum_over_labels), "it is a sum, declared as a mean"),
+    "a mean as a sum": (Animal(mlp, regression, mean_square, reduction="sum"), "it is a mean, declared as a sum"),
+    "not a sum over rows": (CONTRASTIVE, "the loss is not a sum over rows"),
+}
+
+
+@pytest.mark.parametrize("way", ["step", "updates"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_objective_raises_with_its_cause_each_time_and_leaves_no_trace(wrong, way):
+    animal, cause = WRONG[wrong]
+    model = animal.model()
+    accumulator = accumulator_of(animal, model)
+    batch = animal.batch(10, torch.float64)
+    for _ in range(2):
+        with assert_leaves_no_trace(model), pytest.raises(wb.VerifyError, match=cause) as error:
+            accumulator.step(batch) if way == "step" else list(accumulator.updates([batch, batch], micro_batches=2))
+        assert "off by" in error.value.found
+        assert error.value.hint
+        assert isinstance(error.value, AssertionError)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_check_can_be_left_out(wrong):
+    animal, _ = WRONG[wrong]
+    accumulator = accumulator_of(animal, animal.model(), check=None)
+    assert accumulator.step(animal.batch(10, torch.float64)).applied
+    assert accumulator.reasons == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CALM)
+def test_a_sound_model_passes_and_the_check_says_so(name, dtype):
+    animal = CALM[name]
+    accumulator = accumulator_of(animal, animal.model(dtype))
+    assert accumulator.step(animal.batch(10, dtype)).applied
+    (reason,) = accumulator.reasons
+    assert "compared cut and uncut on 8 rows: equal to" in reason
+
+
+def test_a_loss_that_draws_random_numbers_is_no_mistake():
+    accumulator = accumulator_of(NOISY, NOISY.model())
+    assert accumulator.step(NOISY.batch(10, torch.float64)).applied
+    assert "random numbers" in accumulator.reasons[0]
+
+
+@pytest.mark.parametrize("animal", [DROPOUT, BATCH_NORM, MIXED], ids=["dropout", "batch norm", "bfloat16"])
+def test_what_is_random_or_wanted_or_coarse_is_no_mistake(animal):
+    accumulator = accumulator_of(animal, animal.model(torch.float32), batch_norm="per_micro_batch")
+    assert accumulator.step(animal.batch(10, torch.float32)).applied
+    assert "compared cut and uncut" in accumulator.reasons[0]
+
+
+def test_bfloat16_weights_are_compared_in_their_own_units():
+    animal = CALM["convolution"]
+    accumulator = accumulator_of(animal, animal.model(torch.bfloat16))
+    assert accumulator.step(animal.batch(10, torch.bfloat16)).applied
+
+
+@pytest.mark.parametrize("name", ["mlp", "changing buffer", "shared weights", "regulariser"])
+def test_training_with_the_check_is_training_without_it(name):
+    """Bitwise: random streams, buffers, gradients and modes are those of before."""
+
+    def train(check):
+        animal = CALM[name]
+        model = nn.ModuleDict({"it": animal.model(), "dropout": nn.Dropout(0.3)})
+        torch.manual_seed(5)
+        accumulator = wb.Accumulator(
+            model,
+            sgd(model.parameters()),
+            lambda m, b: (
+                animal.loss_fn(lambda x: m["dropout"](m["it"](x)), b)
+                if name != "regulariser"
+                else animal.loss_fn(m["it"], b)
+            ),
+            targets=animal.targets,
+            micro_batch=wb.Rows(3),
+            check=check,
+        )
+        accumulator.step(animal.batch(8, torch.float64))
+        return state_of(model)
+
+    assert train("first") == train(None)
+
+
+def test_the_first_batch_is_compared_and_no_other():
+    calls = []
+
+    def counting(model, batch):
+        calls.append(len(batch["x"]))
+        return mean_square(model, batch)
+
+    accumulator = accumulator_of(Animal(mlp, regression, counting), mlp().double())
+    for _ in range(3):
+        accumulator.step(regression(8, torch.float64))
+    assert len(calls) > 3 * 2
+    assert calls[-4:] == [4, 4, 4, 4]
+
+
+def test_a_batch_that_is_not_cut_is_not_compared():
+    accumulator = accumulator_of(CALM["mlp"], CALM["mlp"].model(), micro_batch=wb.Rows(99))
+    accumulator.step(regression(8, torch.float64))
+    list(accumulator.updates([regression(8, torch.float64)], micro_batches=1))
+    assert accumulator.reasons == []
+
+
+def test_no_more_rows_are_run_together_than_fit():
+    """A micro-batch of three rows fits, so no piece of the check has more."""
+    most = []
+
+    def counting(model, batch):
+        most.append(len(batch["x"]))
+        return mean_square(model, batch)
+
+    accumulator = accumulator_of(Animal(mlp, regression, counting), mlp().double(), micro_batch=wb.Rows(3))
+    accumulator.step(regression(20, torch.float64))
+    assert max(most) == 3
+    assert "on 8 rows" in accumulator.reasons[0]
+
+
+def test_rows_by_length_are_compared_within_the_tokens_that_fit():
+    rows = [torch.ones(length, 5, dtype=torch.float64) * length for length in (2, 40, 3, 5, 2, 4, 3, 30, 2)]
+    padded = []
+
+    def loss_fn(model, x):
+        padded.append(x.shape[0] * x.shape[1])
+        mask = x.abs().sum(2) > 0
+        return (model(x).square().sum(2) * mask).sum(), mask.sum()
+
+    def pad(some):
+        return nn.utils.rnn.pad_sequence(some, batch_first=True)
+
+    model = mlp().double()
+    accumulator = wb.Accumulator(
+        model, sgd(model.parameters()), loss_fn, micro_batch=wb.Tokens(12, length=len), collate=pad
+    )
+    assert accumulator.step(rows).applied
+    assert max(padded) == 40
+    assert "compared cut and uncut" in accumulator.reasons[0]
+
+
+def test_rows_that_do_not_fit_together_are_not_compared_and_the_reason_is_said():
+    accumulator = accumulator_of(CALM["mlp"], CALM["mlp"].model(), micro_batch=wb.Rows(1))
+    assert accumulator.step(regression(8, torch.float64)).applied
+    assert "no two of its rows are known to fit together" in accumulator.reasons[0]
+
+
+def test_micro_batches_whose_rows_nobody_knows_are_not_compared_and_the_reason_is_said():
+    odd = {**regression(4, torch.float64), "anchor": torch.ones(2)}
+    model = mlp().double()
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), mean_square, targets=lambda _: 4)
+    list(accumulator.updates([odd, odd], micro_batches=2))
+    assert "disagree on how many rows" in accumulator.reasons[0]
+
+
+def test_a_first_micro_batch_of_one_row_leaves_the_check_to_the_next():
+    accumulator = accumulator_of(CALM["mlp"], CALM["mlp"].model())
+    parts = [regression(1, torch.float64), regression(4, torch.float64)]
+    (update,) = accumulator.updates(parts, micro_batches=2)
+    assert update.targets == 5
+    assert "on 4 rows" in accumulator.reasons[0]
+
+
+@pytest.mark.parametrize("nothing", ["masked", "none"])
+def test_a_first_batch_without_a_target_has_nothing_to_compare(nothing):
+    animal = CALM["shared weights"]
+    batch = animal.batch(8, torch.float64)
+    if nothing == "masked":
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    else:
+        animal = Animal(TiedHead, texts, lambda *_: None)
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(batch).skipped
+
+
+def test_an_exception_in_the_first_comparison_leaves_no_trace():
+    def stumbling(model, batch):
+        raise ArithmeticError
+
+    model = BATCH_NORM.model()
+    accumulator = accumulator_of(Animal(mlp, regression, stumbling), model, batch_norm="per_micro_batch")
+    with assert_leaves_no_trace(model), pytest.raises(ArithmeticError):
+        accumulator.step(regression(8, torch.float64))
+
+
+def test_the_check_inside_an_open_window_leaves_its_gradient_alone():
+    """In a stream the first micro-batch may have one row, and the check comes when a gradient is there already."""
+    changes = []
+    for check in ("first", None):
+        model = CALM["mlp"].model()
+        before = flat(model.parameters())
+        accumulator = wb.Accumulator(model, sgd(model.parameters()), mean_square, check=check)
+        list(accumulator.updates([regression(1, torch.float64), regression(5, torch.float64)], micro_batches=2))
+        changes.append(flat(model.parameters()) - before)
+    assert torch.equal(*changes)
+
+
+def test_another_accumulators_open_window_is_left_alone_by_the_check():
+    model = CALM["mlp"].model()
+    two = [
+        wb.Accumulator(model, sgd(part.parameters()), mean_square, micro_batch=wb.Rows(2))
+        for part in (model[0], model[2])
+    ]
+    right = flat(torch.autograd.grad(mean_square(model, regression(4, torch.float64)), list(model[0].parameters())))
+    window = two[0].window()
+    window.backward(mean_square(model, regression(4, torch.float64)), targets=4)
+    two[1].step(regression(6, torch.float64))
+    before = flat(model[0].parameters())
+    window.close()
+    torch.testing.assert_close(before - flat(model[0].parameters()), right, rtol=1e-12, atol=1e-15)

@@ -1,0 +1,192 @@
+"""In which dtype forward passes run, and how a float16 loss keeps its range (T10)."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import wholebatch as wb
+from menagerie import CALM, mlp, numbers, regression
+from properties import flat, relative_error, sgd
+from wholebatch.engine.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+class Sees(nn.Linear):
+    """Remembers the dtype of its output."""
+
+    dtype = None
+
+    def forward(self, x):
+        output = super().forward(x)
+        self.dtype = output.dtype
+        return output
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_forward_passes_run_in_the_precision_that_is_asked_for(precision, dtype):
+    model = Sees(5, 3)
+    accumulator = wb.Accumulator(
+        model,
+        sgd(model.parameters()),
+        lambda m, b: mse_loss(m(b["x"]), b["y"]),
+        precision=precision,
+        micro_batch=wb.Rows(2),
+    )
+    accumulator.step(regression(4, torch.float32))
+    assert model.dtype == dtype
+    with accumulator.autocast():
+        model(numbers(2, 5, dtype=torch.float32))
+    assert model.dtype == dtype
+    assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_learn_what_thirty_two_bits_learn(precision):
+    """The scale and its division cancel, early and late; what is left is rounding of the forward pass."""
+    animal = CALM["mlp"]
+    batch = animal.batch(8, torch.float32)
+    changes = []
+    for each in ("fp32", precision):
+        model = animal.model(torch.float32)
+        before = flat(model.parameters())
+        accumulator = wb.Accumulator(
+            model, sgd(model.parameters()), animal.loss_fn, precision=each, micro_batch=wb.Rows(3), check=None
+        )
+        assert accumulator.step(batch).applied
+        changes.append(flat(model.parameters()) - before)
+    eps = torch.finfo(torch.bfloat16 if precision == "bf16" else torch.float16).eps
+    assert relative_error(changes[1], changes[0]) <= 4 * eps
+
+
+def overflowing(rows=6, at=2):
+    """Rows of which number `at` makes a gradient that float16 cannot hold once it is scaled."""
+    batch = regression(rows, torch.float32)
+    batch["x"][at] = 3e4
+    return batch
+
+
+def clipped_loss(model, batch):
+    return nn.functional.smooth_l1_loss(model(batch["x"]).float(), batch["y"])
+
+
+def fp16_training(**options):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    accumulator = wb.Accumulator(
+        model,
+        optimizer,
+        clipped_loss,
+        precision="fp16",
+        micro_batch=wb.Rows(2),
+        lr_scheduler=schedule,
+        check=None,
+        **options,
+    )
+    return accumulator, model, optimizer
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
+def test_inf_in_one_micro_batch_skips_the_whole_update_and_halves_the_scale_once(on_nonfinite):
+    """T10: weights, momentum and schedule stay, also with "raise": the scale was too high, nobody did wrong."""
+    accumulator, model, optimizer = fp16_training(on_nonfinite=on_nonfinite)
+    assert accumulator.step(regression(6, torch.float32)).applied
+    scale = accumulator._precision.scale()
+    before = flat(model.parameters()), flat(state["momentum_buffer"] for state in optimizer.state.values())
+    lr = optimizer.param_groups[0]["lr"]
+    update = accumulator.step(overflowing())
+    assert update.skipped in ("the norm of the gradient is inf", "the norm of the gradient is nan")
+    assert accumulator._precision.scale() == scale / 2
+    assert torch.equal(flat(model.parameters()), before[0])
+    assert torch.equal(flat(state["momentum_buffer"] for state in optimizer.state.values()), before[1])
+    assert optimizer.param_groups[0]["lr"] == lr
+    assert accumulator.step(regression(6, torch.float32)).applied
+
+
+def test_a_scale_that_was_too_high_is_lowered_until_it_fits():
+    accumulator, _, _ = fp16_training()
+    updates = [accumulator.step(overflowing()) for _ in range(12)]
+    skipped = [update.skipped is not None for update in updates]
+    assert skipped[0]
+    assert not skipped[-1]
+    assert skipped == sorted(skipped, reverse=True)
+
+
+def test_an_infinite_loss_is_the_users_and_raises_also_in_float16():
+    accumulator, _, _ = fp16_training(on_nonfinite="raise")
+    batch = regression(6, torch.float32)
+    batch["y"][0] = float("inf")
+    with pytest.raises(wb.NonFiniteError, match="the loss is inf"):
+        accumulator.step(batch)
+
+
+class OverflowsOnBias(torch.autograd.Function):
+    """Only the second optimizer's gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, x, bad):
+        ctx.bad = bad
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (float("inf") if ctx.bad else 1.0), None
+
+
+def test_two_optimizers_share_one_scale_one_norm_and_one_fate():
+    """T10: the second one is not divided twice, and what spoils one skips both."""
+    torch.manual_seed(0)
+    model = mlp()
+    other = mlp()
+    other.load_state_dict(model.state_dict())
+    two = [torch.optim.SGD(part.parameters(), lr=1.0) for part in (model[0], model[2])]
+    spoilt = {"now": False}
+
+    def loss_fn(model, batch):
+        bias = OverflowsOnBias.apply(model[2].bias, spoilt["now"])
+        hidden = torch.tanh(model[0](batch["x"]))
+        return mse_loss((nn.functional.linear(hidden, model[2].weight) + bias).float(), batch["y"])
+
+    accumulator = wb.Accumulator(
+        model, two, loss_fn, precision="fp16", clip_norm=0.1, micro_batch=wb.Rows(3), check=None
+    )
+    batch = regression(6, torch.float32)
+    spoilt["now"] = True
+    before = flat(model.parameters())
+    assert accumulator.step(batch).skipped
+    assert torch.equal(flat(model.parameters()), before)
+    spoilt["now"] = False
+    assert accumulator.step(batch).applied
+    mse_loss(other(batch["x"]), batch["y"]).backward()
+    torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+    right = -flat(parameter.grad for parameter in other.parameters())
+    assert relative_error(flat(model.parameters()) - before, right) <= 4 * torch.finfo(torch.float16).eps
+
+
+def test_the_scale_is_raised_again_after_many_good_windows():
+    precision = Precision("fp16", CPU)
+    start = float(precision.scale())
+    precision.settle(torch.tensor(float("inf")))
+    assert float(precision.scale()) == start / 2
+    for _ in range(2000):
+        precision.settle(torch.tensor(1.0))
+    assert float(precision.scale()) == start
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_only_float16_has_a_scale(precision):
+    without = Precision(precision, CPU)
+    without.settle(torch.tensor(float("inf")))
+    assert without.scale() is None
+
+
+def test_a_precision_that_does_not_exist_is_refused():
+    model = mlp()
+    with pytest.raises(wb.WeightError, match="precision='fp8'") as error:
+        wb.Accumulator(model, sgd(model.parameters()), precision="fp8")
+    assert '"bf16"' in error.value.hint

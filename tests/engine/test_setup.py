@@ -1,0 +1,97 @@
+"""Who trains what, and whether they belong together."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+import wholebatch as wb
+from menagerie import mlp
+from wholebatch.engine.setup import Setup
+
+
+def sgd_of(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+MODEL = mlp()
+FROZEN = mlp().requires_grad_(False)
+WRONG = {
+    "no module": (lambda: ([MODEL], sgd_of(MODEL), None), "model is a list", "ModuleList"),
+    "no optimizer": (lambda: (MODEL, [], None), "no optimizer", "AdamW"),
+    "not an optimizer": (lambda: (MODEL, MODEL, None), "optimizer is a Sequential", "list of optimizers"),
+    "parameters of another model": (
+        lambda: (MODEL, sgd_of(mlp()), None),
+        r"4 of 4 parameters that are not the model's; the first has shape \(7, 5\)",
+        "ModuleDict",
+    ),
+    "some other parameters": (
+        lambda: (MODEL, torch.optim.SGD([*MODEL.parameters(), nn.Parameter(torch.ones(9))]), None),
+        r"1 of 5 parameters .* shape \(9,\)",
+        "parameters of the loss",
+    ),
+    "a parameter twice": (lambda: (MODEL, [sgd_of(MODEL), sgd_of(MODEL)], None), "same parameter: 0.weight", "one of"),
+    "a closure": (
+        lambda: (MODEL, torch.optim.LBFGS(MODEL.parameters()), None),
+        "LBFGS needs a closure",
+        "AdamW or SGD",
+    ),
+    "nothing to learn": (lambda: (FROZEN, sgd_of(FROZEN), None), "requires a gradient", "requires_grad_"),
+    "schedule of another optimizer": (
+        lambda: (MODEL, sgd_of(MODEL), lr_scheduler.StepLR(sgd_of(MODEL), 1)),
+        "StepLR belongs to another optimizer",
+        "passed along",
+    ),
+    "one schedule of another optimizer": (
+        lambda: (MODEL, (o := sgd_of(MODEL)), [lr_scheduler.StepLR(o, 1), lr_scheduler.ConstantLR(sgd_of(MODEL))]),
+        "ConstantLR belongs to another optimizer",
+        "passed along",
+    ),
+    "no schedule": (lambda: (MODEL, sgd_of(MODEL), 0.1), "scheduler is a float", "torch.optim.lr_scheduler"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_does_not_belong_together_is_refused(wrong):
+    make, found, hint = WRONG[wrong]
+    model, optimizer, scheduler = make()
+    with pytest.raises(wb.OptimizerError, match=found) as error:
+        wb.Accumulator(model, optimizer, lr_scheduler=scheduler)
+    assert hint in error.value.hint
+    assert isinstance(error.value, ValueError)
+
+
+class Anything:
+    """A schedule of one's own: it has a step, and does not say of which optimizer."""
+
+    def step(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+        lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o), lr_scheduler.StepLR(o, 1)], [2]),
+        lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o), lr_scheduler.StepLR(o, 1)]),
+        lambda o: lr_scheduler.ReduceLROnPlateau(o),
+        lambda _: Anything(),
+    ],
+)
+def test_schedules_of_every_kind_belong_to_their_optimizer(schedule):
+    optimizer = sgd_of(MODEL)
+    assert len(Setup.of(MODEL, optimizer, schedule(optimizer)).schedulers) == 1
+
+
+def test_a_setup_knows_who_is_stepped_and_who_stands_by():
+    optimizers = [torch.optim.SGD(MODEL[2].parameters(), lr=0.5), torch.optim.SGD([MODEL[0].bias], lr=0.1)]
+    setup = Setup.of(MODEL, optimizers, None)
+    assert [id(p) for p in setup.parameters] == [id(p) for p in (MODEL[2].weight, MODEL[2].bias, MODEL[0].bias)]
+    assert [id(p) for p in setup.bystanders] == [id(MODEL[0].weight)]
+    assert setup.lr == 0.5
+    assert setup.device == torch.device("cpu")
+
+
+def test_a_learning_rate_may_be_a_tensor():
+    setup = Setup.of(MODEL, torch.optim.SGD(MODEL.parameters(), lr=torch.tensor(0.25)), None)
+    assert setup.lr == 0.25

@@ -1,0 +1,124 @@
+"""The public face as users call it. mypy --strict checks this file; nothing runs it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, assert_type
+
+import torch
+from torch import Tensor, nn
+
+import wholebatch as wb
+
+Batch = dict[str, Tensor]
+
+
+def mean_loss(model: nn.Module, micro_batch: Batch) -> Tensor:
+    return nn.functional.mse_loss(model(micro_batch["x"]), micro_batch["y"])
+
+
+def summed_loss(model: nn.Module, micro_batch: Batch) -> tuple[Tensor, Tensor]:
+    error = (model(micro_batch["x"]) - micro_batch["y"]) ** 2
+    return error.sum(), micro_batch["mask"].sum()
+
+
+def loss_with_a_penalty(model: nn.Module, micro_batch: Batch) -> tuple[Tensor, int, Tensor]:
+    error = (model(micro_batch["x"]) - micro_batch["y"]) ** 2
+    penalty = sum((weight.square().sum() for weight in model.parameters()), torch.zeros(()))
+    return error.sum(), error.numel(), 1e-4 * penalty
+
+
+def count_targets(micro_batch: Batch) -> Tensor:
+    return micro_batch["mask"].sum()
+
+
+def length_of_row(row: tuple[Tensor, int]) -> int:
+    return len(row[0])
+
+
+def pad(rows: list[tuple[Tensor, int]]) -> Batch:
+    x = nn.utils.rnn.pad_sequence([tokens for tokens, _ in rows], batch_first=True)
+    return {"x": x, "y": torch.tensor([label for _, label in rows])}
+
+
+def whole_batches(model: nn.Module, loader: Iterator[Batch]) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    accumulator = wb.Accumulator(model, optimizer, mean_loss, micro_batch=wb.Rows(8))
+    for batch in loader:
+        update = accumulator.step(batch)
+        assert_type(update, wb.Update)
+        assert_type(update.loss, float)
+        assert_type(update.grad_norm, float | None)
+        assert_type(update.skipped, str | None)
+        assert_type(update.peak_bytes, int | None)
+    assert_type(accumulator.reasons, list[str])
+
+
+def every_option(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)
+    accumulator = wb.Accumulator(
+        model,
+        optimizer,
+        mean_loss,
+        targets=count_targets,
+        reduction="mean",
+        micro_batch=wb.Tokens(4096, length=length_of_row),
+        collate=pad,
+        whole=("weights",),
+        dims={"image": 1},
+        precision="bf16",
+        accumulate_in="fp32",
+        clip_norm=1.0,
+        lr_scheduler=scheduler,
+        on_nonfinite="raise",
+        batch_norm="per_micro_batch",
+        check=None,
+    )
+    accumulator.step(rows)
+
+
+def micro_batches_from_a_loader(model: nn.Module, loader: Iterator[Batch]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for update in wb.Accumulator(model, optimizer, summed_loss).updates(loader, micro_batches=8):
+        assert_type(update, wb.Update)
+    wb.Accumulator(model, optimizer, loss_with_a_penalty)
+
+
+def a_loop_of_ones_own(generator: nn.Module, critic: nn.Module, source: Iterator[Tensor]) -> None:
+    slow = wb.Accumulator(generator, torch.optim.Adam(generator.parameters()))
+    fast = wb.Accumulator(critic, torch.optim.Adam(critic.parameters()))
+    with slow.window() as slow_window, fast.window() as fast_window:
+        for real in source:
+            fast_window.backward(critic(real).mean(), targets=len(real))
+            slow_window.backward(critic(generator(real)).mean(), targets=len(real))
+    assert_type(slow_window.update, wb.Update)
+
+    window = slow.window()
+    window.backward(generator(next(source)).mean(), targets=1)
+    assert_type(window.close(), wb.Update)
+    window = slow.window()
+    window.rollback()
+
+
+def layers_that_see_the_cut(model: nn.Module) -> None:
+    assert_type(wb.convert_batch_norm(model, to="group"), nn.Module)
+    assert_type(wb.freeze_batch_norm(model), nn.Module)
+
+
+def evidence(model: nn.Module, batch: Batch) -> None:
+    found = wb.verify(model, mean_loss, batch, targets=count_targets, micro_batch=wb.Rows(2))
+    print(found)
+
+
+class Quiet:
+    """A sink of one's own needs two methods and no base class."""
+
+    def write(self, event: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def sinks(folder: Path, update: wb.Update) -> None:
+    sink: wb.sinks.Sink = Quiet()
+    sink.write({"event": "update", "epoch": 1, **update.to_dict()})
+    sink.close()
