@@ -10,11 +10,12 @@ of means.
 The ceiling is the same accumulator on dense rows, all of one length, without padding. They hold as many tokens as the
 documents, and do as much work: since attention costs a token in proportion to its row's length s, rows of different
 lengths cost as much as equal ones of length sum(s^2) / sum(s), the length of the row in which the mean token stands.
-Dense rows of the plain mean length are shown as well; they do less attention a token, so no order of rows reaches them.
+Dense rows of the plain mean length are shown as well; they do less attention a token, so no order of rows can reach
+them.
 
-The documents are the paragraphs of the embedded novel, cut at 512 and at 2,048 bytes, and the embedded docstrings, cut at
-512; of each corpus every n-th row by length, so that the sample pads as the whole corpus does. The weights stay as
-they are (learning rate 0), so that every round does the same.
+The documents are the paragraphs of the embedded novel, cut at 512 and at 2,048 bytes, and the embedded docstrings, cut
+at 512; of each corpus every n-th row by length, so that the sample pads as the whole corpus does. The weights stay as
+they are (learning rate 0), so that every round does the same. Takes about five minutes of one core.
 """
 
 import json
@@ -232,7 +233,7 @@ def measure(corpus: str, longest: int, *, rows: int, rounds: int, budget: int, b
 def main() -> int:
     parser = arguments(__doc__, "benchmarks/varlen.py")
     parser.add_argument("--rows", type=int, help="rows of the logical batch (512; with --quick 128)")
-    parser.add_argument("--rounds", type=int, help="how often all take turns (3; with --quick 1)")
+    parser.add_argument("--rounds", type=int, help="how often all take turns (2; with --quick 1)")
     parser.add_argument("--budget", type=int, default=2048, help="tokens a micro-batch (2048)")
     parser.add_argument("--blocks", type=int, default=1, help="blocks of the transformer (1)")
     options = parser.parse_args()
@@ -243,7 +244,7 @@ def main() -> int:
             corpus,
             longest,
             rows=options.rows or (128 if options.quick else 512),
-            rounds=options.rounds or (1 if options.quick else 3),
+            rounds=options.rounds or (1 if options.quick else 2),
             budget=options.budget,
             blocks=options.blocks,
         )

@@ -1,6 +1,7 @@
 """What did that cost? Peaks, and that they do not grow with the number of micro-batches."""
 
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,33 @@ def test_the_peak_of_the_process_rises_and_can_be_reset():
     del large
     memory.reset_peak(CPU)
     assert memory.peak_bytes(CPU) - before < 48 << 20
+
+
+def test_a_kernel_that_does_not_tell_has_no_peak(monkeypatch):
+    def forbidden(*_):
+        raise PermissionError
+
+    memory._process.cache_clear()
+    monkeypatch.setattr(memory.os, "open", forbidden)
+    try:
+        memory.reset_peak(CPU)
+        assert memory.peak_bytes(CPU) is None
+    finally:
+        memory._process.cache_clear()
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less")
+def test_memory_that_nobody_uses_any_more_can_be_given_back():
+    pieces = [torch.ones(25_000) for _ in range(1000)]
+    del pieces[:-1]  # the last one keeps what lies below it from going back by itself
+    kept = resident_bytes()
+    memory.release(CPU)
+    assert kept - resident_bytes() > 50 << 20
+    memory.release(torch.device("meta"))
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,8 +133,9 @@ def train(
         from wholebatch.recipes.job import train as run
 
         found = find_recipe(stated.recipe)
-        _listen()
-        summary = run(configure([defaults_of(found), *layers]), [CallbackSink(_say_start), ProgressBar()], recipe=found)
+        stated = configure([defaults_of(found), *layers])
+        with _listening():
+            summary = run(stated, [CallbackSink(_say_start), ProgressBar()], recipe=found)
         print(summary.line)
         if summary.report is not None:
             print(summary.report)
@@ -145,8 +147,8 @@ def train(
 def _rest_while_waiting() -> None:
     """Let threads of PyTorch sleep while they wait, unless the user has said otherwise. Needed before it is loaded.
 
-    Spinning, the default of OpenMP, costs most of a core as soon as anything else runs on the machine: on two busy cores
-    the text recipe trained 5 times as slow.
+    Spinning, the default of OpenMP, costs most of a core as soon as anything else runs on the machine: on two busy
+    cores the text recipe trained 5 times as slow.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -160,17 +162,24 @@ def _say_start(event: Mapping[str, Any]) -> None:
         )
 
 
-def _listen() -> None:
+class _Talk(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
     """Print what the package says of itself, such as the reasons of automatic choices."""
-
-    class Talk(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            say(record.getMessage())
-
-    log = logging.getLogger("wholebatch")
-    log.addHandler(Talk())
+    log, talk = logging.getLogger("wholebatch"), _Talk()
+    before = log.level, log.propagate
+    log.addHandler(talk)
     log.setLevel(logging.INFO)
     log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(talk)
+        log.level, log.propagate = before
 
 
 @app.command()

@@ -247,6 +247,11 @@ class Accumulator:
         """
         return self._open(targets=targets, micro_batches=micro_batches)
 
+    @property
+    def open_window(self) -> Window | None:
+        """The window that is open, or None: for a handle that was lost, as in a notebook."""
+        return self._window
+
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""
         return self._precision.autocast()
@@ -255,7 +260,8 @@ class Accumulator:
         if self._window is not None:
             raise WindowError(
                 "A window is open already, and two of one accumulator would share its gradient.",
-                hint="close or roll back the first one; a second model or optimizer takes an accumulator of its own.",
+                hint="close or roll back the first one (accumulator.open_window); a second model or optimizer takes an "
+                "accumulator of its own.",
             )
         parameters = self._setup.parameters
         summed = self._rules.sums.parameters
@@ -324,7 +330,11 @@ class Accumulator:
     def _check(self, rows: LogicalBatch, largest: Indices) -> None:
         if self._unchecked:
             lengths = rows.lengths(self._micro_batch.length) if isinstance(self._micro_batch, Tokens) else None
-            self._say(check_first(self._setup.model, self._objective, rows, largest, lengths=lengths))
+            self._say(
+                check_first(
+                    self._setup.model, self._objective, rows, largest, lengths=lengths, precision=self._precision
+                )
+            )
             self._unchecked = False
 
     def _count_rows(self, micro_batch: Any) -> int | None:

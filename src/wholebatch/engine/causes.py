@@ -35,8 +35,8 @@ class Cause:
 
 _NOT_A_SUM = Cause(
     "not a sum over rows",
-    "No weights turn the gradients of the parts into that of the whole: the loss is not a sum over rows, as with in-batch "
-    "negatives, statistics of the batch, or a nonlinear function of a mean.",
+    "No weights turn the gradients of the parts into that of the whole: the loss is not a sum over rows, as with "
+    "in-batch negatives, statistics of the batch, or a nonlinear function of a mean.",
     "compute it on an undivided logical batch, or write it as a sum over rows.",
 )
 

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-if sys.platform != "win32":
+if sys.platform == "linux":
     import resource
 
 
@@ -92,13 +92,17 @@ class _Process:
         return peak if peak > self._floor else self._high_water_mark()
 
     def _high_water_mark(self) -> int:
-        _, _, after = os.pread(self._status, 4096, 0).partition(b"VmHWM:")
+        _, found, after = os.pread(self._status, 4096, 0).partition(b"VmHWM:")
+        if not found:
+            raise OSError("this kernel keeps no high-water mark")
         return int(after.split(maxsplit=1)[0]) * 1024
 
 
 @cache
 def _process(_pid: int) -> _Process | None:
     """The process of this number; a forked child must not reset its parent's peak."""
+    if sys.platform != "linux":
+        return None
     try:
         return _Process()
     except OSError:

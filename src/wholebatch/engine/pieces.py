@@ -18,6 +18,7 @@ from wholebatch.core.split import Indices, LogicalBatch
 from wholebatch.core.weights import mean_weights
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.objective import Objective
+from wholebatch.engine.precision import Precision
 from wholebatch.engine.sums import GradientSum
 
 
@@ -38,6 +39,7 @@ class Probe:
         objective: What is to be trained.
         rows: The batch.
         sample: How many entries of each parameter's gradient are kept; None: all.
+        precision: In which forward passes run; None: as the weights are.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class Probe:
         rows: LogicalBatch,
         *,
         sample: int | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self.model = model
         self._objective = objective
         self._rows = rows
         self._sample = sample
+        self._precision = precision or Precision("fp32", input_device(model))
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
@@ -60,14 +64,14 @@ class Probe:
     @property
     def eps(self) -> float:
         """The rounding unit of the coarsest weights; on hardware that multiplies in TF32, that of TF32."""
-        eps = max(torch.finfo(parameter.dtype).eps for parameter in self._parameters)
+        eps = max(*(torch.finfo(each.dtype).eps for each in self._parameters), self._precision.eps)
         tf32 = input_device(self.model).type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return max(eps, 2.0**-10) if tf32 else eps
 
     @property
     def tolerance(self) -> float:
         """How far rounding alone may take the cut gradient from the uncut one, relative to its size."""
-        return (4096 if self.eps < 1e-5 else 32) * self.eps
+        return (4096 if self.eps < 1e-5 else 16) * self.eps
 
     def run(self, indices: Indices) -> Piece | None:
         """Return what some rows give, or None where there is nothing to learn from them."""
@@ -78,7 +82,8 @@ class Probe:
             return None
         sums.start()
         try:
-            part = self._objective(self.model, micro_batch, count)
+            with self._precision.autocast():
+                part = self._objective(self.model, micro_batch, count)
             if part is None or float(part.targets) == 0:
                 return None
             losses = [part.loss]

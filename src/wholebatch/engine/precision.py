@@ -47,6 +47,11 @@ class Precision:
         self._norm = torch.zeros(1, device=device, requires_grad=True)
         self._probe = torch.optim.SGD([self._norm], lr=0.0)
 
+    @property
+    def eps(self) -> float:
+        """The rounding unit of autocast; 0 where forward passes run as the weights are."""
+        return torch.finfo(self._dtype).eps if self._dtype is not None else 0.0
+
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context for a forward pass."""
         if self._dtype is None:

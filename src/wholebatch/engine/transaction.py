@@ -139,6 +139,9 @@ class Transaction:
             for name in [name for name in module._buffers if name not in buffers]:
                 del module._buffers[name]
             for name, buffer in buffers.items():
+                if buffer is not None and buffer.is_inference():  # it takes no changes; its copy is as good
+                    module._buffers[name] = self._copies[id(buffer)]
+                    continue
                 if buffer is not None:
                     with torch.no_grad():
                         buffer.copy_(self._copies[id(buffer)])

@@ -126,10 +126,13 @@ class Weighing:
         """
         noted = loss.detach().reshape(()) if loss.ndim else loss.detach()
         if self._loss_sum is None:
-            self._loss_sum = torch.zeros((), dtype=_wide(noted), device=noted.device)
+            wide = noted.dtype if noted.element_size() >= 4 else torch.float32
+            self._loss_sum = torch.zeros((), dtype=wide, device=noted.device)
         if isinstance(count, Tensor):
             noted, times = torch.where(count > 0, noted * times, 0.0), 1
-        self._loss_sum.add_(noted.to(self._loss_sum.device), alpha=times)
+        if noted.device != self._loss_sum.device:
+            noted = noted.to(self._loss_sum.device)
+        self._loss_sum.add_(noted, alpha=times)
 
 
 def widen(count: Count) -> Count:

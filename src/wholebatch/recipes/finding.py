@@ -50,7 +50,8 @@ def find_recipe(name: str) -> Recipe:
         attribute = in_file["attribute"]
     else:
         where, _, attribute = name.partition(":")
-        if not all(part.isidentifier() for part in where.split(".")) or ("." not in where and not attribute):
+        is_module = all(part.isidentifier() for part in where.split("."))
+        if not is_module or ("." not in where and not attribute) or Path(name).is_file():
             raise _unknown(name)
         module = _import_module(where)
     return Recipe.of(_attribute(module, attribute, name) if attribute else module, name)

@@ -75,7 +75,7 @@ def measure(model: nn.Module, rows: Sequence[bytes]) -> dict[str, float]:
     nats = 0.0
     for start in range(0, len(by_length), 16):
         loss_sum, _ = loss(model, collate(by_length[start : start + 16]).to(device))
-        nats += float(loss_sum)
+        nats += loss_sum.item()
     return {"bits_per_byte": nats / sum(map(len, rows)) / math.log(2)}
 
 

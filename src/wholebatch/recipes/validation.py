@@ -49,6 +49,7 @@ def validate(
     return measures
 
 
+@torch.no_grad()
 def mean_loss(model: nn.Module, recipe: Recipe, rows: Sequence[Any], micro_batch: Rows | Tokens) -> float:
     """Return the loss of some rows, each target counted once.
 
