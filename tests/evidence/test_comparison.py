@@ -15,6 +15,7 @@ from wholebatch.evidence.verify import Catch
 ROWS = [{"x": numbers(5, seed=k), "y": numbers(3, seed=100 + k)} for k in range(24)]
 KEYS = [
     "gradient_error",
+    "gradient_ok",
     "cut_peak_bytes",
     "undivided_peak_bytes",
     "targets_per_second",

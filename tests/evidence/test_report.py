@@ -46,6 +46,7 @@ START = {
 EVIDENCE = {
     "event": "evidence",
     "gradient_error": 1.9e-7,
+    "gradient_ok": True,
     "undivided_peak_bytes": 2 * GIB,
     "cut_peak_bytes": 512 * MIB,
     "targets_per_second": 47_200.0,
@@ -326,23 +327,10 @@ def test_a_streaming_window_may_not_know_its_rows():
     assert said == "cut in 4 | Each update is that of a logical batch of unknown rows, cut into 4 micro-batches."
 
 
-@pytest.mark.parametrize(
-    ("precision", "error", "rounding"),
-    [
-        ("fp64", 9e-13, True),
-        ("fp64", 2e-12, False),
-        ("fp32", 9e-7, True),
-        ("fp32", 2e-6, False),
-        ("bf16", 0.03, True),
-        ("bf16", 0.04, False),
-        ("fp16", 0.0039, True),
-        ("fp16", 0.005, False),
-    ],
-)
-def test_a_gradient_error_is_called_rounding_only_within_the_bars(precision, error, rounding):
-    said = finding("Gradient", {**START, "precision": precision}, update(1), {**EVIDENCE, "gradient_error": error})
-    assert f"error {error:.1e} | " in said
-    assert (f"is that of the undivided one, up to rounding in {precision}:" in said) == rounding
+@pytest.mark.parametrize("rounding", [True, False])
+def test_a_gradient_error_is_called_rounding_only_where_it_was_judged_so(rounding):
+    said = finding("Gradient", START, update(1), {**EVIDENCE, "gradient_ok": rounding})
+    assert ("is that of the undivided one, up to rounding:" in said) == rounding
     assert ("is not that of the undivided one" in said) != rounding
 
 

@@ -26,6 +26,7 @@ class Comparison:
 
     Attributes:
         gradient_error: 2-norm of the difference between cut and undivided gradient, relative to the latter.
+        gradient_ok: Whether that is rounding, as `verify` judges it.
         cut_peak_bytes: Highest memory use with the batch cut. Unit: bytes.
         undivided_peak_bytes: The same with the batch as a whole. Unit: bytes.
         targets_per_second: Targets per CPU second of the accumulator.
@@ -34,13 +35,14 @@ class Comparison:
     """
 
     gradient_error: float
+    gradient_ok: bool
     cut_peak_bytes: int | None
     undivided_peak_bytes: int | None
     targets_per_second: float
     plain_targets_per_second: float
     speedup: float
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, float | None]:
         """Return the fields by name."""
         return asdict(self)
 
@@ -91,6 +93,7 @@ def compare(
     transaction.roll_back()
     return Comparison(
         gradient_error=found.error,
+        gradient_ok=found.ok,
         cut_peak_bytes=found.cut_peak_bytes,
         undivided_peak_bytes=found.undivided_peak_bytes,
         targets_per_second=counted / min(ours),
