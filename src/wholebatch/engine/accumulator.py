@@ -164,9 +164,9 @@ class Accumulator:
             SplitError: The batch is empty, or its parts disagree on how many rows there are.
             BatchNormError: The batch is cut, and a layer in training mode computes over the rows that it sees.
             VerifyError: The first batch shows that the cut changes the gradient.
-            LossError, WeightError, NonFiniteError, WindowError: See `Window.close`. An exception in the loss function
-            leaves
-                as it is. In every case weights, gradients, buffers and random state are those of before.
+            LossError, WeightError, NonFiniteError, WindowError: See `Window.close`.
+            Exception: What the loss function raised, as it is. In every case weights, gradients, buffers and random
+                state are those of before.
         """
         if batch is None:
             return self.window().close()
@@ -309,12 +309,10 @@ class Accumulator:
             return cut, padding(lengths, cut)
         if isinstance(self._micro_batch, Rows):
             return self._micro_batch.cut(rows.rows), None
+        budget = "" if self._memory is None else f", and the budget of {self._memory} is not enforced"
         self._say(
             f'micro_batch="auto" takes the whole batch of {rows.rows} rows at once, since planning from memory is not '
-            "there yet"
-            + (f", and the budget of {self._memory} is not enforced" if self._memory is not None else "")
-            + "; "
-            "say wb.Rows(n) or wb.Tokens(n, length=...) to cut it.",
+            f"there yet{budget}; say wb.Rows(n) or wb.Tokens(n, length=...) to cut it.",
             logging.WARNING,
         )
         return [range(rows.rows)], None

@@ -47,9 +47,17 @@ class Setup:
             lr_scheduler: One schedule or several, or None.
 
         Raises:
-            OptimizerError: They are not of the right kind, an optimizer holds parameters that are not the model's,
-                needs a closure, or shares a parameter with another; a scheduler belongs to another optimizer.
+            OptimizerError: There are several ranks; the three are not of the right kind, an optimizer holds
+                parameters that are not the model's, needs a closure, or shares a parameter with another; a scheduler
+                belongs to another optimizer.
         """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size()
+            if ranks > 1:
+                raise OptimizerError(
+                    f"This process is one of {ranks} ranks, and a window does not reach over ranks yet.",
+                    hint="train in one process; the update would be that of this rank's rows alone.",
+                )
         optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
         if lr_scheduler is None:
             schedulers: tuple[Any, ...] = ()

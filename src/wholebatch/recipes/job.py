@@ -226,6 +226,7 @@ class _Run:
 
 _EVIDENCE = (
     "gradient_error",
+    "gradient_ok",
     "undivided_peak_bytes",
     "cut_peak_bytes",
     "targets_per_second",

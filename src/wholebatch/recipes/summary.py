@@ -8,9 +8,6 @@ from typing import Any, Literal
 
 from wholebatch.evidence.wording import number, say_bytes, say_count
 
-# Above this the difference between the two gradients is no longer rounding in any dtype that weights come in.
-_EQUAL = 1e-2
-
 
 @dataclass(slots=True, kw_only=True)
 class Summary:
@@ -53,7 +50,7 @@ class Summary:
         Example:
             >>> summary = Summary(logical_batch="512 rows", status="done", updates=43)
             >>> summary.cut, summary.rows_at_once, summary.measures = True, 41, {"loss": 1.6, "bits_per_byte": 2.31}
-            >>> summary.evidence = {"gradient_error": 1.1e-7, "speedup": 2.3}
+            >>> summary.evidence = {"gradient_error": 1.1e-7, "gradient_ok": True, "speedup": 2.3}
             >>> for part in summary.line.split("; "):
             ...     print(part)
             43 updates of 512 rows, never more than 41 rows in memory at once
@@ -91,7 +88,7 @@ class Summary:
         if error is not None:
             said.append(
                 f"gradient equal to the undivided batch's to {error:.1e}"
-                if error <= _EQUAL
+                if self.evidence.get("gradient_ok")
                 else f"gradient NOT that of the undivided batch: it is {error:.2g} away"
             )
         if cut and whole:
