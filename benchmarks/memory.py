@@ -8,10 +8,13 @@ batch is measured where it fits into 4 GiB.
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of each start and stop
 
 import torch
 from torch import nn

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import mse_loss
 
 import wholebatch as wb
 from menagerie import (
@@ -81,6 +82,34 @@ def test_what_is_random_or_wanted_or_coarse_is_no_mistake(animal):
     accumulator = accumulator_of(animal, animal.model(torch.float32), batch_norm="per_micro_batch")
     assert accumulator.step(animal.batch(10, torch.float32)).applied
     assert "compared cut and uncut" in accumulator.reasons[0]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_first_batch_is_compared_in_the_precision_in_which_it_trains(precision, dtype):
+    """Inputs of 16 bits meet weights of 32 only under autocast."""
+    animal = Animal(mlp, regression, lambda model, batch: mse_loss(model(batch["x"]).float(), batch["y"].float()))
+    accumulator = accumulator_of(animal, animal.model(torch.float32), precision=precision)
+    assert accumulator.step(regression(10, dtype)).applied
+    assert "compared cut and uncut on 8 rows" in accumulator.reasons[0]
+
+
+class Detector(nn.Module):
+    """Returns losses in training mode, and something else in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = DROPOUT.build()
+
+    def forward(self, x):
+        return {"loss": self.layers(x).square().mean()} if self.training else {"boxes": x}
+
+
+def test_a_model_that_returns_no_loss_in_evaluation_mode_is_not_compared_and_trains():
+    animal = Animal(Detector, regression, lambda model, batch: model(batch["x"])["loss"])
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(regression(10, torch.float64)).applied
+    assert "not compared" in accumulator.reasons[0]
+    assert "KeyError" in accumulator.reasons[0]
 
 
 def test_bfloat16_weights_are_compared_in_their_own_units():

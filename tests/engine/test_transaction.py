@@ -282,6 +282,18 @@ def test_a_buffer_that_comes_in_a_rolled_back_window_goes_with_it():
     assert model.later.tolist() == [1] * 8
 
 
+def test_a_buffer_that_was_set_in_inference_mode_is_put_back_too():
+    """Tables that a validation pass has cached cannot be copied into."""
+    model = Draws().double()
+    with torch.inference_mode():
+        model.register_buffer("table", torch.ones(3))
+    kept = Transaction(model, torch.device("cpu"))
+    kept.begin()
+    model.table = torch.zeros(3)
+    kept.roll_back()
+    assert model.table.tolist() == [1, 1, 1]
+
+
 def test_a_transaction_may_be_rolled_back_twice():
     model = Draws().double()
     kept = Transaction(model, torch.device("cpu"))

@@ -205,6 +205,19 @@ def test_gradients_that_somebody_left_behind_are_never_added():
     mean_over_labels(model, masked(5)).backward()
     accumulator_of(model, micro_batch=wb.Rows(1)).step(batch)
     assert relative_error(flat(model.parameters()) - before, right) <= EXACT
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_of_parameters_that_nobody_steps_are_left_as_they_were():
+    model = text_model()
+    mean_over_labels(model, masked(5)).backward()
+    found = model.mix.weight.grad
+    copied = found.clone()
+    accumulator = wb.Accumulator(model, sgd([model.embedding.weight]), mean_over_labels, targets=num_labels)
+    assert accumulator.step(masked(3, 1)).applied
+    assert model.mix.weight.grad is found
+    assert torch.equal(found, copied)
+    assert model.embedding.weight.grad is None
 
 
 def test_gradients_zeroed_before_the_first_backward_pass_change_nothing():
@@ -421,6 +434,24 @@ def test_two_optimizers_of_one_model_may_have_windows_of_different_length():
         window.rollback()
     assert relative_error(flat(model.parameters()), flat(other.parameters())) <= EXACT
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_two_windows_on_one_optimizer_cannot_both_become_an_update():
+    """T7: the step of one would move the weights under the other; nothing moves, and each may go on alone."""
+    model, batch = text_model(), masked(3, 1)
+    before, optimizer = flat(model.parameters()), sgd(model.parameters())
+    two = [wb.Accumulator(model, optimizer, mean_over_labels, targets=num_labels) for _ in range(2)]
+
+    def both():
+        with two[0].window() as first, two[1].window() as second:
+            for window in (first, second):
+                window.backward(mean_over_labels(model, batch), num_labels(batch))
+            first.close()
+
+    with pytest.raises(wb.WindowError):
+        both()
+    assert torch.equal(flat(model.parameters()), before)
+    assert all(accumulator.step(batch).applied for accumulator in two)
 
 
 def test_a_window_that_is_rolled_back_leaves_the_gradient_of_another_alone():

@@ -407,7 +407,8 @@ def test_rows_of_the_record_are_those_that_were_told():
     with accumulator.window() as window:
         window.backward(animal.loss_fn(model, animal.batch(3, torch.float64)), targets=3, rows=3)
         window.backward(animal.loss_fn(model, animal.batch(2, torch.float64)), targets=2, rows=2)
-    assert window.update.rows == 5
+        window.backward(animal.loss_fn(model, animal.batch(4, torch.float64)), targets=0, rows=4)
+    assert (window.update.rows, window.update.targets, window.update.micro_batches) == (9, 5, 2)
     with accumulator.window() as window:
         window.backward(animal.loss_fn(model, animal.batch(3, torch.float64)), targets=3)
     assert window.update.rows is None

@@ -151,6 +151,7 @@ def verify(
     transaction = Transaction(model, input_device(model))
     found = [parameter.grad for parameter in model.parameters()]
     transaction.begin()
+    memory.release(input_device(model))
     try:
         update, cut_gradient = _cut_gradient(
             model,
@@ -217,6 +218,7 @@ def _cut_gradient(model: nn.Module, loss_fn: LossFn, batch: Any, **cut: Any) -> 
 
 def _whole_gradient(model: nn.Module, objective: Objective, rows: LogicalBatch) -> tuple[int | None, Tensor]:
     device = input_device(model)
+    memory.release(device)
     memory.reset_peak(device)
     reference.gradient(  # type: ignore[no-untyped-call]
         model,

@@ -15,7 +15,11 @@ from torch import nn
 import wholebatch
 from wholebatch.core.errors import WholeBatchError
 from wholebatch.core.split import Rows, Tokens
+from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
+from wholebatch.engine.device import input_device
+from wholebatch.engine.device import input_device
+from wholebatch.engine.memory import release
 from wholebatch.evidence.comparison import compare
 from wholebatch.evidence.report import REPORT_NAME, write_report
 from wholebatch.evidence.runlog import LOG_NAME
@@ -92,14 +96,18 @@ class _Run:
             "auto" if config.micro_batch == "auto" else cut_of(recipe, config.micro_batch)
         )
         self.sinks: list[Sink] = []
+        self.device = torch.device("cpu")
         self.summary = Summary(logical_batch=str(config.logical_batch))
         self.reasons: list[str] = []
+        self.device = torch.device("cpu")
 
     def go(self) -> None:
         """Train, validate and compare."""
         seed_everything(self.config.seed)
         rows, held_out = rows_of(self.recipe, "train"), rows_of(self.recipe, "validation")
         model = model_of(self.recipe)
+        self.device = input_device(model)
+        self.device = input_device(model)
         accumulator = Accumulator(
             model,
             optimizer_of(self.recipe, model, self.config.lr),
@@ -167,7 +175,7 @@ class _Run:
                 "micro_batch": str(self.config.micro_batch),
                 "precision": self.config.precision,
                 "seed": self.config.seed,
-                "device": str(next(model.parameters()).device),
+                "device": str(self.device),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "rows": num_rows,
                 "updates_planned": planned,
@@ -182,7 +190,9 @@ class _Run:
         )
 
     def _update(self, epoch: int, accumulator: Accumulator, batch: list[Any]) -> None:
+        release(self.device)
         update = accumulator.step(batch)
+        memory.release(self.device)  # so that each update's peak is its own
         self.summary.updates += update.applied
         self.summary.skipped += not update.applied
         self.summary.cut |= update.micro_batches > 1
@@ -198,6 +208,7 @@ class _Run:
         why = "the logical batch was not cut" if not self.summary.cut else "one row cannot be cut"
         found: dict[str, Any] = {}
         if self.cut != "auto" and self.summary.cut and len(batch) > 1:
+            release(self.device)
             _log.info("Comparing one logical batch cut, as a whole, and in the plain loop ...")
             try:
                 found = compare(
