@@ -64,7 +64,7 @@ def test_bf16_gradients_of_1024_micro_batches_are_within_4_eps_of_an_fp32_sum(ac
     right = right_gradient(torch.bfloat16, signal)
     assert relative_error(found, right) <= 4 * BF16_EPS
     # The norm is that of the sum before it is rounded to bfloat16: additions are rounded to nearest, not cut off.
-    assert update.grad_norm == pytest.approx(float(right.norm()), rel=2**-8)
+    assert update.grad_norm == pytest.approx(float(right.norm()), rel=2**-11)
 
 
 def test_sixteen_bits_are_summed_in_fp32_unless_something_else_is_asked_for():

@@ -233,7 +233,9 @@ class _CompensatedSum:
         if self._high is not None:
             total.add_(self.total())
         bits = total.view(torch.int32)
-        bits.add_(torch.isfinite(total).to(torch.int32), alpha=128)  # round to 24 bits; an infinity stays one
+        # Round to 24 bits, half to even, so that a sum of many does not drift; an infinity stays one.
+        odd = bits.bitwise_right_shift(8).bitwise_and_(1)
+        bits.add_(odd.add_(127).mul_(torch.isfinite(total)))
         self._high = bits.bitwise_right_shift(16).to(torch.int16)
         self._low = bits.bitwise_right_shift_(8).to(torch.uint8)
 
