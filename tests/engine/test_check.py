@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 import wholebatch as wb
 from menagerie import (
@@ -11,6 +11,7 @@ from menagerie import (
     CALM,
     CONTRASTIVE,
     DROPOUT,
+    IGNORED,
     MIXED,
     NOISY,
     Animal,
@@ -23,6 +24,10 @@ from menagerie import (
     texts,
 )
 from properties import assert_leaves_no_trace, flat, sgd, state_of
+from wholebatch.core.split import LogicalBatch
+from wholebatch.engine.causes import diagnose
+from wholebatch.engine.objective import Objective
+from wholebatch.engine.pieces import Probe
 
 
 def accumulator_of(animal, model, **options):
@@ -51,6 +56,18 @@ def test_a_wrong_objective_raises_with_its_cause_each_time_and_leaves_no_trace(w
         assert "off by" in error.value.found
         assert error.value.hint
         assert isinstance(error.value, AssertionError)
+
+
+def test_a_mean_over_labels_by_hand_is_a_matter_of_targets_also_where_a_row_has_none():
+    def masked_mean(model, batch):
+        kept = batch["labels"] != IGNORED
+        each = cross_entropy(model(batch["tokens"]).mT, batch["labels"], ignore_index=IGNORED, reduction="none")
+        return each.sum() / kept.sum()
+
+    animal = Animal(TiedHead, texts, masked_mean)
+    accumulator = accumulator_of(animal, animal.model())
+    with pytest.raises(wb.VerifyError, match="does not average over the targets"):
+        accumulator.step(texts(10, torch.float64))
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -254,6 +271,13 @@ def test_the_check_inside_an_open_window_leaves_its_gradient_alone():
         list(accumulator.updates([regression(1, torch.float64), regression(5, torch.float64)], micro_batches=2))
         changes.append(flat(model.parameters()) - before)
     assert torch.equal(*changes)
+
+
+def test_there_is_no_cause_where_nothing_is_wrong():
+    animal = CALM["mlp"]
+    rows = LogicalBatch(animal.batch(6, torch.float64))
+    probe = Probe(animal.model(), Objective(animal.loss_fn, None, "mean"), rows)
+    assert diagnose(probe, range(6), [range(2), range(2, 6)]) == []
 
 
 def test_another_accumulators_open_window_is_left_alone_by_the_check():

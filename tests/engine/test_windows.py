@@ -228,6 +228,15 @@ def test_a_window_ends_once():
         window.close()
 
 
+def test_a_window_whose_handle_was_lost_can_be_found_again():
+    """As in a notebook, when a function that opened it has raised."""
+    _, accumulator, window = one_window()
+    assert accumulator.open_window is window
+    accumulator.open_window.rollback()
+    assert accumulator.open_window is None
+    assert not window.is_open
+
+
 def test_a_record_is_there_after_the_close_and_only_then():
     _, accumulator, window = one_window()
     with pytest.raises(wb.WindowError, match="window that is open") as error:

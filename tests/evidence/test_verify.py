@@ -136,6 +136,21 @@ def test_verify_leaves_no_trace(wrong):
         wb.verify(model, animal.loss_fn, batch, **animal.objective)
 
 
+def test_a_model_that_returns_no_loss_in_evaluation_mode_is_told_that_it_is_random():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = DROPOUT.build()
+
+        def forward(self, x):
+            return {"loss": self.layers(x).square().mean()} if self.training else {"boxes": x}
+
+    model = Detector()
+    with assert_leaves_no_trace(model):
+        verification = wb.verify(model, lambda m, b: m(b["x"])["loss"], regression(10, torch.float32))
+    assert [cause.name for cause in verification.causes] == ["dropout"]
+
+
 def test_verify_leaves_no_trace_when_the_loss_function_raises():
     def stumbling(model, batch):
         if len(batch["x"]) > 4:

@@ -120,7 +120,7 @@ class Transaction:
     def begin(self) -> None:
         """Keep random state and buffers as they are now."""
         self._random = RandomState.now(self._device)
-        self._buffers = {module: dict(module._buffers) for module in modules(self._model)}
+        self._buffers = {module: dict(module._buffers) for module in modules(self._model) if module._buffers}
         before, self._copies = self._copies, {}
         for buffers in self._buffers.values():
             for buffer in buffers.values():
@@ -129,13 +129,15 @@ class Transaction:
 
     def roll_back(self) -> None:
         """Put random state and buffers back to where they were at `begin`."""
-        if self._random is not None:
-            self._random.restore()
+        if self._random is None:
+            return
+        self._random.restore()
         self.roll_back_buffers()
 
     def roll_back_buffers(self) -> None:
         """Put buffers back to where they were at `begin`, and let the random streams go on."""
-        for module, buffers in self._buffers.items():
+        for module in modules(self._model):
+            buffers = self._buffers.get(module, {})
             for name in [name for name in module._buffers if name not in buffers]:
                 del module._buffers[name]
             for name, buffer in buffers.items():
