@@ -16,7 +16,7 @@ from wholebatch.engine.objective import LossFn, TargetsFn
 from wholebatch.engine.transaction import Transaction
 from wholebatch.evidence.verify import Catch, verify
 
-ROUNDS = 3
+ROUNDS = 2
 """How often both loops run, taking turns; the fastest round of each counts."""
 
 

@@ -1,6 +1,7 @@
 """How does a job run? From a configuration to a trained model, a log, a report and the line that sums it up."""
 
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +19,6 @@ from wholebatch.core.split import Rows, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.device import input_device
-from wholebatch.engine.device import input_device
-from wholebatch.engine.memory import release
 from wholebatch.evidence.comparison import compare
 from wholebatch.evidence.report import REPORT_NAME, write_report
 from wholebatch.evidence.runlog import LOG_NAME
@@ -99,14 +98,16 @@ class _Run:
         self.device = torch.device("cpu")
         self.summary = Summary(logical_batch=str(config.logical_batch))
         self.reasons: list[str] = []
-        self.device = torch.device("cpu")
 
     def go(self) -> None:
         """Train, validate and compare."""
+        if self.recipe.length is not None:
+            # oneDNN keeps what it compiled for each shape, and where lengths vary every micro-batch has a shape of its
+            # own: the process would grow from update to update.
+            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
         seed_everything(self.config.seed)
         rows, held_out = rows_of(self.recipe, "train"), rows_of(self.recipe, "validation")
         model = model_of(self.recipe)
-        self.device = input_device(model)
         self.device = input_device(model)
         accumulator = Accumulator(
             model,
@@ -190,7 +191,6 @@ class _Run:
         )
 
     def _update(self, epoch: int, accumulator: Accumulator, batch: list[Any]) -> None:
-        release(self.device)
         update = accumulator.step(batch)
         memory.release(self.device)  # so that each update's peak is its own
         self.summary.updates += update.applied
@@ -208,7 +208,7 @@ class _Run:
         why = "the logical batch was not cut" if not self.summary.cut else "one row cannot be cut"
         found: dict[str, Any] = {}
         if self.cut != "auto" and self.summary.cut and len(batch) > 1:
-            release(self.device)
+            memory.release(self.device)
             _log.info("Comparing one logical batch cut, as a whole, and in the plain loop ...")
             try:
                 found = compare(
