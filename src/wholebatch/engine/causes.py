@@ -122,8 +122,8 @@ def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -
             )
         ]
     gradients = torch.stack([piece.gradient for piece in pieces], dim=1)
-    if not gradients.isfinite().all():
-        return [_NOT_A_SUM]
+    # A part without a target may be 0 / 0, as in a masked mean written by hand; it weighs nothing.
+    gradients = gradients.where(gradients.isfinite().all(dim=0), 0.0)
     fit = torch.linalg.lstsq(gradients, undivided.gradient.unsqueeze(1), driver="gelsd").solution.squeeze(1)
     left = float((gradients @ fit - undivided.gradient).norm())
     if left <= probe.tolerance * max(size, float((gradients.abs() @ fit.abs()).norm())):

@@ -114,13 +114,15 @@ class Transaction:
         self._model = model
         self._device = device
         self._copies: dict[int, Tensor] = {}
+        self._modules: list[nn.Module] = []
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._random: RandomState | None = None
 
     def begin(self) -> None:
         """Keep random state and buffers as they are now."""
         self._random = RandomState.now(self._device)
-        self._buffers = {module: dict(module._buffers) for module in modules(self._model) if module._buffers}
+        self._modules = modules(self._model)
+        self._buffers = {module: dict(module._buffers) for module in self._modules if module._buffers}
         before, self._copies = self._copies, {}
         for buffers in self._buffers.values():
             for buffer in buffers.values():
@@ -136,7 +138,7 @@ class Transaction:
 
     def roll_back_buffers(self) -> None:
         """Put buffers back to where they were at `begin`, and let the random streams go on."""
-        for module in modules(self._model):
+        for module in self._modules:
             buffers = self._buffers.get(module, {})
             for name in [name for name in module._buffers if name not in buffers]:
                 del module._buffers[name]
