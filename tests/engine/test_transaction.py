@@ -294,6 +294,24 @@ def test_a_buffer_that_was_set_in_inference_mode_is_put_back_too():
     assert model.table.tolist() == [1, 1, 1]
 
 
+class Grows(nn.Module):
+    """Makes a layer in its first forward pass."""
+
+    def forward(self, x):
+        if not hasattr(self, "norm"):
+            self.norm = nn.BatchNorm1d(x.shape[1], affine=False).to(x.dtype)
+        return self.norm(x)
+
+
+def test_a_module_that_comes_in_a_rolled_back_window_stays_whole():
+    model = nn.Sequential(Grows())
+    kept = Transaction(model, torch.device("cpu"))
+    kept.begin()
+    model(numbers(4, 5))
+    kept.roll_back()
+    assert model(numbers(4, 5)).shape == (4, 5)
+
+
 def test_a_transaction_may_be_rolled_back_twice():
     model = Draws().double()
     kept = Transaction(model, torch.device("cpu"))

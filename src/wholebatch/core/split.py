@@ -12,6 +12,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -165,7 +166,7 @@ class LogicalBatch:
         """Return a micro-batch of these rows: views where they stand side by side, copies elsewhere."""
         if self._collate is not None:
             return self._collate([self._batch[row] for row in rows])
-        return self._index(slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows))
+        return self._index(slice(rows.start, rows.stop) if type(rows) is range else list(rows))
 
     def lengths(self, length: Callable[[Any], int]) -> list[int]:
         """Return the length of each row.
@@ -189,14 +190,13 @@ class LogicalBatch:
         return self._batch[row] if self._collate is not None else self._index(row)
 
     def _index(self, index: slice | list[int] | int) -> Any:
-        return self._rebuild(
-            iter(
-                [
-                    leaf if axis is None else leaf[index] if axis == 0 else leaf[(slice(None),) * axis + (index,)]
-                    for _, leaf, axis in self._leaves
-                ]
-            )
-        )
+        cut = []
+        for _, leaf, axis in self._leaves:
+            if axis == 0:
+                cut.append(leaf[index])
+            else:
+                cut.append(leaf if axis is None else leaf[(slice(None),) * axis + (index,)])
+        return self._rebuild(iter(cut))
 
     def _axis(self, path: str, leaf: Any) -> int | None:
         """The dimension of a leaf on which its rows lie; None where every micro-batch gets all of it."""
@@ -345,6 +345,13 @@ def _flatten(tree: Any, path: str = "", *, columns: bool = False) -> tuple[list[
         make = partial(_make_dataclass, tree, names)
     else:
         return [(path, tree, None)], next
+    if all(map(_is_array, branches)):  # nothing nested, which is the usual kind
+        flat: list[_Leaf] = [
+            (f"{path}.{name}" if path else str(name), branch, None)
+            for name, branch in zip(names, branches, strict=True)
+        ]
+        count = len(flat)
+        return flat, lambda replaced: make(list(islice(replaced, count)))
     leaves: list[_Leaf] = []
     rebuilds: list[_Rebuild] = []
     for name, branch in zip(names, branches, strict=True):

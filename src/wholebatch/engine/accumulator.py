@@ -182,14 +182,16 @@ class Accumulator:
             self._check(rows, max(cut, key=len))
         # Rows of a list are collated once, when their turn comes, so that the padded logical batch never exists.
         counts: list[Count | None] = [None] * len(cut)
-        if self._collate is None or self._objective.targets is None:
-            counts = [self._count(rows, part) for part in cut]
+        if self._objective.targets is None:
+            counts = [len(part) for part in cut]
+        elif self._collate is None:
+            counts = [self._objective.count(rows.take(part), len(part)) for part in cut]
         known = [count for count in counts if count is not None]
         total = sum(known) if len(known) == len(cut) else None
         window = self._open(targets=total, micro_batches=len(cut), padding=share)
         try:
             for part, count in zip(cut, counts, strict=True):
-                self._pass(window, self._take(rows, part), len(part), count)
+                self._pass(window, rows.take(part), len(part), count)
         except BaseException:
             if window.is_open:
                 window.rollback()
@@ -221,7 +223,7 @@ class Accumulator:
                 if micro_batch is not None:
                     if micro_batches > 1:
                         self._check_loaded(micro_batch)
-                    self._pass(window, move(micro_batch, self._setup.device), self._count_rows(micro_batch), None)
+                    self._pass(window, micro_batch, self._count_rows(micro_batch), None)
                     del micro_batch
                 if closes:
                     update, window = window.close(), None
@@ -293,9 +295,15 @@ class Accumulator:
         if not isinstance(count, Tensor) and count == 0:
             window.leave_out(rows=rows)
             return
+        if self._setup.device.type != "cpu":
+            micro_batch = move(micro_batch, self._setup.device)
         window.before_forward()
-        with self._precision.autocast():
+        if self._precision.as_is:
             part = self._objective(self._setup.model, micro_batch, count)
+        else:
+            with self._precision.autocast():
+                part = self._objective(self._setup.model, micro_batch, count)
+        del micro_batch
         if part is None:
             window.leave_out(rows=rows)
         else:
@@ -316,14 +324,6 @@ class Accumulator:
             logging.WARNING,
         )
         return [range(rows.rows)], None
-
-    def _take(self, rows: LogicalBatch, part: Indices) -> Any:
-        return move(rows.take(part), self._setup.device)
-
-    def _count(self, rows: LogicalBatch, part: Indices) -> Count:
-        if self._objective.targets is None:
-            return len(part)
-        return self._objective.count(rows.take(part), len(part))
 
     def _check(self, rows: LogicalBatch, largest: Indices) -> None:
         if self._unchecked:

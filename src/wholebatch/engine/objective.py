@@ -159,7 +159,8 @@ class Objective:
 
 
 def _check_loss(loss: Any) -> None:
-    _check_scalar(loss, "The loss")
+    if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
+        _check_scalar(loss, "The loss")
     if not loss.requires_grad:
         raise LossError(
             "The loss has no graph, so that no gradient can be computed from it.",

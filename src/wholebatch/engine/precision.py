@@ -29,6 +29,9 @@ class Precision:
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         device: Where the weights live.
 
+    Attributes:
+        as_is: Whether forward passes run as the weights are, without autocast.
+
     Raises:
         WeightError: There is no such precision.
     """
@@ -41,6 +44,7 @@ class Precision:
             )
         self._device = device
         self._dtype = _AUTOCAST.get(precision)
+        self.as_is = self._dtype is None
         self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
         # The scaler looks for infinities in the gradients of an optimizer. One with a single number, the norm of the
         # window's gradient, tells it about all optimizers at once.

@@ -68,8 +68,9 @@ class Weighing:
         Returns:
             The two arguments of `torch.autograd.backward`.
         """
-        count = widen(part.targets)
+        count = part.targets
         if isinstance(count, Tensor):
+            count = widen(count)
             self._least = count if self._least is None else torch.minimum(self._least, count)
         if self._reference is None:
             guess = self._known is None or part.counted

@@ -197,7 +197,8 @@ class Window:
             self._state.leave_out(rows=rows)
             return
         try:
-            self.before_forward()
+            if not self._row_by_row:
+                self.before_forward()
             losses, roots = self._weighing.weigh(part)
             self._sums.open_backward()
             torch.autograd.backward(losses, roots)
@@ -205,7 +206,8 @@ class Window:
         except BaseException:
             self.rollback()
             raise
-        self._state.add(rows=rows, targets=widen(part.targets))
+        targets = part.targets
+        self._state.add(rows=rows, targets=widen(targets) if isinstance(targets, Tensor) else targets)
 
     def _close(self) -> Update:
         if self._state.micro_batches == 0:
