@@ -141,6 +141,7 @@ class Accumulator:
         self._collate = collate
         self._whole = tuple(whole)
         self._dims = dims
+        self._accelerated = self._setup.device.type != "cpu"
         self._unchecked = check == "first"
         self._window: Window | None = None
         self._windows = 0
@@ -188,7 +189,7 @@ class Accumulator:
             counts = [self._objective.count(rows.take(part), len(part)) for part in cut]
         known = [count for count in counts if count is not None]
         total = sum(known) if len(known) == len(cut) else None
-        window = self._open(targets=total, micro_batches=len(cut), padding=share)
+        window = self._open(targets=total, micro_batches=len(cut), padding=share, row_by_row=True)
         try:
             for part, count in zip(cut, counts, strict=True):
                 self._pass(window, rows.take(part), len(part), count)
@@ -221,7 +222,7 @@ class Accumulator:
                 if window is None:
                     window = self._open(micro_batches=micro_batches)
                 if micro_batch is not None:
-                    if micro_batches > 1:
+                    if self._unchecked and micro_batches > 1:
                         self._check_loaded(micro_batch)
                     self._pass(window, micro_batch, self._count_rows(micro_batch), None)
                     del micro_batch
@@ -258,7 +259,14 @@ class Accumulator:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""
         return self._precision.autocast()
 
-    def _open(self, *, targets: Count | None = None, micro_batches: int = 1, padding: float | None = None) -> Window:
+    def _open(
+        self,
+        *,
+        targets: Count | None = None,
+        micro_batches: int = 1,
+        padding: float | None = None,
+        row_by_row: bool = False,
+    ) -> Window:
         if self._window is not None:
             raise WindowError(
                 "A window is open already, and two of one accumulator would share its gradient.",
@@ -281,6 +289,7 @@ class Accumulator:
             targets=targets,
             micro_batches=micro_batches,
             padding=padding,
+            row_by_row=row_by_row,
             ended=self._ended,
         )
         return self._window
@@ -290,19 +299,20 @@ class Accumulator:
 
     def _pass(self, window: Window, micro_batch: Any, rows: int | None, count: Count | None) -> None:
         """Run one micro-batch through the model and add its gradient to the window's."""
+        objective, setup = self._objective, self._setup
         if count is None:
-            count = self._objective.count(micro_batch, rows)
+            count = objective.count(micro_batch, rows)
         if not isinstance(count, Tensor) and count == 0:
             window.leave_out(rows=rows)
             return
-        if self._setup.device.type != "cpu":
-            micro_batch = move(micro_batch, self._setup.device)
+        if self._accelerated:
+            micro_batch = move(micro_batch, setup.device)
         window.before_forward()
         if self._precision.as_is:
-            part = self._objective(self._setup.model, micro_batch, count)
+            part = objective(setup.model, micro_batch, count)
         else:
             with self._precision.autocast():
-                part = self._objective(self._setup.model, micro_batch, count)
+                part = objective(setup.model, micro_batch, count)
         del micro_batch
         if part is None:
             window.leave_out(rows=rows)
@@ -339,8 +349,6 @@ class Accumulator:
         return count_rows(micro_batch, whole=self._whole, dims=self._dims)
 
     def _check_loaded(self, micro_batch: Any) -> None:
-        if not self._unchecked:
-            return
         num_rows = self._count_rows(micro_batch)
         if num_rows is None:
             self._unchecked = False

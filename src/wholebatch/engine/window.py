@@ -69,6 +69,7 @@ class Window:
         targets: Count | None = None,
         micro_batches: int = 1,
         padding: float | None = None,
+        row_by_row: bool = False,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
         self._started = time.perf_counter()
@@ -76,7 +77,7 @@ class Window:
         self._number = number
         self._padding = padding
         self._ended = ended
-        self._row_by_row = rules.batch_norm != "refuse"
+        self._row_by_row = row_by_row or rules.batch_norm != "refuse"
         self._state = WindowState()
         self._update: Update | None = None
         self._weighing = Weighing(targets=targets, micro_batches=micro_batches, scale=rules.precision.scale())
