@@ -350,6 +350,8 @@ def _flatten(tree: Any, path: str = "", *, columns: bool = False) -> tuple[list[
             (f"{path}.{name}" if path else str(name), branch, None)
             for name, branch in zip(names, branches, strict=True)
         ]
+        if type(tree) is dict:
+            return flat, lambda replaced: dict(zip(names, replaced, strict=False))
         count = len(flat)
         return flat, lambda replaced: make(list(islice(replaced, count)))
     leaves: list[_Leaf] = []

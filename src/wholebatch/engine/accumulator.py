@@ -307,7 +307,8 @@ class Accumulator:
             return
         if self._accelerated:
             micro_batch = move(micro_batch, setup.device)
-        window.before_forward()
+        if not window.row_by_row:
+            window.before_forward()
         if self._precision.as_is:
             part = objective(setup.model, micro_batch, count)
         else:

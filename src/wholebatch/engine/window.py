@@ -47,6 +47,9 @@ _NOTHING = "no micro-batch held a target, so there was nothing to learn"
 class Window:
     """The micro-batches of one logical batch, from the first backward pass to the update.
 
+    Attributes:
+        row_by_row: Whether it is known that no layer computes over the rows of a part, or that this is wanted.
+
     Made by `Accumulator.window`. It may also be used in a ``with`` statement, which closes it at the end of the
     block, or rolls it back if an exception leaves the block.
 
@@ -77,7 +80,7 @@ class Window:
         self._number = number
         self._padding = padding
         self._ended = ended
-        self._row_by_row = row_by_row or rules.batch_norm != "refuse"
+        self.row_by_row = row_by_row or rules.batch_norm != "refuse"
         self._state = WindowState()
         self._update: Update | None = None
         self._weighing = Weighing(targets=targets, micro_batches=micro_batches, scale=rules.precision.scale())
@@ -170,14 +173,14 @@ class Window:
                 self.rollback()
 
     def before_forward(self) -> None:
-        """Refuse a second forward pass that a batch-dependent layer would spoil.
+        """Refuse a second forward pass that a batch-dependent layer would spoil, unless `row_by_row` is known.
 
         Raises:
             BatchNormError: The window is cut, and the model computes over the rows of a part.
         """
-        if not self._row_by_row and self._state.micro_batches > 0:
+        if self._state.micro_batches > 0:
             require_row_by_row(self._rules.setup.model)
-            self._row_by_row = True
+            self.row_by_row = True
 
     def leave_out(self, *, rows: int | None) -> None:
         """Count a micro-batch from which there is nothing to learn.
@@ -198,7 +201,7 @@ class Window:
             self._state.leave_out(rows=rows)
             return
         try:
-            if not self._row_by_row:
+            if not self.row_by_row:
                 self.before_forward()
             losses, roots = self._weighing.weigh(part)
             self._sums.open_backward()
