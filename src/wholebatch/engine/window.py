@@ -47,11 +47,11 @@ _NOTHING = "no micro-batch held a target, so there was nothing to learn"
 class Window:
     """The micro-batches of one logical batch, from the first backward pass to the update.
 
-    Attributes:
-        row_by_row: Whether it is known that no layer computes over the rows of a part, or that this is wanted.
-
     Made by `Accumulator.window`. It may also be used in a ``with`` statement, which closes it at the end of the
     block, or rolls it back if an exception leaves the block.
+
+    Attributes:
+        row_by_row: Whether it is known that no layer computes over the rows of a part, or that this is wanted.
 
     Example:
         >>> import wholebatch as wb
