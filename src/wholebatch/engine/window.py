@@ -173,7 +173,7 @@ class Window:
                 self.rollback()
 
     def before_forward(self) -> None:
-        """Refuse a second forward pass that a batch-dependent layer would spoil, unless `row_by_row` is known.
+        """Refuse a second forward pass that a batch-dependent layer would spoil. Not needed once `row_by_row` holds.
 
         Raises:
             BatchNormError: The window is cut, and the model computes over the rows of a part.
