@@ -25,7 +25,7 @@ import wholebatch as wb
 from page import Bar, arguments, spread, table, tell
 
 MICRO_BATCHES = 32
-"""Micro-batches in a window, where a bar is judged: it is for a micro-batch, and so many spread the cost of a window."""
+"""Micro-batches in a window, where a bar is judged: it is for a micro-batch, and so many spread a window's cost."""
 
 FEW = 8
 """Micro-batches in a window, where it is shown what a short window costs."""
