@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 import wholebatch as wb
 from menagerie import Animal
-from wholebatch.core.split import LogicalBatch
+from wholebatch.core.batch import LogicalBatch
 from wholebatch.evidence import reference
 
 MakeUpdate = Callable[[nn.Module, Optimizer, Any], object]

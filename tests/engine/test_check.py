@@ -24,7 +24,7 @@ from menagerie import (
     texts,
 )
 from properties import assert_leaves_no_trace, flat, sgd, state_of
-from wholebatch.core.split import LogicalBatch
+from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.causes import diagnose
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.pieces import Probe

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wholebatch.core.batch import LogicalBatch, count_rows
 from wholebatch.core.errors import ConfigError, SplitError, WindowError
 from wholebatch.core.record import Update
-from wholebatch.core.split import Indices, LogicalBatch, Rows, Tokens, count_rows, padding
+from wholebatch.core.split import Indices, Rows, Tokens, padding
 from wholebatch.core.weights import Count, Reduction, check_count
 from wholebatch.core.window import group
 from wholebatch.engine.batchnorm import require_row_by_row

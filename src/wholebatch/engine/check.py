@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.errors import VerifyError
-from wholebatch.core.split import Indices, LogicalBatch
+from wholebatch.core.split import Indices
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.causes import diagnose
 from wholebatch.engine.device import input_device

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.split import map_leaves
+from wholebatch.core.tree import map_leaves
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.split import Indices, LogicalBatch
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.split import Indices
 from wholebatch.core.weights import mean_weights
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.objective import Objective

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from wholebatch.core.split import LogicalBatch
+from wholebatch.core.batch import LogicalBatch
 from wholebatch.recipes.amount import Amount
 
 

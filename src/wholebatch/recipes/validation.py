@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.errors import ConfigError
-from wholebatch.core.split import Indices, LogicalBatch, Rows, Tokens
+from wholebatch.core.split import Indices, Rows, Tokens
 from wholebatch.engine.device import input_device, move
 from wholebatch.recipes.protocol import Recipe
 

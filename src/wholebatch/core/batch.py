@@ -1,0 +1,223 @@
+"""How are rows taken from a logical batch?
+
+A logical batch is a list of rows with a `collate` function, or a pytree (dicts, lists, tuples, dataclasses) whose
+leaves are tensors of any framework: whatever has a shape and can be indexed.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from wholebatch.core.errors import SplitError
+from wholebatch.core.split import Indices
+from wholebatch.core.tree import flatten, is_array, is_column
+
+
+class LogicalBatch:
+    """The rows of one logical batch, ready to be taken a few at a time.
+
+    Args:
+        batch: A list of rows, if `collate` is given; else a pytree of tensors. In a pytree, a list or tuple of other
+            things than tensors and numbers with one entry a row, such as texts, is cut with the rows, as is a list of
+            numbers; every other leaf goes to each micro-batch as it is.
+        collate: Turns a list of rows into a micro-batch.
+        whole: Paths of tensors that each micro-batch gets as a whole, such as ``"image"`` or ``"inputs.image"``.
+        dims: The dimension on which the rows lie: one number for all, or by path. Default 0.
+
+    Raises:
+        SplitError: There are no rows, the tensors disagree on how many there are, a path does not exist, or the batch
+            is neither a list of rows with `collate` nor made of tensors.
+
+    Example:
+        >>> batch = LogicalBatch(["a", "bb", "ccc"], collate="-".join)
+        >>> batch.rows, batch.take([2, 0])
+        (3, 'ccc-a')
+    """
+
+    __slots__ = ("_batch", "_collate", "_dims", "_leaves", "_rebuild", "_whole", "rows")
+
+    def __init__(
+        self,
+        batch: Any,
+        *,
+        collate: Callable[[list[Any]], Any] | None = None,
+        whole: Iterable[str] = (),
+        dims: int | Mapping[str, int] | None = None,
+    ) -> None:
+        self._batch = batch
+        self._collate = collate
+        self._whole = frozenset(whole)
+        self._dims = dims if dims is not None else 0
+        if collate is not None:
+            self.rows = self._count_collated()
+        else:
+            self._leaves, self._rebuild = flatten(batch, columns=True)
+            self.rows = self._count_leaves()
+            self._leaves = [
+                (path, _Column(leaf) if is_column(leaf) and axis is not None else leaf, axis)
+                for path, leaf, _ in self._leaves
+                for axis in [self._axis(path, leaf)]
+            ]
+
+    def take(self, rows: Indices) -> Any:
+        """Return a micro-batch of these rows: views where they stand side by side, copies elsewhere."""
+        if self._collate is not None:
+            return self._collate([self._batch[row] for row in rows])
+        return self._index(slice(rows.start, rows.stop) if type(rows) is range else list(rows))
+
+    def lengths(self, length: Callable[[Any], int]) -> list[int]:
+        """Return the length of each row.
+
+        Args:
+            length: Says how long a row is. Unit: tokens.
+
+        Raises:
+            SplitError: A length is negative or not a whole number.
+        """
+        lengths = [length(self._row(row)) for row in range(self.rows)]
+        for row, tokens in enumerate(lengths):
+            if not _is_whole(tokens):
+                raise SplitError(
+                    f"Row {row} of the logical batch is said to be {tokens!r} tokens long.",
+                    hint="let length(row) return a whole number, such as len(row['input_ids']).",
+                )
+        return [int(tokens) for tokens in lengths]
+
+    def _row(self, row: int) -> Any:
+        return self._batch[row] if self._collate is not None else self._index(row)
+
+    def _index(self, index: slice | list[int] | int) -> Any:
+        cut = []
+        for _, leaf, axis in self._leaves:
+            if axis == 0:
+                cut.append(leaf[index])
+            else:
+                cut.append(leaf if axis is None else leaf[(slice(None),) * axis + (index,)])
+        return self._rebuild(iter(cut))
+
+    def _axis(self, path: str, leaf: Any) -> int | None:
+        """The dimension of a leaf on which its rows lie; None where every micro-batch gets all of it."""
+        if _named(path, self._whole):
+            return None
+        if is_array(leaf):
+            return self._dim(path) if len(leaf.shape) > 0 else None
+        return 0 if is_column(leaf) and len(leaf) == self.rows else None
+
+    def _dim(self, path: str) -> int:
+        if isinstance(self._dims, int):
+            return self._dims
+        return next((dim for name, dim in self._dims.items() if _named(path, [name])), 0)
+
+    def _count_collated(self) -> int:
+        if (
+            isinstance(self._batch, Mapping)
+            or not hasattr(self._batch, "__len__")
+            or not hasattr(self._batch, "__getitem__")
+        ):
+            raise SplitError(
+                f"With `collate`, a logical batch is a list of rows; this one is a {type(self._batch).__name__}.",
+                hint="let the loader yield lists of rows (for a DataLoader: collate_fn=list), or leave `collate` out.",
+            )
+        return len(self._batch)
+
+    def _count_leaves(self) -> int:
+        if _looks_like_rows(self._batch):
+            raise SplitError(
+                f"The logical batch is a list of {len(self._batch)} rows, and nothing says how to join them.",
+                hint="pass collate=..., such as torch.utils.data.default_collate; tensors go in a dict or a tuple.",
+            )
+        counts: dict[str, int] = {}
+        columns: dict[str, int] = {}
+        for path, leaf, _ in self._leaves:
+            if _named(path, self._whole):
+                continue
+            if is_array(leaf) and len(leaf.shape) > 0:
+                dim = self._dim(path)
+                if not 0 <= dim < len(leaf.shape):
+                    raise SplitError(
+                        f"{path or 'The batch'} has shape {tuple(leaf.shape)}, and no dimension {dim} for its rows.",
+                        hint="dims counts from 0, not from the end: dims={'image': 1} is the second dimension.",
+                    )
+                counts[path] = leaf.shape[dim]
+            elif is_column(leaf):
+                columns[path] = len(leaf)
+        self._check_paths([path for path, _, _ in self._leaves])
+        found = counts or columns
+        if not found:
+            raise SplitError(
+                f"The logical batch ({type(self._batch).__name__}) holds no tensor with rows.",
+                hint="yield tensors, or lists of rows together with collate=...",
+            )
+        if len(set(found.values())) > 1:
+            usual = max(found.values(), key=list(found.values()).count)
+            odd = next(path for path, rows in found.items() if rows != usual)
+            raise SplitError(
+                "The tensors of one logical batch disagree on how many rows there are: "
+                + ", ".join(f"{path} {rows}" for path, rows in found.items())
+                + ".",
+                hint=f"if `{odd}` is the same for every row, pass whole=[{odd!r}] and each micro-batch gets all of it; "
+                f"if its rows lie on another dimension, say which, as in dims={{{odd!r}: 1}}.",
+            )
+        return next(iter(found.values()))
+
+    def _check_paths(self, paths: Sequence[str]) -> None:
+        given = {*self._whole, *(self._dims if isinstance(self._dims, Mapping) else ())}
+        for name in sorted(given):
+            if not any(_named(path, {name}) for path in paths):
+                nearest = difflib.get_close_matches(name, paths, n=1)
+                raise SplitError(
+                    f"The logical batch has no `{name}`; it has {', '.join(paths)}.",
+                    hint=f"did you mean `{nearest[0]}`?" if nearest else "name its parts as they are listed here.",
+                )
+
+
+def count_rows(
+    micro_batch: Any, *, whole: Iterable[str] = (), dims: int | Mapping[str, int] | None = None
+) -> int | None:
+    """Return the rows of a micro-batch that somebody else has cut, or None where its tensors do not agree on them.
+
+    Args:
+        micro_batch: A pytree of tensors.
+        whole: Paths of tensors that are the same for every row.
+        dims: The dimension on which the rows lie, as for `LogicalBatch`.
+
+    Example:
+        >>> count_rows({"text": ["a", "b"]}), count_rows("ab")
+        (2, None)
+    """
+    if (
+        not whole and dims is None and type(micro_batch) in (dict, tuple, list)
+    ):  # the usual kind, in a fraction of the time
+        leaves = micro_batch.values() if type(micro_batch) is dict else micro_batch
+        counts = {leaf.shape[0] if is_array(leaf) and len(leaf.shape) > 0 else None for leaf in leaves}
+        if len(counts) == 1 and None not in counts:
+            return counts.pop()
+    try:
+        return LogicalBatch(micro_batch, whole=whole, dims=dims).rows
+    except SplitError:
+        return None
+
+
+class _Column:
+    """A list or tuple with one entry a row, cut as a tensor is."""
+
+    def __init__(self, entries: list[Any] | tuple[Any, ...]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, index: slice | list[int] | int) -> Any:
+        if isinstance(index, list):
+            return type(self._entries)([self._entries[row] for row in index])
+        return self._entries[index]
+
+
+def _looks_like_rows(batch: Any) -> bool:
+    return isinstance(batch, list) and len(batch) > 0 and all(isinstance(row, Mapping | list | tuple) for row in batch)
+
+
+def _is_whole(tokens: Any) -> bool:
+    return hasattr(tokens, "__float__") and 0 <= float(tokens) < math.inf and float(tokens) % 1 == 0
+
+
+def _named(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)
