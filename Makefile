@@ -17,20 +17,20 @@ help:  ## list the targets
 demo: $(VENV)/installed  ## train a small model on a novel, with a report in runs/demo
 	$(BIN)/wholebatch train text --out $(RUN)
 
-test: $(VENV)/installed  ## all tests, in random order on two processes, with the bar for coverage
+test: $(VENV)/installed-dev  ## all tests, in random order on two processes, with the bar for coverage
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=
 	$(BIN)/python -m coverage report --fail-under=95 \
 	    --include='*/wholebatch/core/*,*/wholebatch/engine/*'
 
-lint: $(VENV)/installed  ## ruff (rules and format) and mypy --strict
+lint: $(VENV)/installed-dev  ## ruff (rules and format) and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/installed  ## build the documentation into site/; a warning is an error
+docs: $(VENV)/installed-dev  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
 
-bench: $(VENV)/installed-bench  ## run every benchmark, one after the other
+bench: $(VENV)/installed-dev  ## run every benchmark, one after the other
 	@set -e; for file in $$(grep -l '__main__' benchmarks/*.py); do \
 	    echo "== $$file"; $(BIN)/python "$$file"; \
 	done
@@ -45,9 +45,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	    echo "hint: name another one, as in: make $(or $(MAKECMDGOALS),test) PYTHON=python3.11" >&2; \
 	    exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,cli,plots]'
 	@touch $@
 
-$(VENV)/installed-bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+# With the systems that the tests and benchmarks run beside: some gigabytes.
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@

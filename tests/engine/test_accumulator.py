@@ -66,7 +66,7 @@ def test_a_record_of_rows_by_length_says_how_much_was_padded():
     )
     update = accumulator.step(rows)
     assert update.micro_batches == 3
-    assert update.padding == pytest.approx(1 - 15 / (8 + 2 * 4 + 1))
+    assert update.padding == pytest.approx(1 - 15 / (8 + 4 + 2 * 2))
     assert update.rows == 4
 
 

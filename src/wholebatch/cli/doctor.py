@@ -14,7 +14,7 @@ import wholebatch
 from wholebatch.evidence.wording import say_bytes
 
 # These extras are for working on the package itself.
-_FOR_DEVELOPERS = {"all", "dev", "docs", "bench"}
+_FOR_DEVELOPERS = {"all", "dev", "docs"}
 _FIRST = ("torch", "cli", "plots")
 
 

@@ -1,0 +1,98 @@
+"""The textbook loop: divide each loss by the micro-batches of a window, step at every k-th, zero the gradients.
+
+As most tutorials have it, and PyTorch's "Automatic Mixed Precision examples" under "Gradient accumulation".
+"""
+
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+
+from wholebatch.evidence.conformance.system import System
+from wholebatch.evidence.conformance.task import BadSample, PairTask, Task, Trained, steps_of
+
+
+def train(task: Task | PairTask) -> Trained:
+    """Train in a loop written by hand."""
+    return _train_players(task) if isinstance(task, PairTask) else _train_one(task)
+
+
+def _train_one(task: Task) -> Trained:
+    model = task.make_model()
+    optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
+    scheduler = LambdaLR(optimizer, task.lr_factor) if task.lr_factor else None
+    fp16 = task.precision == "fp16"
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    steps, given_up = steps_of(optimizer), -1
+    for epoch in range(task.epochs):
+        for i, loaded in enumerate(task.loader()):
+            for j, micro_batch in enumerate(task.cut(loaded)):
+                place = epoch * len(task.epoch) + i * task.slices + j
+                if task.zero_first:
+                    optimizer.zero_grad()
+                if place // task.window == given_up:
+                    continue
+                if micro_batch is not None:
+                    try:
+                        task.check(place)
+                    except BadSample:
+                        given_up = place // task.window
+                        continue
+                    with torch.autocast("cpu", torch.float16, enabled=fp16):
+                        loss = task.loss(model, micro_batch) / task.window
+                    torch.autograd.backward(scaler.scale(loss))
+                if place in task.evaluates_after:
+                    task.evaluate(model)
+                if (i * task.slices + j + 1) % task.window == 0:
+                    scaler.unscale_(optimizer)
+                    if task.clip_norm is not None:
+                        nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+                    if scheduler is not None:
+                        scheduler.step()
+                    task.after_update(model)
+    return Trained(model, steps())
+
+
+def _train_players(task: PairTask) -> Trained:
+    model = task.make_model()
+    of_discriminator = SGD(model.discriminator.parameters(), lr=task.lr)
+    of_generator = SGD(model.generator.parameters(), lr=task.lr)
+    steps = [steps_of(of_discriminator), steps_of(of_generator)]
+    for place, micro_batch in enumerate(task.epoch, 1):
+        torch.autograd.backward(task.discriminator_loss(model, micro_batch) / task.window)
+        torch.autograd.backward(task.generator_loss(model, micro_batch) / task.generator_window)
+        for optimizer, every in ((of_discriminator, task.window), (of_generator, task.generator_window)):
+            if place % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    return Trained(model, sum(each() for each in steps))
+
+
+textbook = System(
+    name="textbook",
+    title="the textbook loop",
+    train=train,
+    expresses=frozenset(
+        {
+            "unsized",
+            "None",
+            "slices",
+            "clipping",
+            "schedule",
+            "term",
+            "follows",
+            "zero first",
+            "evaluation",
+            "exception",
+            "fp16",
+            "bf16",
+            "two players",
+            "two windows",
+        }
+    ),
+    distributions=("torch",),
+    install="pip install 'wholebatch[torch]'",
+)

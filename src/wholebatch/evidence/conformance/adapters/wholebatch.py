@@ -1,0 +1,126 @@
+"""wholebatch: `updates` over a loader of micro-batches, `step` over logical batches, or windows in one's own loop."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+
+from wholebatch.core.record import Update
+from wholebatch.core.split import Rows
+from wholebatch.engine.accumulator import Accumulator
+from wholebatch.evidence.conformance.scenes import ROWS
+from wholebatch.evidence.conformance.system import System
+from wholebatch.evidence.conformance.task import BadSample, MicroBatch, PairTask, Task, Trained, join
+
+
+def train(task: Task | PairTask) -> Trained:
+    """Train with `wb.Accumulator`."""
+    return _train_players(task) if isinstance(task, PairTask) else _train_one(task)
+
+
+def _train_one(task: Task) -> Trained:
+    model = task.make_model()
+    optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
+
+    def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
+        pair = task.loss_sum(model, micro_batch), task.targets(micro_batch)
+        return pair if task.term is None else (*pair, task.term(model))
+
+    accumulator = Accumulator(
+        model,
+        optimizer,
+        loss_fn,
+        micro_batch=Rows(ROWS),
+        clip_norm=task.clip_norm,
+        lr_scheduler=LambdaLR(optimizer, task.lr_factor) if task.lr_factor else None,
+        precision="fp16" if task.precision == "fp16" else "fp32",
+    )
+    losses = []
+    for update in _updates(task, model, optimizer, accumulator):
+        if update.skipped is None:
+            losses.append(update.loss)
+            task.after_update(model)
+    return Trained(model, len(losses), losses)
+
+
+def _updates(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumulator) -> Iterator[Update]:
+    """Yield the updates of the loop that fits what the user has."""
+    if task.evaluates_after or task.fails_at is not None:
+        yield from _own_loop(task, model, accumulator)
+        return
+    for _ in range(task.epochs):
+        if task.slices > 1:
+            for loaded in task.loader():
+                parts = task.cut(loaded)
+                for start in range(0, len(parts), task.window):
+                    yield accumulator.step(join(parts[start : start + task.window]))
+        elif task.zero_first:
+            for _, micro_batches in task.windows():
+                optimizer.zero_grad()
+                yield accumulator.step(join(micro_batches))
+        else:
+            yield from accumulator.updates(task.loader(), micro_batches=task.window)
+
+
+def _own_loop(task: Task, model: nn.Module, accumulator: Accumulator) -> Iterator[Update]:
+    """Yield the updates of a loop that looks at each micro-batch itself."""
+    for first, micro_batches in task.windows():
+        try:
+            with accumulator.window() as window:
+                for place, micro_batch in enumerate(micro_batches, first):
+                    task.check(place)
+                    if micro_batch is not None and int(task.targets(micro_batch)) > 0:
+                        window.backward(task.loss(model, micro_batch), targets=task.targets(micro_batch))
+                    if place in task.evaluates_after:
+                        task.evaluate(model)
+        except BadSample:
+            continue
+        if window.update is not None:
+            yield window.update
+
+
+def _train_players(task: PairTask) -> Trained:
+    model = task.make_model()
+    players = model.discriminator, model.generator
+    both = [Accumulator(player, SGD(player.parameters(), lr=task.lr)) for player in players]
+    windows = [accumulator.window() for accumulator in both]
+    updates = 0
+    for place, micro_batch in enumerate(task.epoch, 1):
+        losses = task.discriminator_loss(model, micro_batch), task.generator_loss(model, micro_batch)
+        for window, loss in zip(windows, losses, strict=True):
+            window.backward(loss, targets=len(micro_batch["real"]))
+        for player, every in enumerate((task.window, task.generator_window)):
+            if place % every == 0:
+                updates += windows[player].close().skipped is None
+                windows[player] = both[player].window()
+    for window in windows:
+        window.rollback()
+    return Trained(model, updates)
+
+
+wholebatch = System(
+    name="wholebatch",
+    title="wholebatch",
+    train=train,
+    expresses=frozenset(
+        {
+            "unsized",
+            "None",
+            "slices",
+            "clipping",
+            "schedule",
+            "term",
+            "follows",
+            "zero first",
+            "evaluation",
+            "exception",
+            "fp16",
+            "bf16",
+            "two players",
+            "two windows",
+        }
+    ),
+    distributions=("wholebatch", "torch"),
+    install="pip install 'wholebatch[torch]'",
+)

@@ -1,0 +1,216 @@
+"""Which mistake is it? Loops, each with a habit that goes wrong: a run that ends where one of them does has it too."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task
+
+CLOSE = 1e-6
+"""How near a run must come to the end of a wrong loop to have its mistake, relative to the way that both went."""
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """How a loop divides, keeps and steps. The defaults are right.
+
+    Attributes:
+        divide_by: What the losses of a window are divided by: the sum by its targets; or each micro-batch's mean by the
+            number of those that came, by the number that a window should have, or by nothing.
+        keep: Whether all gradients of a window count, or only the last one.
+        tail: Whether a short window at the end of an epoch is an update, is dropped, or is carried into the next epoch.
+        clip: Whether the gradient of the window is clipped, or that of each micro-batch.
+        term: Whether the term counts once in a window, or once for each micro-batch.
+        step: Whether the optimizer steps once a window, or after each micro-batch.
+        given_up: What is left of a window that was given up: nothing, or its gradients until then.
+        skipped: Whether a window that overflows is no update, or counts as one for the schedule.
+        sum_in: Whether gradients are added up exactly, or in the dtype of the weights.
+    """
+
+    divide_by: Literal["targets", "micro-batches", "window", "nothing"] = "targets"
+    keep: Literal["all", "last"] = "all"
+    tail: Literal["update", "drop", "carry"] = "update"
+    clip: Literal["window", "micro-batch"] = "window"
+    term: Literal["once", "each"] = "once"
+    step: Literal["window", "micro-batch"] = "window"
+    given_up: Literal["nothing", "gradients"] = "nothing"
+    skipped: Literal["nothing", "counts"] = "nothing"
+    sum_in: Literal["exact", "weights"] = "exact"
+
+
+HABITS: dict[str, tuple[Habit, ...]] = {
+    "a mean of means: each micro-batch weighs the same, whatever it holds": (Habit("micro-batches"),),
+    "the means of the micro-batches are added up, and divided by nothing": (Habit("nothing"),),
+    "a short window is divided by the number of a full one": (Habit("window"),),
+    "the tail of an epoch is dropped": (Habit("window", tail="drop"), Habit(tail="drop")),
+    "the tail of an epoch is carried into the next": (Habit("window", tail="carry"),),
+    "only the last micro-batch of a window counts": (
+        Habit("window", keep="last"),
+        Habit("nothing", keep="last"),
+        Habit(keep="last"),
+    ),
+    "each micro-batch's gradient is clipped": (
+        Habit("window", clip="micro-batch"),
+        Habit("nothing", clip="micro-batch"),
+    ),
+    "the term counts once for each micro-batch": (Habit(term="each"),),
+    "the optimizer steps after each micro-batch": (
+        Habit("window", step="micro-batch"),
+        Habit("nothing", step="micro-batch"),
+    ),
+    "what a window had gathered when it was given up joins the next": (Habit("window", given_up="gradients"),),
+    "the schedule goes on although the update was skipped": (Habit("window", skipped="counts"),),
+    "the sum of the gradients stagnates in the dtype of the weights": (Habit("window", sum_in="weights"),),
+}
+"""The mistakes by name, with the ways in which they come."""
+
+_LEAK = "the discriminator steps with what the generator's loss has left in it"
+_NO_LABEL = "the mean over no label is not a number"
+
+
+def name(task: Task | PairTask, found: nn.Module, tolerance: float) -> str | None:
+    """Return the mistake of a run, or None where it is none that is known.
+
+    Args:
+        task: What was asked.
+        found: The model as the run left it, off the right way.
+        tolerance: What counts as rounding in this scene, relative.
+    """
+    end = _flat(found)
+    if not bool(end.isfinite().all()):
+        empty = isinstance(task, Task) and any(each is not None and int(task.targets(each)) == 0 for each in task.epoch)
+        return _NO_LABEL if empty else None
+    start = _flat(task.make_model())
+
+    def ends_there(wrong: nn.Module) -> bool:
+        return float((end - _flat(wrong)).norm()) <= max(CLOSE, tolerance) * float((end - start).norm())
+
+    if isinstance(task, PairTask):
+        return _LEAK if task.adversarial and ends_there(_leaking(task)) else None
+    return next(
+        (said for said, habits in HABITS.items() if any(ends_there(train(task, habit)) for habit in habits)), None
+    )
+
+
+def train(task: Task, habit: Habit) -> nn.Module:
+    """Return the model at the end of a run with a habit."""
+    model = task.make_model()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    loop = _Loop(task, habit, model, weights)
+    for epoch in range(task.epochs):
+        for place, micro_batch in enumerate(task.epoch, epoch * len(task.epoch)):
+            if loop.gives_up(place):
+                continue
+            loop.add(micro_batch)
+            if loop.places == task.window or habit.step == "micro-batch":
+                loop.update()
+        loop.end_epoch()
+    return model
+
+
+class _Loop:
+    """A window as the habit has it."""
+
+    def __init__(self, task: Task, habit: Habit, model: nn.Module, weights: list[nn.Parameter]) -> None:
+        self._task, self._habit, self._model, self._weights = task, habit, model, weights
+        self._updates = self._windows = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        exact = self._habit.sum_in == "exact"
+        self._sums = [torch.zeros_like(each, dtype=torch.float64 if exact else each.dtype) for each in self._weights]
+        self.places = 0
+        self._targets = 0
+
+    def gives_up(self, place: int) -> bool:
+        """Whether a micro-batch belongs to the window in which the loss of the user raises; forgets that window."""
+        fails_at = self._task.fails_at
+        if fails_at is None or place // self._task.window != fails_at // self._task.window:
+            return False
+        if place < fails_at:
+            return False
+        if self._habit.given_up == "nothing":
+            self._clear()
+        self.places = 0
+        return True
+
+    def add(self, micro_batch: MicroBatch | None) -> None:
+        """Add the gradient of a micro-batch to the window."""
+        self.places += 1
+        if micro_batch is None or int(self._task.targets(micro_batch)) == 0:
+            return
+        gradients = self._divided(micro_batch)
+        if self._habit.clip == "micro-batch":
+            gradients = self._clipped(gradients)
+        if self._habit.keep == "last":
+            self._sums = [torch.zeros_like(each) for each in self._sums]
+            self._targets = 0
+        self._targets += int(self._task.targets(micro_batch))
+        for total, gradient in zip(self._sums, gradients, strict=True):
+            total += gradient
+
+    def _divided(self, micro_batch: MicroBatch) -> list[Tensor]:
+        """The gradient of a micro-batch, divided as far as a loop divides before it goes backward."""
+        loss = self._task.loss_sum(self._model, micro_batch)
+        if self._habit.divide_by != "targets":
+            loss = loss / self._task.targets(micro_batch)
+        if self._habit.divide_by == "window":
+            loss = loss / self._task.window
+        return list(torch.autograd.grad(loss, self._weights))
+
+    def update(self) -> None:
+        """Step with the gradient of the window, if it holds a target and does not overflow."""
+        number, self._windows = self._windows, self._windows + 1
+        if number in self._task.overflows:
+            self._updates += self._habit.skipped == "counts"
+        elif self._targets > 0:
+            divisor = {"targets": self._targets, "micro-batches": self.places}.get(self._habit.divide_by, 1)
+            gradients = [total / divisor for total in self._sums]
+            if self._task.term is not None:
+                count = self.places if self._habit.term == "each" else 1
+                terms = torch.autograd.grad(self._task.term(self._model), self._weights)
+                gradients = [gradient + count * term for gradient, term in zip(gradients, terms, strict=True)]
+            if self._habit.clip == "window":
+                gradients = self._clipped(gradients)
+            factor = self._task.lr_factor(self._updates) if self._task.lr_factor else 1.0
+            with torch.no_grad():
+                for weight, gradient in zip(self._weights, gradients, strict=True):
+                    weight.sub_(self._task.lr * factor * gradient.to(weight.dtype))
+            self._updates += 1
+            self._task.after_update(self._model)
+        self._clear()
+
+    def end_epoch(self) -> None:
+        """Do with a short window what the habit does."""
+        if self._habit.tail == "update" and self.places:
+            self.update()
+        elif self._habit.tail == "drop":
+            self._clear()
+        self.places = 0
+
+    def _clipped(self, gradients: list[Tensor]) -> list[Tensor]:
+        if self._task.clip_norm is None:
+            return gradients
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        factor = torch.clamp(self._task.clip_norm / (norm + 1e-6), max=1.0)
+        return [gradient * factor for gradient in gradients]
+
+
+def _leaking(task: PairTask) -> nn.Module:
+    """Two players in which the generator's backward pass leaves its gradient in the discriminator."""
+    model = task.make_model()
+    for place, micro_batch in enumerate(task.epoch, 1):
+        torch.autograd.backward(task.discriminator_loss(model, micro_batch) / task.window)
+        torch.autograd.backward(task.generator_loss(model, micro_batch) / task.generator_window)
+        for player, window in ((model.discriminator, task.window), (model.generator, task.generator_window)):
+            if place % window == 0:
+                SGD(player.parameters(), lr=task.lr).step()
+                player.zero_grad()
+    return model
+
+
+def _flat(model: nn.Module) -> Tensor:
+    return torch.cat([tensor.detach().flatten().to("cpu", torch.float64) for tensor in model.state_dict().values()])

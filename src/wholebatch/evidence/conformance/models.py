@@ -1,0 +1,69 @@
+"""What is trained in a scene? Models so small that each system can say them in its own words."""
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY, WIDTH, TIME = 11, 6, 5
+IGNORED = -100
+"""The label of a position where nothing is to be learned, as PyTorch and Transformers have it."""
+
+
+class Tagger(nn.Module):
+    """Names a class for each token: ``logits = tanh(embedding[input_ids]) @ weight.T + bias``.
+
+    Args:
+        dtype: Of the weights.
+
+    Shape:
+        Input ``[rows, time]``, output ``[rows, time, classes]``.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH, dtype=dtype)
+        self.head = nn.Linear(WIDTH, VOCABULARY, dtype=dtype)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.embedding(input_ids)))
+        return logits
+
+
+class Averaged(Tagger):
+    """A tagger with a moving average of its weights, kept by whoever trains it, once an update."""
+
+    average: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", self.head.weight.detach().clone())
+
+    def follow(self) -> None:
+        """Move the average towards the weights."""
+        self.average.lerp_(self.head.weight.detach(), 0.1)
+
+
+class Overflowing(Tagger):
+    """A tagger in float32 with one token, the last, whose logits are beyond what float16 can hold."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+        self.gain = torch.ones(VOCABULARY, 1)
+        self.gain[-1] = 1e6
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.embedding(input_ids)) * self.gain[input_ids])
+        return logits
+
+
+class Players(nn.Module):
+    """A generator and a discriminator, or any two models that are trained side by side.
+
+    Shape:
+        The generator takes noise ``[rows, 3]`` and returns samples ``[rows, 4]``; the discriminator takes samples and
+        returns scores ``[rows, 1]``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+        self.discriminator = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()

@@ -1,0 +1,90 @@
+"""How are results shown? As a table of systems and traps, and a line for each verdict that is not a pass."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_WORST_FIRST = ("fail", "refuses", "not expressible", "pass")
+_SHORT = {"refuses": "refuses", "not expressible": "-", "pass": "pass"}
+
+
+def as_text(results: Mapping[str, Any]) -> str:
+    """Return a table for a terminal or a page: a row for each system, a column for each trap, the worst of its scenes.
+
+    Args:
+        results: From `suite.run`.
+
+    Returns:
+        A table in Markdown. ``pass``; where it fails, the relative error of the change of the weights; ``refuses``;
+        ``-`` where no scene of the trap can be said.
+    """
+    traps = list(dict.fromkeys(scene.partition("-")[0] for scene in _scenes(results)))
+    rows = [["system", *traps]]
+    for name, system in results["systems"].items():
+        by_trap = [
+            _worst(verdict for scene, verdict in system["verdicts"].items() if scene.partition("-")[0] == trap)
+            for trap in traps
+        ]
+        rows.append([name, *by_trap])
+    return _aligned(rows)
+
+
+def by_scene(results: Mapping[str, Any]) -> str:
+    """Return the whole table in Markdown: a row for each scene, a column for each system."""
+    systems = results["systems"]
+    rows = [["scene", *systems]]
+    rows += [
+        [scene, *(_cell(system["verdicts"].get(scene)) for system in systems.values())] for scene in _scenes(results)
+    ]
+    return _aligned(rows)
+
+
+def details(results: Mapping[str, Any]) -> list[str]:
+    """Return a line for each verdict that is not a pass, with what is wrong."""
+    return [
+        f"{name}, {scene}: {verdict['outcome']}; {verdict['why']}"
+        for name, system in results["systems"].items()
+        for scene, verdict in system["verdicts"].items()
+        if verdict["outcome"] != "pass"
+    ]
+
+
+def _scenes(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(scene for system in results["systems"].values() for scene in system["verdicts"]))
+
+
+def _worst(verdicts: Iterable[Mapping[str, Any]]) -> str:
+    ranked = sorted(verdicts, key=lambda each: (_WORST_FIRST.index(each["outcome"]), -_size(each)))
+    judged = [verdict for verdict in ranked if verdict["outcome"] != "not expressible"]
+    return _cell((judged or ranked)[0]) if ranked else "-"
+
+
+def _size(verdict: Mapping[str, Any]) -> float:
+    error = verdict["error"]
+    return float("inf") if error == "not finite" else float(error or 0.0)
+
+
+def _cell(verdict: Mapping[str, Any] | None) -> str:
+    if verdict is None:
+        return "-"
+    if verdict["outcome"] != "fail":
+        return _SHORT[verdict["outcome"]]
+    error = verdict["error"]
+    if error == "not finite":
+        return "NaN"
+    if error is None or error < 0.01:  # the weights are right, and something else is not
+        return "FAIL"
+    return f"{error:.2f}"
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in [rows[0], rule, *rows[1:]]
+    )

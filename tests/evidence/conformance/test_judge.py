@@ -1,0 +1,152 @@
+"""What is right, and whether a mistake is seen and named."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from second_reading import second_reading
+
+from wholebatch.evidence.conformance import mistakes
+from wholebatch.evidence.conformance.adapters.textbook import textbook
+from wholebatch.evidence.conformance.adapters.wholebatch import wholebatch
+from wholebatch.evidence.conformance.judge import change_error, compare, expected, judge
+from wholebatch.evidence.conformance.mistakes import HABITS, Habit
+from wholebatch.evidence.conformance.scenes import SCENES
+from wholebatch.evidence.conformance.system import System
+from wholebatch.evidence.conformance.task import NotExpressible, PairTask, Task, Trained
+
+BY_NAME = {scene.name: scene for scene in SCENES}
+T1_TO_T4 = [scene for scene in SCENES if scene.trap in ("T1", "T2", "T3", "T4")]
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+def test_wholebatch_passes_every_scene(scene):
+    verdict = judge(wholebatch, scene)
+    assert verdict.outcome == "pass", verdict
+    assert verdict.updates == verdict.updates_due
+
+
+@pytest.mark.parametrize("scene", T1_TO_T4, ids=lambda scene: scene.name)
+def test_two_readings_of_what_is_right_agree(scene):
+    first, second = expected(scene.task), second_reading(scene.task)
+    assert change_error(scene.task.make_model(), second.model, first.model) <= 1e-13
+    assert first.updates == second.updates
+    textbook_verdicts = [compare("textbook", scene, textbook.train(scene.task), right) for right in (first, second)]
+    assert textbook_verdicts[0].outcome == textbook_verdicts[1].outcome
+
+
+@pytest.mark.parametrize("scene", [scene for scene in SCENES if isinstance(scene.task, Task)], ids=lambda s: s.name)
+def test_a_loop_without_a_bad_habit_is_right(scene):
+    """The loop with which mistakes are named is right with the habits that it has by default."""
+    right = expected(scene.task)
+    found = mistakes.train(scene.task, Habit())
+    assert change_error(scene.task.make_model(), found, right.model) <= max(1e-12, scene.tolerance)
+
+
+PLANTED = {
+    "T1-ragged-counts": "a mean of means",
+    "T3-tail": "the tail of an epoch is carried",
+    "T4-masked-micro-batch": "not a number",
+    "T7-zero-first": "only the last micro-batch",
+    "T7-exception": "given up joins the next",
+    "T7-gan": "the discriminator steps with",
+    "T10-sums-in-16-bits": "stagnates",
+    "T10-overflow": "the schedule goes on",
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_mistake_of_the_textbook_loop_is_found_and_named(name):
+    verdict = judge(textbook, BY_NAME[name])
+    assert verdict.outcome == "fail"
+    assert PLANTED[name] in verdict.why
+
+
+WHERE = {
+    "a mean of means: each micro-batch weighs the same, whatever it holds": "T1-ragged-counts",
+    "the means of the micro-batches are added up, and divided by nothing": "T2-mean",
+    "a short window is divided by the number of a full one": "T3-tail",
+    "the tail of an epoch is dropped": "T3-tail",
+    "the tail of an epoch is carried into the next": "T3-tail",
+    "only the last micro-batch of a window counts": "T7-zero-first",
+    "each micro-batch's gradient is clipped": "T9-clipping",
+    "the term counts once for each micro-batch": "T9-regulariser",
+    "the optimizer steps after each micro-batch": "T2-mean",
+    "what a window had gathered when it was given up joins the next": "T7-exception",
+    "the schedule goes on although the update was skipped": "T10-overflow",
+    "the sum of the gradients stagnates in the dtype of the weights": "T10-sums-in-16-bits",
+}
+
+
+@pytest.mark.parametrize(("mistake", "habit"), [(name, each) for name, habits in HABITS.items() for each in habits])
+def test_each_known_mistake_is_found_and_named_in_a_scene(mistake, habit):
+    scene = BY_NAME[WHERE[mistake]]
+    trained = Trained(mistakes.train(scene.task, habit), updates=0)
+    verdict = compare("planted", scene, trained, expected(scene.task))
+    assert verdict.outcome == "fail"
+    assert mistake in verdict.why
+
+
+def planted(train):
+    return System("planted", "planted", train, wholebatch.expresses)
+
+
+def test_a_right_run_with_a_wrong_report_fails_by_its_report():
+    def boasts(task):
+        trained = wholebatch.train(task)
+        return replace(trained, losses=[loss / 4 for loss in trained.losses])
+
+    verdict = judge(planted(boasts), BY_NAME["T2-mean"])
+    assert verdict.outcome == "fail"
+    assert verdict.error < 1e-10
+    assert "reported loss is 0.75 off" in verdict.why
+
+
+def test_a_right_run_with_another_number_of_updates_fails():
+    verdict = judge(planted(lambda task: replace(wholebatch.train(task), updates=7)), BY_NAME["T2-mean"])
+    assert (verdict.outcome, verdict.why) == ("fail", "7 updates instead of 1")
+
+
+def test_an_error_is_a_refusal_in_the_words_of_the_system():
+    def refuses(task):
+        raise ValueError("labels must not be masked\nsecond line")
+
+    verdict = judge(planted(refuses), BY_NAME["T4-masked-window"])
+    assert (verdict.outcome, verdict.why) == ("refuses", "ValueError: labels must not be masked")
+
+
+def test_what_cannot_be_said_is_not_judged():
+    def cannot(task):
+        raise NotExpressible("it has no loop of one's own")
+
+    assert judge(planted(cannot), BY_NAME["T1-ragged-counts"]).outcome == "not expressible"
+    plain = System("plain", "plain", wholebatch.train, frozenset())
+    verdict = judge(plain, BY_NAME["T9-clipping"])
+    assert (verdict.outcome, verdict.why) == ("not expressible", "no documented way for: clipping")
+    assert judge(plain, BY_NAME["T1-ragged-counts"]).outcome == "pass"
+
+
+def test_weights_that_are_not_numbers_are_infinitely_far_off():
+    def breaks(task):
+        trained = wholebatch.train(task)
+        with torch.no_grad():
+            next(trained.model.parameters()).fill_(math.nan)
+        return trained
+
+    verdict = judge(planted(breaks), BY_NAME["T2-mean"])
+    assert (verdict.outcome, verdict.error) == ("fail", math.inf)
+    assert verdict.to_dict()["error"] == "not finite"
+
+
+def test_the_tolerance_of_a_scene_sees_a_change_that_is_off_by_ten_times_as_much():
+    for scene in SCENES:
+        right = expected(scene.task)
+        start = scene.task.make_model()
+        off = copy.deepcopy(right.model)
+        with torch.no_grad():
+            for weight, begin in zip(off.parameters(), start.parameters(), strict=True):
+                weight.add_((weight - begin) * 10 * scene.tolerance)
+        if isinstance(scene.task, PairTask) or "bf16" not in scene.task.asks:
+            assert compare("off", scene, Trained(off, right.updates), right).outcome == "fail", scene.name
