@@ -15,6 +15,7 @@ KINDS = {
     errors.BatchNormError: RuntimeError,
     errors.NonFiniteError: ArithmeticError,
     errors.VerifyError: AssertionError,
+    errors.OutOfMemoryError: MemoryError,
     errors.ConfigError: ValueError,
     errors.MissingExtraError: ImportError,
 }

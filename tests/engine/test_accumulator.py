@@ -62,7 +62,7 @@ def test_a_record_of_rows_by_length_says_how_much_was_padded():
         return nn.utils.rnn.pad_sequence(some, batch_first=True)
 
     accumulator, _ = trained(
-        lambda model, x: (model(x).square().sum(), x.shape[0]), micro_batch=wb.Tokens(8, length=len), collate=pad
+        lambda model, x: (model(x).square().sum(), x.shape[0]), micro_batch=wb.Tokens(64, length=len), collate=pad
     )
     update = accumulator.step(rows)
     assert update.micro_batches == 3

@@ -68,6 +68,10 @@ class VerifyError(WholeBatchError, AssertionError):
     """The gradient of the cut batch is not that of the undivided one."""
 
 
+class OutOfMemoryError(WholeBatchError, MemoryError):
+    """Memory ran out where no finer cut can help: in a single row, or in the optimizer's step."""
+
+
 class ConfigError(WholeBatchError, ValueError):
     """An option, a configuration file or a recipe is not what it should be."""
 

@@ -42,6 +42,15 @@ class Rows:
     def __str__(self) -> str:
         return f"{self.rows} rows"
 
+    def halved(self) -> "Rows":
+        """Return the next finer way to cut, or the same where none is finer.
+
+        Example:
+            >>> Rows(5).halved(), Rows(1).halved()
+            (Rows(rows=3), Rows(rows=1))
+        """
+        return Rows(-(-self.rows // 2))
+
     def cut(self, num_rows: int) -> list[Indices]:
         """Return the micro-batches of a logical batch of `num_rows` rows, in order."""
         return [range(start, min(start + self.rows, num_rows)) for start in range(0, num_rows, self.rows)]
@@ -82,6 +91,10 @@ class Tokens:
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens"
+
+    def halved(self) -> "Tokens":
+        """Return the next finer way to cut, or the same where none is finer."""
+        return Tokens(-(-self.tokens // 2), self.length)
 
     def cut(self, lengths: Sequence[int]) -> list[Indices]:
         """Return the micro-batches of rows of these lengths, the longest first.

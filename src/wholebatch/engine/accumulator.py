@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wholebatch.core.batch import LogicalBatch, count_rows
-from wholebatch.core.errors import ConfigError, SplitError, WindowError
+from wholebatch.core.errors import ConfigError, OutOfMemoryError, SplitError, WindowError
 from wholebatch.core.record import Update
-from wholebatch.core.split import Indices, Rows, Tokens, padding
+from wholebatch.core.split import Indices, Rows, Tokens
 from wholebatch.core.weights import Count, Reduction, check_count
 from wholebatch.core.window import group
+from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.check import check_first
+from wholebatch.engine.cutting import Cutting, Place, Shortage
 from wholebatch.engine.device import move
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn, plain_count
 from wholebatch.engine.precision import Format, Precision
@@ -137,8 +139,7 @@ class Accumulator:
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
         )
-        self._micro_batch = micro_batch
-        self._memory = memory
+        self._cutting = Cutting(micro_batch, memory)
         self._collate = collate
         self._whole = tuple(whole)
         self._dims = dims
@@ -177,7 +178,29 @@ class Accumulator:
             raise SplitError(
                 "The logical batch is empty: it holds no rows.", hint="leave empty batches out of the loader."
             )
-        cut, share = self._cut(rows)
+        retries = 0
+        while True:
+            cut, share = self._cutting.cut(rows, self._say)
+            made = self._attempt(rows, cut, share)
+            if isinstance(made, Update):
+                return replace(made, retries=retries) if retries else made
+            memory.free_cached(self._setup.device)
+            self._cutting.take_finer(rows, cut, made, self._say)
+            retries += 1
+
+    def _attempt(self, rows: LogicalBatch, cut: Sequence[Indices], share: float | None) -> Update | Shortage:
+        """Return the update of a logical batch in one cut, or what is known of a shortage of memory that undid it."""
+        place = Place()
+        try:
+            return self._make(rows, cut, share, place)
+        except Exception as error:
+            if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+                raise
+            # Only words leave this block: the error's traceback holds the tensors of the attempt.
+            return Shortage((str(error).strip() or type(error).__name__).splitlines()[0], place.rows)
+
+    def _make(self, rows: LogicalBatch, cut: Sequence[Indices], share: float | None, place: Place) -> Update:
+        """Make one update from a logical batch in one cut, noting where it is."""
         if len(cut) > 1:
             if self._rules.batch_norm == "refuse":
                 require_row_by_row(self._setup.model)
@@ -193,11 +216,13 @@ class Accumulator:
         window = self._open(targets=total, micro_batches=len(cut), padding=share, row_by_row=True)
         try:
             for part, count in zip(cut, counts, strict=True):
+                place.rows = len(part)
                 self._pass(window, rows.take(part), len(part), count)
         except BaseException:
             if window.is_open:
                 window.rollback()
             raise
+        place.rows = None
         return window.close()
 
     def updates(self, loader: Iterable[Any], *, micro_batches: int) -> Iterator[Update]:
@@ -321,25 +346,10 @@ class Accumulator:
         else:
             window.add(part, rows=rows)
 
-    def _cut(self, rows: LogicalBatch) -> tuple[list[Indices], float | None]:
-        """Return the micro-batches of a logical batch, and the share of padding where lengths are known."""
-        if isinstance(self._micro_batch, Tokens):
-            lengths = rows.lengths(self._micro_batch.length)
-            cut = self._micro_batch.cut(lengths)
-            return cut, padding(lengths, cut)
-        if isinstance(self._micro_batch, Rows):
-            return self._micro_batch.cut(rows.rows), None
-        budget = "" if self._memory is None else f", and the budget of {self._memory} is not enforced"
-        self._say(
-            f'micro_batch="auto" takes the whole batch of {rows.rows} rows at once, since planning from memory is not '
-            f"there yet{budget}; say wb.Rows(n) or wb.Tokens(n, length=...) to cut it.",
-            logging.WARNING,
-        )
-        return [range(rows.rows)], None
-
     def _check(self, rows: LogicalBatch, largest: Indices) -> None:
         if self._unchecked:
-            lengths = rows.lengths(self._micro_batch.length) if isinstance(self._micro_batch, Tokens) else None
+            rule = self._cutting.micro_batch
+            lengths = rows.lengths(rule.length) if isinstance(rule, Tokens) else None
             self._say(
                 check_first(
                     self._setup.model, self._objective, rows, largest, lengths=lengths, precision=self._precision

@@ -1,7 +1,9 @@
 """What did that cost? Peak memory of a device, and of the tensors alone."""
 
 import ctypes
+import gc
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +67,53 @@ def release(device: torch.device) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+_SAID_OUT_OF_MEMORY = re.compile(
+    r"""
+    out\ of\ memory                # CUDA, HIP and XPU; MPS says "MPS backend out of memory"
+    | OUT_OF_(DEVICE|HOST)_MEMORY  # Level Zero and OpenCL, under XPU
+    | OutOfMemory                  # hipErrorOutOfMemory, cudaErrorMemoryAllocation's newer name
+    | ErrorMemoryAllocation
+    | CUBLAS_STATUS_ALLOC_FAILED | HIPBLAS_STATUS_ALLOC_FAILED | CUSOLVER_STATUS_ALLOC_FAILED
+    | CUDNN_STATUS_(ALLOC_FAILED|NOT_SUPPORTED)  # the second as well, where a workspace could not be had
+    | miopenStatusAllocFailed
+    | can't\ allocate\ memory | cannot\ allocate\ memory      # DefaultCPUAllocator on Linux and macOS
+    | not\ enough\ memory         # DefaultCPUAllocator on Windows
+    | std::bad_alloc
+    | could\ not\ create\ a\ (memory|primitive)               # oneDNN, which says no more than that
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory ran out, in any of the many ways in which this is said.
+
+    Args:
+        error: What was raised; an error that was raised from one of memory counts as well.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("CUDA error: out of memory")), is_out_of_memory(ValueError("no memory"))
+        (True, False)
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and _SAID_OUT_OF_MEMORY.search(str(error)):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+def free_cached(device: torch.device) -> None:
+    """Give back what the allocator keeps for later, after memory has run out and the tensors are gone.
+
+    Args:
+        device: Where the weights live.
+    """
+    gc.collect()
+    if device.type in ("cuda", "xpu", "mps"):
+        torch.get_device_module(device).empty_cache()
+    release(device)
 
 
 class _Process:
