@@ -51,7 +51,8 @@ class Accumulator:
         targets: ``targets(micro_batch)`` counts what the loss averages over, such as unmasked tokens. Default: its
             rows.
         reduction: What `loss_fn` returns: ``"mean"`` over its targets, or their ``"sum"``.
-        micro_batch: ``wb.Rows(8)``, ``wb.Tokens(4096, length=...)``, or ``"auto"``: the whole batch at once.
+        micro_batch: ``wb.Rows(8)``, ``wb.Tokens(4096, length=...)``, or ``"auto"``: the whole batch at once, halved
+            when memory runs out.
         memory: A budget for ``"auto"``. Not enforced yet; the reasons say so.
         collate: Turns a list of rows into a micro-batch; with it a logical batch is a list of rows.
         whole: Paths of tensors that each micro-batch gets as a whole, such as ``["image"]``.
@@ -167,6 +168,8 @@ class Accumulator:
             SplitError: The batch is empty, or its parts disagree on how many rows there are.
             BatchNormError: The batch is cut, and a layer in training mode computes over the rows that it sees.
             VerifyError: The first batch shows that the cut changes the gradient.
+            OutOfMemoryError: A single row does not fit, or memory ran out when a part of the weights had moved. Where
+                several rows do not fit together, the same logical batch is cut finer and tried again.
             LossError, WeightError, NonFiniteError, WindowError: See `Window.close`.
             Exception: What the loss function raised, as it is. In every case weights, gradients, buffers and random
                 state are those of before.
