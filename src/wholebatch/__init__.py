@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from wholebatch.core.record import Update
     from wholebatch.core.split import Rows, Tokens
     from wholebatch.core.weights import mean_weights
+    from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
     from wholebatch.engine.window import Window
@@ -63,6 +64,7 @@ _HOMES = {
     "WindowError": "core.errors",
     "convert_batch_norm": "engine.batchnorm",
     "freeze_batch_norm": "engine.batchnorm",
+    "losses": "engine.losses",
     "mean_weights": "core.weights",
     "sinks": "evidence.sinks",
     "verify": "evidence.verify",
@@ -76,6 +78,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OptimizerError",
+    "OutOfMemoryError",
     "Rows",
     "SplitError",
     "Tokens",
@@ -89,6 +92,7 @@ __all__ = [
     "__version__",
     "convert_batch_norm",
     "freeze_batch_norm",
+    "losses",
     "mean_weights",
     "sinks",
     "verify",
