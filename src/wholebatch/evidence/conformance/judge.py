@@ -58,7 +58,7 @@ def judge(system: System, scene: Scene) -> Verdict:
     """Let a system train a scene, and return the verdict."""
     lacking = scene.task.asks - system.expresses
     if lacking:
-        why = f"no documented way for: {', '.join(sorted(lacking))}"
+        why = f"its adapter has no way to say: {', '.join(sorted(lacking))}"
         return Verdict(system.name, scene.name, "not expressible", why=why)
     try:
         with warnings.catch_warnings():
@@ -118,7 +118,7 @@ def _expected(task: Task) -> Trained:
 
     def loss_fn(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, ...]:
         pair = task.loss_sum(model, batch), task.targets(batch)
-        return pair if task.term is None else (*pair, task.term(model))
+        return pair if task.penalty is None else (*pair, task.term(model))
 
     losses = []
     for number, (first, micro_batches) in enumerate(task.windows()):

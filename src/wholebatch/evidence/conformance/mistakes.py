@@ -169,7 +169,7 @@ class _Loop:
         elif self._targets > 0:
             divisor = {"targets": self._targets, "micro-batches": self.places}.get(self._habit.divide_by, 1)
             gradients = [total / divisor for total in self._sums]
-            if self._task.term is not None:
+            if self._task.penalty is not None:
                 count = self.places if self._habit.term == "each" else 1
                 terms = torch.autograd.grad(self._task.term(self._model), self._weights)
                 gradients = [gradient + count * term for gradient, term in zip(gradients, terms, strict=True)]

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wholebatch.evidence.conformance.models import IGNORED, TIME, VOCABULARY, Averaged, Overflowing, Players, Tagger
 from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task
@@ -73,11 +73,6 @@ def _from_zero() -> nn.Module:
     return model
 
 
-def _penalty(model: nn.Module) -> Tensor:
-    """A penalty on the weights; shape ``[]``."""
-    return 0.05 * torch.stack([weight.square().sum() for weight in model.parameters()]).sum()
-
-
 def _one_label() -> list[MicroBatch]:
     """1,024 micro-batches that all say the same, as when there is a lot to learn: each adds little to a large sum."""
     (micro_batch,) = labelled([10])
@@ -116,7 +111,7 @@ SCENES: tuple[Scene, ...] = (
     Scene(
         "T2-keywords",
         "a model that takes any keyword is divided for like any other",
-        Task(TAGGER, labelled(FULL), takes_keywords=True, loss_form="mean"),
+        Task(TAGGER, labelled(FULL), takes_keywords=True),
     ),
     Scene(
         "T2-mean",
@@ -166,6 +161,11 @@ SCENES: tuple[Scene, ...] = (
         Task(TAGGER, labelled([10] * 8), evaluates_after=frozenset({5})),
     ),
     Scene(
+        "T7-evaluation-in-the-tail",
+        "nor does it inside the short window at the end of an epoch, which is an update",
+        Task(TAGGER, labelled([10] * 10), evaluates_after=frozenset({8})),
+    ),
+    Scene(
         "T7-exception",
         "a window that is given up after an exception leaves nothing behind",
         Task(TAGGER, labelled([10] * 12), fails_at=6),
@@ -183,7 +183,7 @@ SCENES: tuple[Scene, ...] = (
     Scene(
         "T9-regulariser",
         "a penalty on the weights counts once an update",
-        Task(TAGGER, labelled(FULL), term=_penalty),
+        Task(TAGGER, labelled(FULL), penalty=0.05),
     ),
     Scene(
         "T9-clipping",

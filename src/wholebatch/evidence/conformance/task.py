@@ -23,8 +23,8 @@ class NotExpressible(Exception):  # noqa: N818 - a finding, not an error
 class Task:
     """A supervised training run under plain SGD, for whatever system.
 
-    The objective of an update is the mean cross entropy over the labels of its window that are not -100, plus `term`
-    where there is one. A system is free to build its own model from the weights of `make_model()`.
+    The objective of an update is the mean cross entropy over the labels of its window that are not -100, plus `term(model)`
+    where there is a penalty. A system is free to build its own model from the weights of `make_model()`.
 
     Attributes:
         make_model: Returns the model in training mode, with the same weights in each call.
@@ -36,7 +36,8 @@ class Task:
         lr: Learning rate of ``torch.optim.SGD``.
         clip_norm: Bound for the 2-norm of the gradient of the window.
         lr_factor: What the learning rate is multiplied by at update 0, 1, 2, ...
-        term: What is added to the mean as it stands, such as a penalty on the weights: it counts once an update.
+        penalty: The coefficient of a penalty on the weights: ``penalty * sum(weight ** 2)`` is added to the mean as it
+            stands, and counts once an update.
         follows: Whether ``model.follow()`` is to be called after each update, as a moving average of weights asks for.
         loss_form: What the loss of the user is: a mean, or a sum over a count, which the user can tell apart.
         takes_keywords: Whether the model takes any keyword arguments, and ignores them.
@@ -58,7 +59,7 @@ class Task:
     lr: float = 0.5
     clip_norm: float | None = None
     lr_factor: Callable[[int], float] | None = None
-    term: Callable[[nn.Module], Tensor] | None = None
+    penalty: float | None = None
     follows: bool = False
     loss_form: Literal["mean", "sum over count"] = "sum over count"
     takes_keywords: bool = False
@@ -77,7 +78,7 @@ class Task:
             "slices": self.slices > 1,
             "clipping": self.clip_norm is not None,
             "schedule": self.lr_factor is not None,
-            "term": self.term is not None,
+            "term": self.penalty is not None,
             "follows": self.follows,
             "zero first": self.zero_first,
             "evaluation": bool(self.evaluates_after),
@@ -116,7 +117,12 @@ class Task:
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         """Return the loss as one writes it for a single batch: the masked mean, and the term."""
         mean = self.loss_sum(model, micro_batch) / self.targets(micro_batch)
-        return mean if self.term is None else mean + self.term(model)
+        return mean if self.penalty is None else mean + self.term(model)
+
+    def term(self, model: nn.Module) -> Tensor:
+        """Return the penalty on the weights; shape ``[]``."""
+        assert self.penalty is not None
+        return self.penalty * torch.stack([weight.square().sum() for weight in model.parameters()]).sum()
 
     def after_update(self, model: nn.Module) -> None:
         """Do what the user does once an update."""

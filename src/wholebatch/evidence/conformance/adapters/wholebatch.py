@@ -25,7 +25,7 @@ def _train_one(task: Task) -> Trained:
 
     def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
         pair = task.loss_sum(model, micro_batch), task.targets(micro_batch)
-        return pair if task.term is None else (*pair, task.term(model))
+        return pair if task.penalty is None else (*pair, task.term(model))
 
     accumulator = Accumulator(
         model,

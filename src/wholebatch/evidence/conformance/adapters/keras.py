@@ -1,0 +1,127 @@
+"""Keras 3, on PyTorch and on JAX: ``optimizer=SGD(gradient_accumulation_steps=k)`` and ``model.fit``.
+
+As in the docstrings of `keras.optimizers.Optimizer` (``gradient_accumulation_steps``: the average of the gradients
+since the last update; schedules count micro-batches) and of `SparseCategoricalCrossentropy` (``ignore_class``), and in
+the guide "Training & evaluation with the built-in methods". What ``fit`` reports is a mean over the epoch so far, so no
+update has a loss. Its own moving average (``use_ema``) does not begin at the first weights, so the scene is not
+put to it.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from wholebatch.evidence.conformance.adapters.loaders import dataset
+from wholebatch.evidence.conformance.models import IGNORED, TIME, VOCABULARY, WIDTH
+from wholebatch.evidence.conformance.system import System
+from wholebatch.evidence.conformance.task import PairTask, Task, Trained
+
+
+def train(task: Task | PairTask, *, backend: str) -> Trained:
+    """Train with ``model.fit``."""
+    if backend == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+    import keras
+
+    assert isinstance(task, Task)
+    assert keras.backend.backend() == backend
+    plain = task.make_model()
+    dtype = str(next(plain.parameters()).dtype).removeprefix("torch.")
+    # losses and learning rates are in floatx, whatever the policy; the documentation advises against 16 bits for it
+    keras.config.set_floatx("float64" if dtype == "float64" else "float32")
+    keras.config.set_dtype_policy(dtype)
+    model = _build(task, plain)
+    optimizer = keras.optimizers.SGD(
+        learning_rate=_schedule(task) if task.lr_factor else task.lr,
+        gradient_accumulation_steps=task.window,
+        global_clipnorm=task.clip_norm,
+    )
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED),
+    )
+    loader: Any = DataLoader(dataset(task), batch_size=1, shuffle=False, collate_fn=_pair)
+    model.fit(loader, epochs=task.epochs, shuffle=False, verbose=0)
+    _write_back(model, plain)
+    return Trained(plain, int(optimizer.iterations))
+
+
+def _pair(parts: list[Any]) -> tuple[Any, Any]:
+    (part,) = parts
+    return part["input_ids"], part["labels"]
+
+
+def _build(task: Task, plain: nn.Module) -> Any:
+    """The scene's model in the words of Keras, with the weights of the original."""
+    import keras
+
+    penalty = keras.regularizers.L2(task.penalty) if task.penalty is not None else None
+    model = keras.Sequential(
+        [
+            keras.Input((TIME,), dtype="int64"),
+            keras.layers.Embedding(VOCABULARY, WIDTH, embeddings_regularizer=penalty),
+            keras.layers.Activation("tanh"),
+            keras.layers.Dense(VOCABULARY, kernel_regularizer=penalty, bias_regularizer=penalty),
+        ]
+    )
+    embedding, _, dense = model.layers
+    weights = {name: weight.detach().double().numpy() for name, weight in plain.named_parameters()}
+    embedding.set_weights([weights["embedding.weight"]])
+    dense.set_weights([weights["head.weight"].T, weights["head.bias"]])
+    embedding.trainable = plain.get_parameter("embedding.weight").requires_grad
+    return model
+
+
+def _write_back(model: Any, plain: nn.Module) -> None:
+    """Give the original the weights that were trained."""
+    import numpy as np
+
+    embedding, _, dense = model.layers
+    trained = {
+        "embedding.weight": embedding.get_weights()[0],
+        "head.weight": dense.get_weights()[0].T,
+        "head.bias": dense.get_weights()[1],
+    }
+    with torch.no_grad():
+        for name, weight in trained.items():
+            plain.get_parameter(name).copy_(torch.from_numpy(np.array(weight, dtype=np.float64)))
+
+
+def _schedule(task: Task) -> Any:
+    """The schedule by updates, for an optimizer whose documentation says that it counts micro-batches."""
+    import keras
+
+    class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step: Any) -> Any:
+            assert task.lr_factor is not None
+            return task.lr * task.lr_factor(keras.ops.cast(step // task.window, "float64"))
+
+    return Schedule()
+
+
+_EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "bf16"})
+
+keras_torch = System(
+    name="keras-torch",
+    title="Keras on PyTorch",
+    train=partial(train, backend="torch"),
+    expresses=_EXPRESSES,
+    distributions=("keras", "torch"),
+    install="pip install 'wholebatch[keras]'",
+    environment={"KERAS_BACKEND": "torch"},
+)
+
+keras_jax = System(
+    name="keras-jax",
+    title="Keras on JAX",
+    train=partial(train, backend="jax"),
+    expresses=_EXPRESSES,
+    distributions=("keras", "jax", "torch"),
+    install="pip install 'wholebatch[keras]'",
+    environment={"KERAS_BACKEND": "jax"},
+)

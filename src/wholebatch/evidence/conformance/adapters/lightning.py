@@ -1,0 +1,194 @@
+"""Lightning: ``Trainer(accumulate_grad_batches=k)``, and its manual optimization.
+
+As in its guides "Effective Training Techniques" (accumulate gradients; gradient clipping) and "Manual Optimization": each
+loss is divided by N, the optimizer steps where ``(batch_idx + 1) % N == 0``, and with several optimizers each works
+inside ``toggled_optimizer``, which keeps gradients of the others from being left behind. An evaluation inside a window is
+that of ``val_check_interval``, cut short by ``limit_val_batches``. A moving average follows where the hook of its own
+callback `WeightAveraging` does, when ``global_step`` has gone on.
+
+What ``self.log`` reports is the value of one micro-batch, or a mean over the epoch: no loss of an update. On a CPU,
+``precision="16-mixed"`` becomes bfloat16, with a warning, so float16 is not put to it.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+
+from wholebatch.evidence.conformance.adapters.loaders import data_loader
+from wholebatch.evidence.conformance.system import System
+from wholebatch.evidence.conformance.task import MicroBatch, NotExpressible, PairTask, Task, Trained, steps_of
+
+
+def train(task: Task | PairTask) -> Trained:
+    """Train with automatic optimization."""
+    from lightning.pytorch import LightningModule
+
+    assert isinstance(task, Task)
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = task.make_model()
+            self.followed = 0
+
+        def training_step(self, micro_batch: MicroBatch, _place: int) -> Tensor:
+            return task.loss(self.model, micro_batch)
+
+        def validation_step(self, micro_batch: MicroBatch, _place: int) -> None:
+            task.loss_sum(self.model, micro_batch)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = _sgd(self, task)
+            self.steps = steps_of(optimizer)
+            if task.lr_factor is None:
+                return optimizer
+            scheduler = LambdaLR(optimizer, task.lr_factor)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def on_train_batch_end(self, *_batch: Any) -> None:
+            if self.trainer.global_step > self.followed:
+                self.followed = self.trainer.global_step
+                task.after_update(self.model)
+
+    module = Module()
+    _fit(module, task, accumulate_grad_batches=task.window, gradient_clip_val=task.clip_norm)
+    return Trained(module.model, module.steps())
+
+
+def train_by_hand(task: Task | PairTask) -> Trained:
+    """Train with manual optimization."""
+    return _train_players(task) if isinstance(task, PairTask) else _train_one(task)
+
+
+def _train_one(task: Task) -> Trained:
+    from lightning.pytorch import LightningModule
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.model = task.make_model()
+
+        def training_step(self, loaded: MicroBatch, place: int) -> None:
+            optimizer = self.optimizers()
+            for slice_, micro_batch in enumerate(task.cut(loaded)):
+                if task.zero_first:
+                    optimizer.zero_grad()
+                assert micro_batch is not None  # the trainer leaves out batches that are None
+                self.manual_backward(task.loss(self.model, micro_batch) / task.window)
+                if (place * task.slices + slice_ + 1) % task.window == 0:
+                    if task.clip_norm is not None:
+                        self.clip_gradients(optimizer, gradient_clip_val=task.clip_norm, gradient_clip_algorithm="norm")
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if task.lr_factor is not None:
+                        self.lr_schedulers().step()
+                    task.after_update(self.model)
+
+        def validation_step(self, micro_batch: MicroBatch, _place: int) -> None:
+            task.loss_sum(self.model, micro_batch)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = _sgd(self, task)
+            self.steps = steps_of(optimizer)
+            return [optimizer], [LambdaLR(optimizer, task.lr_factor)] if task.lr_factor else []
+
+    module = Module()
+    _fit(module, task)
+    return Trained(module.model, module.steps())
+
+
+def _train_players(task: PairTask) -> Trained:
+    from lightning.pytorch import LightningModule
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.players = task.make_model()
+
+        def training_step(self, micro_batch: MicroBatch, place: int) -> None:
+            of_discriminator, of_generator = self.optimizers()
+            with self.toggled_optimizer(of_discriminator):
+                self.manual_backward(task.discriminator_loss(self.players, micro_batch) / task.window)
+            with self.toggled_optimizer(of_generator):
+                self.manual_backward(task.generator_loss(self.players, micro_batch) / task.generator_window)
+            for optimizer, every in ((of_discriminator, task.window), (of_generator, task.generator_window)):
+                if (place + 1) % every == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            both = [_sgd(self.players.discriminator, task), _sgd(self.players.generator, task)]
+            self.steps = [steps_of(optimizer) for optimizer in both]
+            return both
+
+    module = Module()
+    _fit(module, task)
+    return Trained(module.players, sum(each() for each in module.steps))
+
+
+def _sgd(module: nn.Module, task: Task | PairTask) -> SGD:
+    return SGD((weight for weight in module.parameters() if weight.requires_grad), lr=task.lr)
+
+
+def _fit(module: Any, task: Task | PairTask, **options: Any) -> None:
+    """Let a trainer train, and do nothing else: no logs, no checkpoints, no bars, in the dtype of the weights."""
+    from lightning.pytorch import Trainer
+
+    asks = task.asks
+    if "fp16" in asks:
+        raise NotExpressible("float16 needs a GPU: on a CPU, precision='16-mixed' trains in bfloat16")
+    if isinstance(task, Task) and task.evaluates_after:
+        if len(task.evaluates_after) > 1:
+            raise NotExpressible("evaluations come at intervals, not at any places")
+        options.update(val_check_interval=max(task.evaluates_after) + 1, limit_val_batches=1, num_sanity_val_steps=0)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision="bf16-true" if "bf16" in asks else "64-true",
+        max_epochs=task.epochs if isinstance(task, Task) else 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, data_loader(task), data_loader(task) if "evaluation" in asks else None)
+
+
+lightning = System(
+    name="lightning",
+    title="Lightning",
+    train=train,
+    expresses=frozenset({"unsized", "None", "clipping", "schedule", "term", "follows", "evaluation", "fp16", "bf16"}),
+    distributions=("lightning", "torch"),
+    install="pip install 'wholebatch[lightning]'",
+)
+
+lightning_manual = System(
+    name="lightning-manual",
+    title="Lightning, manual optimization",
+    train=train_by_hand,
+    expresses=frozenset(
+        {
+            "unsized",
+            "None",
+            "slices",
+            "clipping",
+            "schedule",
+            "term",
+            "follows",
+            "zero first",
+            "evaluation",
+            "fp16",
+            "bf16",
+            "two players",
+            "two windows",
+        }
+    ),
+    distributions=("lightning", "torch"),
+    install="pip install 'wholebatch[lightning]'",
+)

@@ -1,0 +1,36 @@
+"""How do micro-batches come to systems that want a DataLoader? One loader item is one micro-batch, in the given order."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from wholebatch.evidence.conformance.task import PairTask, Task
+
+
+class Unsized(IterableDataset[Any]):
+    """An epoch whose length nobody knows."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._task.loader()
+
+
+def only(parts: list[Any]) -> Any:
+    """Return the only element: the collate function of a loader whose items are micro-batches already."""
+    (part,) = parts
+    return part
+
+
+def dataset(task: Task | PairTask) -> Any:
+    """Return the items of one epoch: a list, or an iterable without a length."""
+    if isinstance(task, PairTask):
+        return list(task.epoch)
+    return list(task.loader()) if task.sized else Unsized(task)
+
+
+def data_loader(task: Task | PairTask) -> DataLoader[Any]:
+    """Return a loader of one epoch."""
+    return DataLoader(dataset(task), batch_size=1, shuffle=False, collate_fn=only)
