@@ -191,17 +191,21 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the weights and of the choice of rows.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the certificate to a file, as JSON.")] = None,
     debug: _Debug = False,
 ) -> None:
-    """Compare the gradient of a batch, cut and uncut.
+    """Print a certificate: is the update of a batch that is cut that of the whole batch?
 
-    Names the cause where they differ. Ends with 0 when the gradients agree up to rounding, and with 1 when they do not.
+    The batch is cut by rows, permuted, and ragged. If the recipe has a function step(model, optimizer, micro_batches),
+    that loop is judged. Names the mistake and the line to change where the updates differ. Ends with 0 when they agree
+    up to rounding, and with 1 when they do not.
 
     \b
     Examples:
       wholebatch verify text
       wholebatch verify my_file.py:recipe --rows 32 --micro-batch '5 rows'
-      wholebatch verify my_file.py:recipe --json > verification.json
+      wholebatch verify my_file.py:recipe --out certificate.json
+      wholebatch verify my_file.py:recipe --json | jq .causes
     """
     with edge(debug=debug):
         from wholebatch.recipes.config import Layer, configure
@@ -216,7 +220,11 @@ def verify(
         verification = check_recipe(
             find_recipe(stated.recipe), rows=rows, micro_batch=stated.micro_batch, seed=stated.seed
         )
-        print(json.dumps(verification.to_dict(), indent=2) if as_json else verification)
+        plain = json.dumps(verification.to_dict(), indent=2)
+        if out is not None:
+            out.write_text(f"{plain}\n", encoding="utf-8")
+            say(f"The certificate is in {out}.")
+        print(plain if as_json else verification)
         sys.exit(DONE if verification.ok else FAILED)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from wholebatch.core.split import Indices
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.pieces import Probe, compare, evaluating, is_rounding
+from wholebatch.engine.pieces import Piece, Probe, compare, errors, evaluating, is_rounding, weighted_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +22,20 @@ class Cause:
     """Why a cut changes the gradient.
 
     Attributes:
-        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"reduction"``, ``"targets"``, ``"not finite"`` or
-            ``"not a sum over rows"``.
+        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"reduction"``, ``"targets"``, ``"not finite"``,
+            ``"balancing loss"`` or ``"not a sum over rows"``. A user's own step has further ones, in
+            `wholebatch.evidence.habits`.
         found: What was found, as a sentence.
         hint: What to do about it.
+        where: The line to change, as in ``"my_file.py:23: optimizer.step()"``, or None where it is not known.
+        layers: The layers that it is about, by their names in the model.
     """
 
     name: str
     found: str
     hint: str
+    where: str | None = None
+    layers: tuple[str, ...] = ()
 
 
 _NOT_A_SUM = Cause(
@@ -66,18 +71,12 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
     layers = batch_dependent_layers(probe.model)
     with evaluating([layer for name, layer in probe.model.named_modules() if name in layers]):
         if layers:
-            causes.append(
-                Cause(
-                    "batch norm",
-                    f"Layers in training mode compute over the rows that they are given: {', '.join(layers)}.",
-                    'use wb.convert_batch_norm(model, to="group") or wb.freeze_batch_norm(model).',
-                )
-            )
+            causes.append(batch_norm_cause(layers))
             if agree():
                 return causes
         random = draws()
         if random:
-            causes.append(_random_cause(probe.model))
+            causes.append(random_cause(probe.model))
         with evaluating(list(probe.model.modules()) if random else []):
             try:
                 if random and (agree() or draws()):
@@ -138,10 +137,49 @@ def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -
                 "cross_entropy with ignored labels.",
             )
         ]
+    reached = _reached_by_a_term(probe, undivided, pieces)
+    if reached:
+        return [
+            Cause(
+                "balancing loss",
+                "A term of the loss depends on which rows are together, as a load-balancing loss does, so that it is "
+                f"another one for each micro-batch. It reaches {_listed(reached)}; all other parameters have the "
+                "gradient of the undivided batch.",
+                "compute it over the whole logical batch, from statistics that are summed over all micro-batches.",
+            )
+        ]
     return [_NOT_A_SUM]
 
 
-def _random_cause(model: nn.Module) -> Cause:
+def _reached_by_a_term(probe: Probe, undivided: Piece, pieces: Sequence[Piece]) -> list[str]:
+    """Return the parameters whose gradient the cut changes, if there are others whose gradient it leaves alone."""
+    cut, scale = weighted_sum(pieces)
+    gradient = undivided.gradient / undivided.targets if undivided.is_sum else undivided.gradient
+    found = errors(cut, gradient, scale, probe.sizes)
+    average = float(scale.norm()) / max(1, len(scale)) ** 0.5
+    sizes = [float(each.norm()) / max(1, len(each)) ** 0.5 for each in scale.split_with_sizes(probe.sizes)]
+    untouched = any(
+        error <= probe.tolerance and size > 0.03 * average for error, size in zip(found, sizes, strict=True)
+    )
+    return [name for name, error in zip(probe.names, found, strict=True) if error > probe.tolerance and untouched]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def batch_norm_cause(layers: Sequence[str]) -> Cause:
+    """Return the cause that these layers are, by their names in the model."""
+    return Cause(
+        "batch norm",
+        f"Layers in training mode compute over the rows that they are given: {', '.join(layers)}.",
+        'use wb.convert_batch_norm(model, to="group") or wb.freeze_batch_norm(model).',
+        layers=tuple(layers),
+    )
+
+
+def random_cause(model: nn.Module) -> Cause:
+    """Return the cause that random numbers are, with the dropout layers of a model by name."""
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
     names = [
         name for name, layer in model.named_modules() if isinstance(layer, kinds) and layer.training and layer.p > 0
@@ -152,6 +190,7 @@ def _random_cause(model: nn.Module) -> Cause:
             f"Dropout draws other masks when the batch is cut: {', '.join(names[:5])}. The update is that of other "
             "masks of the same distribution.",
             "this is no mistake; to compare exactly, call model.eval() first.",
+            layers=tuple(names),
         )
     return Cause(
         "randomness",

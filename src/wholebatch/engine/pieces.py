@@ -58,14 +58,14 @@ class Probe:
         self._sample = sample
         self._precision = precision or Precision("fp32", input_device(model))
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._parameters = [parameter for _, parameter in named]
+        self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
-        self.sizes = [_num_entries(parameter, sample) for parameter in self._parameters]
+        self.sizes = [_num_entries(parameter, sample) for parameter in self.parameters]
 
     @property
     def eps(self) -> float:
         """The rounding unit of the coarsest weights; on hardware that multiplies in TF32, that of TF32."""
-        eps = max(*(torch.finfo(each.dtype).eps for each in self._parameters), self._precision.eps)
+        eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps)
         tf32 = input_device(self.model).type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return max(eps, 2.0**-10) if tf32 else eps
 
@@ -76,7 +76,7 @@ class Probe:
 
     def run(self, indices: Indices) -> Piece | None:
         """Return what some rows give, or None where there is nothing to learn from them."""
-        sums = GradientSum(self._parameters, [], "weights")
+        sums = GradientSum(self.parameters, [], "weights")
         micro_batch = move(self._rows.take(indices), input_device(self.model))
         count = self._objective.count(micro_batch, len(indices))
         if float(count) == 0:
@@ -93,7 +93,7 @@ class Probe:
                 losses.append(part.once)
                 weights.append(torch.full_like(part.once, float(part.targets)))
             torch.autograd.backward(losses, weights)
-            gradient = flat_gradient(self._parameters, self._sample)
+            gradient = flat_gradient(self.parameters, self._sample)
         finally:
             sums.roll_back()
         return Piece(float(part.targets), part.reduction == "sum", gradient)
@@ -156,14 +156,14 @@ def compare(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[floa
     undivided = probe.run(whole)
     if undivided is None or not pieces:
         return None
-    cut, scale = _sum(pieces)
+    cut, scale = weighted_sum(pieces)
     gradient = undivided.gradient / undivided.targets if undivided.is_sum else undivided.gradient
     return errors(cut, gradient, scale, probe.sizes)
 
 
 def scale_of_parts(probe: Probe, parts: Sequence[Indices]) -> Tensor:
     """Return how large the weighted gradients of the parts are before they cancel. Shape ``[entries]``."""
-    return _sum([piece for part in parts if (piece := probe.run(part)) is not None])[1]
+    return weighted_sum([piece for part in parts if (piece := probe.run(part)) is not None])[1]
 
 
 def is_rounding(found: Sequence[float], tolerance: float) -> bool:
@@ -176,8 +176,15 @@ def is_rounding(found: Sequence[float], tolerance: float) -> bool:
     return all(error <= tolerance for error in found)
 
 
-def _sum(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
-    """Return the sum of the parts' gradients as the objective is declared, and the sum of their absolute values."""
+def weighted_sum(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    """Return the sum of the parts' gradients as the objective is declared, and the sum of their absolute values.
+
+    Args:
+        pieces: The parts, one or more.
+
+    Returns:
+        Two tensors of shape ``[entries]``.
+    """
     weights = mean_weights([piece.targets for piece in pieces])
     total = sum(piece.targets for piece in pieces)
     factors = [1 / total if piece.is_sum else weight for piece, weight in zip(pieces, weights, strict=True)]

@@ -1,98 +1,34 @@
-"""The user's model, cut and uncut: is the gradient of the cut batch that of the whole one, and if not, why?"""
+"""Is the update of a batch that was cut that of the whole batch, and if not, why, and which line is to be changed?"""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import SplitError, VerifyError, WeightError
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.errors import NonFiniteError, SplitError, WeightError
 from wholebatch.core.record import Update
-from wholebatch.core.split import LogicalBatch, Rows, Tokens
+from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
 from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
+from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.causes import Cause, diagnose
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
-from wholebatch.engine.pieces import Probe, errors, flat_gradient, is_rounding, scale_of_parts
+from wholebatch.engine.pieces import Probe, flat_gradient
 from wholebatch.engine.transaction import Transaction
 from wholebatch.evidence import reference
+from wholebatch.evidence.blame import blame
+from wholebatch.evidence.certificate import CutFound, Verification
+from wholebatch.evidence.cuts import Cut, three_cuts
+from wholebatch.evidence.ownstep import examine
+from wholebatch.evidence.rehearsal import StepFn
+from wholebatch.evidence.source import definition
+from wholebatch.evidence.trial import Judge
 
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What `verify` found.
-
-    Attributes:
-        ok: Whether the gradients agree up to rounding.
-        error: 2-norm of the difference of the two gradients over that of the undivided one. Relative.
-        eps: The rounding unit that errors are compared with: ``torch.finfo(dtype).eps`` of the coarsest weights.
-        tolerance: The largest error of a parameter that still counts as rounding. Unit: `eps`.
-        by_parameter: The error of each parameter's gradient. Unit: `eps`.
-        causes: Why they differ; empty when they agree.
-        rows: Rows in the batch.
-        micro_batches: How many parts it was cut into.
-        cut_peak_bytes: Highest memory use with the batch cut, as in `Update.peak_bytes`; None where nothing tells.
-        undivided_peak_bytes: The same with the batch as a whole. Unit: bytes.
-
-    Example:
-        >>> def loss_fn(model, batch):
-        ...     return model(batch).square().sum(), len(batch)
-        >>> verification = verify(nn.Linear(3, 1), loss_fn, torch.ones(4, 3))
-        >>> verification.ok, verification.cause, sorted(verification.by_parameter)
-        (True, None, ['bias', 'weight'])
-    """
-
-    ok: bool
-    error: float
-    eps: float
-    tolerance: float
-    by_parameter: dict[str, float]
-    causes: tuple[Cause, ...]
-    rows: int
-    micro_batches: int
-    cut_peak_bytes: int | None
-    undivided_peak_bytes: int | None
-
-    @property
-    def cause(self) -> str | None:
-        """The first cause, its name in front, or None where the gradients agree."""
-        return f"{self.causes[0].name}: {self.causes[0].found}" if self.causes else None
-
-    def __str__(self) -> str:
-        cut = f"{self.rows} rows as a whole and in {self.micro_batches} micro-batches"
-        if self.ok:
-            return f"equal: the gradient of {cut} differs by {self.error:.1e} (relative), which is rounding."
-        lines = [f"not equal: the gradient of {cut} differs by {self.error:.2g} (relative)."]
-        lines += [f"cause: {cause.name}. {cause.found}\nhint: {cause.hint}" for cause in self.causes]
-        worst = sorted(self.by_parameter.items(), key=lambda item: -item[1])[:5]
-        lines.append("worst parameters: " + ", ".join(f"{name} {error:.1e} eps" for name, error in worst))
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, ready for JSON."""
-        return {
-            "ok": self.ok,
-            "error": self.error,
-            "eps": self.eps,
-            "tolerance": self.tolerance,
-            "cause": self.cause,
-            "causes": [{"name": each.name, "found": each.found, "hint": each.hint} for each in self.causes],
-            "rows": self.rows,
-            "micro_batches": self.micro_batches,
-            "cut_peak_bytes": self.cut_peak_bytes,
-            "undivided_peak_bytes": self.undivided_peak_bytes,
-            "by_parameter": self.by_parameter,
-        }
-
-    def raise_if_not_ok(self) -> None:
-        """Raise a `VerifyError` that says what is wrong, unless nothing is."""
-        if not self.ok:
-            raise VerifyError(
-                str(self), hint="; ".join(cause.hint for cause in self.causes) or "look at the parameters."
-            )
+__all__ = ["Catch", "Verification", "verify"]
 
 
 def verify(
@@ -100,6 +36,7 @@ def verify(
     loss_fn: LossFn,
     batch: Any,
     *,
+    step: StepFn | None = None,
     targets: TargetsFn | None = None,
     reduction: Reduction = "mean",
     micro_batch: Rows | Tokens | None = None,
@@ -107,16 +44,27 @@ def verify(
     whole: Iterable[str] = (),
     dims: int | Mapping[str, int] | None = None,
 ) -> Verification:
-    """Compare the gradient of a batch cut into micro-batches with that of the same batch as a whole.
+    """Compare the update of a batch cut into micro-batches with that of the same batch as a whole.
 
-    The whole batch goes through the plain loop of `wholebatch.evidence.reference`, which shares no code with the
-    accumulator, so it must fit into memory: take a small one. Model, gradients, buffers and random state are left as
-    they were.
+    The batch is cut in three ways: by rows, permuted, and ragged. Without `step`, the accumulator runs each cut. With
+    it, your own loop does, from a list of micro-batches to an update, so that the loop you have can be verified as it
+    stands. On the way, one window runs out of memory on purpose, to see what a retry does, and another has gradients
+    that are 2**20 times as large, so that a clip acts.
+
+    The judge is the plain loop of `wholebatch.evidence.reference`, which shares no code with the accumulator and sees
+    the whole batch, so it must fit into memory: take a small one. Model, gradients, buffers and random state are left
+    as they were. What a step changes elsewhere, such as a moving average of its own, is not undone.
+
+    When all is well this costs less than five undivided forward and backward passes: one undivided, one for each cut,
+    and with a step half a window until the lack of memory. A step that is wrong is run some more, to find out why.
 
     Args:
         model: The module, in the mode in which it trains.
-        loss_fn: As for `wb.Accumulator`, and so are the following.
+        loss_fn: As for `wb.Accumulator`, and so are the others, except `step`.
         batch: A logical batch of two rows or more.
+        step: ``step(model, optimizer, micro_batches)``: your own window, from the first backward pass to
+            ``optimizer.step()``. It is given plain SGD, and a list. An argument with ``sched`` in its name is given a
+            schedule; one that the step brings along is not stepped, but counted.
         targets: Counts what the loss averages over. Default: rows.
         reduction: What `loss_fn` returns.
         micro_batch: How to cut; default: three parts, the last one smaller where the rows allow.
@@ -125,75 +73,93 @@ def verify(
         dims: The dimension on which rows lie.
 
     Returns:
-        The error by parameter in units of eps, and the causes where the gradients differ: batch norm, dropout, a wrong
-        reduction, wrong targets, or a loss that is not a sum over rows.
+        The certificate: the errors by cut, and by parameter in units of eps, and the causes where the updates differ,
+        each with the line to change. Of model and loss: ``"batch norm"``, ``"dropout"``, ``"randomness"``,
+        ``"reduction"``, ``"targets"``, ``"balancing loss"``, ``"not a sum over rows"``. Of a step: ``"mean of means"``,
+        ``"ragged last window"``, ``"temperature counted k times"``, ``"balancing loss"``, ``"optimizer stepped per
+        micro-batch"``, ``"scheduler per micro-batch"``, ``"retry on partial gradients"``, ``"stagnating bf16 sums"``,
+        ``"clipping before the sum"``, ``"dropped micro-batches"``, ``"not divided"``, ``"wrong divisor"``,
+        ``"weights"``, ``"no update"``.
 
     Raises:
         SplitError: The batch has fewer than two rows, or its parts disagree on how many rows there are.
         WeightError: The batch holds no target.
         NonFiniteError: Loss or gradient of the batch is infinite or not a number.
+        ConfigError: The step cannot be called with what it gets.
+        Exception: What loss function or step raised, as it is.
 
     Example:
         >>> def loss_fn(model, batch):
         ...     return torch.nn.functional.mse_loss(model(batch["x"]), batch["y"])
-        >>> batch = {"x": torch.ones(4, 3), "y": torch.zeros(4, 1)}
+        >>> batch = {"x": torch.arange(12.0).reshape(4, 3), "y": torch.zeros(4, 1)}
         >>> verify(torch.nn.Linear(3, 1), loss_fn, batch).ok
         True
         >>> verify(torch.nn.Linear(3, 1), loss_fn, batch, reduction="sum").causes[0].name
         'reduction'
+        >>> def my_window(model, optimizer, micro_batches):
+        ...     optimizer.zero_grad()
+        ...     for micro_batch in micro_batches:
+        ...         loss = loss_fn(model, micro_batch) / len(micro_batches)
+        ...         loss.backward()
+        ...     optimizer.step()
+        >>> certificate = verify(torch.nn.Linear(3, 1), loss_fn, batch, step=my_window)
+        >>> certificate.ok, certificate.causes[0].name
+        (False, 'mean of means')
+        >>> certificate.causes[0].where.rpartition(": ")[2]
+        'loss = loss_fn(model, micro_batch) / len(micro_batches)'
     """
+    whole = tuple(whole)
     rows = LogicalBatch(batch, collate=collate, whole=whole, dims=dims)
     if rows.rows < 2:
         raise SplitError("A batch of one row cannot be cut.", hint="verify with two rows or more.")
-    cut = micro_batch if micro_batch is not None else Rows(-(-rows.rows // 3))
+    micro_batch = micro_batch if micro_batch is not None else Rows(-(-rows.rows // 3))
+    cuts = three_cuts(rows, micro_batch)
     objective = Objective(loss_fn, targets, reduction)
     probe = Probe(model, objective, rows)
-    transaction = Transaction(model, input_device(model))
+    device = input_device(model)
+    transaction = Transaction(model, device)
     found = [parameter.grad for parameter in model.parameters()]
     transaction.begin()
-    memory.release(input_device(model))
+    memory.release(device)
+    cut_peak: int | None = None
     try:
-        update, cut_gradient = _cut_gradient(
-            model,
-            loss_fn,
-            batch,
-            micro_batch=cut,
-            targets=targets,
-            reduction=reduction,
-            collate=collate,
-            whole=whole,
-            dims=dims,
-        )
-        if update.skipped is not None:
-            raise WeightError(
-                f"There is nothing to compare: {update.skipped}.", hint="verify with a batch that holds targets."
-            )
-        transaction.roll_back_buffers()  # not the random state: other draws show what depends on them
+        gradients: list[Tensor] = []
+        roll_back = transaction.roll_back_buffers  # not the random state: other draws show what depends on them
+        if step is None:
+            form = {"micro_batch": micro_batch, "collate": collate, "whole": whole, "dims": dims}
+            update, gradients = _cut_gradients(model, batch, rows, objective, cuts, roll_back, **form)
+            cut_peak = update.peak_bytes
+            roll_back()
+        elif not _has_targets(objective, rows):
+            raise _nothing()
         peak, whole_gradient = _whole_gradient(model, objective, rows)
-        transaction.roll_back()
-        difference = errors(cut_gradient, whole_gradient, whole_gradient.abs(), probe.sizes)
-        causes: list[Cause] = []
-        if not is_rounding(difference, probe.tolerance):  # measured again by what the parts hold before they cancel
-            parts = cut.cut(rows.lengths(cut.length)) if isinstance(cut, Tokens) else cut.cut(rows.rows)
-            difference = errors(cut_gradient, whole_gradient, scale_of_parts(probe, parts), probe.sizes)
-        if not is_rounding(difference, probe.tolerance):
-            causes = diagnose(probe, range(rows.rows), parts)
+        roll_back()
+        judge = Judge(probe, whole_gradient, cuts[0].parts)
+        if step is None:
+            transaction.roll_back()
+            ok, causes, cuts_found = _judge(judge, cuts, gradients, rows.rows)
+        else:
+            memory.reset_peak(device)
+            ok, causes, cuts_found, gradients = _judge_step(step, judge, rows, cuts)
+        causes = blame(causes, model, loss_fn, targets=targets, step=step)
+        by_parameter = [max(errors) for errors in zip(*map(judge.errors, gradients), strict=True)]
     finally:
         transaction.roll_back()
         for parameter, grad in zip(model.parameters(), found, strict=True):
             parameter.grad = grad
-    size = float(whole_gradient.norm())
     return Verification(
-        ok=is_rounding(difference, probe.tolerance),
-        error=float((cut_gradient - whole_gradient).norm()) / size if size > 0 else 0.0,
+        ok=ok,
+        error=cuts_found[0].error,
         eps=probe.eps,
         tolerance=probe.tolerance / probe.eps,
-        by_parameter={name: error / probe.eps for name, error in zip(probe.names, difference, strict=True)},
+        by_parameter={name: error / probe.eps for name, error in zip(probe.names, by_parameter, strict=True)},
         causes=tuple(causes),
         rows=rows.rows,
-        micro_batches=update.micro_batches,
-        cut_peak_bytes=update.peak_bytes,
+        micro_batches=cuts_found[0].micro_batches,
+        cut_peak_bytes=cut_peak,
         undivided_peak_bytes=peak,
+        cuts=tuple(cuts_found),
+        step=str(definition(step)) if step is not None else None,
     )
 
 
@@ -208,12 +174,88 @@ class Catch(torch.optim.Optimizer):
         self.gradient = flat_gradient(parameter for group in self.param_groups for parameter in group["params"])
 
 
-def _cut_gradient(model: nn.Module, loss_fn: LossFn, batch: Any, **cut: Any) -> tuple[Update, Tensor]:
+def _judge(
+    judge: Judge, cuts: Sequence[Cut], gradients: Sequence[Tensor], num_rows: int
+) -> tuple[bool, list[Cause], list[CutFound]]:
+    """Judge what the accumulator made of the cuts; the first one that is off is looked at for the cause."""
+    found = [
+        CutFound(cut.name, len(cut.parts), judge.right(gradient), _relative(gradient, judge.whole))
+        for cut, gradient in zip(cuts, gradients, strict=True)
+    ]
+    off = next((cut for cut, each in zip(cuts, found, strict=True) if not each.ok), None)
+    causes = diagnose(judge.probe, range(num_rows), off.parts) if off is not None else []
+    return off is None, causes, found
+
+
+def _judge_step(
+    step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut]
+) -> tuple[bool, list[Cause], list[CutFound], list[Tensor]]:
+    """Judge what the user's own step made of the cuts."""
+    trial, causes = examine(step, judge.probe, rows, cuts, judge.whole)
+    found = [
+        CutFound(
+            run.cut.name,
+            len(run.cut.parts),
+            trial.ok or (judge.right(run.gradient) and len(run.found.steps) == 1 and run.found.schedule_steps <= 1),
+            _relative(run.gradient, judge.whole),
+            len(run.found.steps),
+            run.found.schedule_steps,
+        )
+        for run in trial.runs
+    ]
+    return trial.ok, causes, found, [run.gradient for run in trial.runs]
+
+
+def _cut_gradients(
+    model: nn.Module,
+    batch: Any,
+    rows: LogicalBatch,
+    objective: Objective,
+    cuts: Sequence[Cut],
+    roll_back: Callable[[], None],
+    **cut: Any,
+) -> tuple[Update, list[Tensor]]:
+    """Run the accumulator on each cut and catch the gradients that it steps with: first `step`, then `window`."""
     catch = Catch(parameter for parameter in model.parameters() if parameter.requires_grad)
     accumulator = Accumulator(
-        model, catch, loss_fn, batch_norm="per_micro_batch", check=None, on_nonfinite="raise", **cut
+        model,
+        catch,
+        objective.loss_fn,
+        targets=objective.targets,
+        reduction=objective.reduction,
+        batch_norm="per_micro_batch",
+        check=None,
+        on_nonfinite="raise",
+        **cut,
     )
-    return accumulator.step(batch), catch.gradient
+    update = accumulator.step(batch)
+    if update.skipped is not None:
+        raise _nothing(update.skipped)
+    gradients = [catch.gradient]
+    for other in cuts[1:]:
+        roll_back()
+        try:
+            _run_window(accumulator, model, objective, rows, other)
+            gradients.append(catch.gradient)
+        except Exception as error:
+            # By rows it was finite, and no layer refused; then this is a difference.
+            if not isinstance(error, NonFiniteError) and not batch_dependent_layers(model):
+                raise
+            gradients.append(torch.full_like(catch.gradient, float("nan")))
+    return update, gradients
+
+
+def _run_window(accumulator: Accumulator, model: nn.Module, objective: Objective, rows: LogicalBatch, cut: Cut) -> None:
+    device = input_device(model)
+    with accumulator.window(micro_batches=len(cut.parts)) as window:
+        for part in cut.parts:
+            micro_batch = move(rows.take(part), device)
+            count = objective.count(micro_batch, len(part))
+            added = None if not isinstance(count, Tensor) and count == 0 else objective(model, micro_batch, count)
+            if added is None:
+                window.leave_out(rows=len(part))
+            else:
+                window.add(added, rows=len(part))
 
 
 def _whole_gradient(model: nn.Module, objective: Objective, rows: LogicalBatch) -> tuple[int | None, Tensor]:
@@ -229,3 +271,17 @@ def _whole_gradient(model: nn.Module, objective: Objective, rows: LogicalBatch) 
     )
     peak = memory.peak_bytes(device)
     return peak, flat_gradient(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _relative(gradient: Tensor, whole: Tensor) -> float:
+    size = float(whole.norm())
+    return float((gradient - whole).norm()) / size if size > 0 else 0.0
+
+
+def _has_targets(objective: Objective, rows: LogicalBatch) -> bool:
+    everything = range(rows.rows)
+    return float(objective.count(rows.take(everything), rows.rows)) > 0
+
+
+def _nothing(why: str = "no micro-batch held a target") -> WeightError:
+    return WeightError(f"There is nothing to compare: {why}.", hint="verify with a batch that holds targets.")

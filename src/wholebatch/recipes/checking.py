@@ -1,4 +1,4 @@
-"""Is the gradient of this recipe, cut, that of its undivided batch?"""
+"""Is the update of this recipe, cut, that of its undivided batch?"""
 
 import random
 from typing import Literal
@@ -12,7 +12,9 @@ from wholebatch.recipes.protocol import Recipe
 def check_recipe(
     recipe: Recipe, *, rows: int = 64, micro_batch: Amount | Literal["auto"] = "auto", seed: int = 0
 ) -> Verification:
-    """Compare the gradients of a batch of the recipe, cut and uncut, on its untrained model.
+    """Compare the update of a batch of the recipe, cut and uncut, on its untrained model.
+
+    Where the recipe has a `step`, that loop is judged, else the accumulator with the recipe's loss.
 
     Args:
         recipe: What to look at.
@@ -21,7 +23,7 @@ def check_recipe(
         seed: Of the weights and of the choice of rows.
 
     Returns:
-        What was found.
+        The certificate.
 
     Raises:
         ConfigError: The recipe cannot be used, or does not count tokens.
@@ -40,6 +42,7 @@ def check_recipe(
         model_of(recipe),
         recipe.loss,
         [available[place] for place in places],
+        step=recipe.step,
         targets=recipe.targets,
         reduction=recipe.reduction,
         micro_batch=cut,

@@ -21,6 +21,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "length": ("row",),
     "optimizer": ("model",),
     "measure": ("model", "rows"),
+    "step": ("model", "optimizer", "micro_batches"),
 }
 
 
@@ -38,6 +39,9 @@ class RecipeLike(Protocol):
       every parameter group.
     - ``measure(model, rows)``: what to say about the validation rows beyond the loss, as a dict of names and numbers.
       The final line quotes the first.
+    - ``step(model, optimizer, micro_batches)``: a loop of your own, from a list of micro-batches to an update; an
+      argument with ``sched`` in its name is given a schedule. ``wholebatch verify`` judges it in place of the
+      accumulator; ``wholebatch train`` does not need it.
     - ``defaults``: a dict with the keys of a configuration file.
 
     Example:
@@ -88,6 +92,7 @@ class Recipe:
         length: Tokens of a row, or None where rows have no length.
         optimizer: Makes the optimizer, or None for AdamW.
         measure: Measures of the validation rows, or None.
+        step: The loop that is to be verified, or None for the accumulator's.
         defaults: Configuration by key.
     """
 
@@ -101,6 +106,7 @@ class Recipe:
     length: Callable[[Any], int] | None = None
     optimizer: Callable[[Any], Any] | None = None
     measure: Callable[[Any, Sequence[Any]], Mapping[str, float]] | None = None
+    step: Callable[..., Any] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -163,8 +169,9 @@ def _check(function: Any, name: str, what: str, arguments: tuple[str, ...]) -> N
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions do not tell theirs
         return
+    schedules = [each for each in signature.parameters if what == "step" and "sched" in each.lower()]
     try:
-        signature.bind(*arguments)
+        signature.bind(*arguments, **dict.fromkeys(schedules[:1]))
     except TypeError as error:
         raise ConfigError(
             f"`{what}` of {name} cannot be called as {form}: {error}.",

@@ -1,0 +1,296 @@
+"""What does a user's own step do with a window? It is run on the user's model, watched, and undone."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LRScheduler
+
+from wholebatch.core.errors import ConfigError
+from wholebatch.engine.device import input_device
+from wholebatch.engine.pieces import flat_gradient
+from wholebatch.engine.transaction import Transaction
+from wholebatch.evidence.lines import Effect, LineWatch, PlannedFailureError
+from wholebatch.evidence.source import Place
+
+StepFn: TypeAlias = Callable[..., object]
+"""``step(model, optimizer, micro_batches)``, or with a further argument that has ``sched`` in its name."""
+
+LR = 2.0**-20
+"""The learning rate of a rehearsal: so small that a second step starts from nearly the same weights."""
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """What a step did with one window.
+
+    Attributes:
+        gradient: What the optimizer was given, added up over its steps. Shape ``[entries]``.
+        incoming: What the backward passes brought, added up in float32 or wider. Shape ``[entries]``.
+        brought: The same for each backward pass, if it was watched.
+        passes: Backward passes.
+        arrivals: Gradients that arrived at a parameter.
+        steps: After how many backward passes the optimizer stepped, for each time.
+        step_places: The line of each of these steps, if it was watched.
+        schedule_steps: How often a schedule was stepped.
+        moved: Whether weights were changed.
+        failed: Whether the failure was raised that was planned.
+        escaped: The exception that left the step after that, if one did.
+        effects: What each line did to the gradients, if it was watched.
+    """
+
+    gradient: Tensor
+    incoming: Tensor
+    brought: list[Tensor] = field(default_factory=list)
+    passes: int = 0
+    arrivals: int = 0
+    steps: list[int] = field(default_factory=list)
+    schedule_steps: int = 0
+    moved: bool = False
+    failed: bool = False
+    escaped: Exception | None = None
+    effects: list[Effect] = field(default_factory=list)
+    handler: Place | None = None
+
+    def lines(self, kind: str) -> list[Place]:
+        """Return the lines with an effect, the first one first."""
+        return [effect.place for effect in self.effects if effect.kind == kind]
+
+
+class Stage:
+    """The user's model, on which steps are run and undone.
+
+    Args:
+        model: The module.
+        step: The user's step.
+
+    Raises:
+        ConfigError: The step cannot be called with what it gets.
+    """
+
+    def __init__(self, model: nn.Module, step: StepFn) -> None:
+        self._model = model
+        self._step = step
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._takes = _arguments(step)
+        self._transaction = Transaction(model, input_device(model))
+
+    def __enter__(self) -> Self:
+        self._transaction.begin()
+        self._weights = [
+            (each, each.data, each.detach().clone(), each.grad, each.requires_grad) for each in self._model.parameters()
+        ]
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._transaction.roll_back()
+        for parameter, _, _, grad, _ in self._weights:
+            parameter.grad = grad
+
+    def run(
+        self, micro_batches: Sequence[Any], *, loud: float = 1.0, fail_at: int | None = None, watch: bool = False
+    ) -> Rehearsal:
+        """Run the step on a window, and put weights, buffers and modes back.
+
+        Args:
+            micro_batches: The window.
+            loud: What every gradient is multiplied by as it arrives.
+            fail_at: At which arrival of a gradient to run out of memory, from 1; None: never.
+            watch: Whether to look what each line does.
+
+        Raises:
+            Exception: What the step raised, unless a failure was planned.
+        """
+        for parameter in self._parameters:
+            parameter.grad = None
+        optimizer = SGD(self._parameters, lr=LR)
+        recorder = _Recorder(self._parameters, optimizer, loud, fail_at, watch)
+        modes = [(module, module.training) for module in self._model.modules()]
+        with ExitStack() as stack:
+            stack.callback(self._restore, modes)
+            stack.enter_context(recorder.recording())
+            schedule = recorder.schedule
+            stack.enter_context(_standing_in(self._step, schedule))
+            try:
+                with recorder.watch if recorder.watch is not None else ExitStack():
+                    self._call(list(micro_batches), optimizer, schedule)
+            except Exception as error:
+                if not recorder.found.failed:
+                    raise
+                recorder.found.escaped = error
+            if recorder.watch is not None:
+                recorder.found.effects = recorder.watch.effects
+                recorder.found.handler = recorder.watch.handler
+            recorder.found.moved = any(
+                not torch.equal(parameter.detach(), before) for parameter, _, before, _, _ in self._weights
+            )
+            return recorder.end()
+
+    def _call(self, micro_batches: list[Any], optimizer: SGD, schedule: Any) -> None:
+        given: dict[str, Any] = {"model": self._model, "optimizer": optimizer, "micro_batches": micro_batches}
+        positional = [given[each] for each in ("model", "optimizer", "micro_batches")]
+        with torch.enable_grad():
+            self._step(*positional, **({self._takes: schedule} if self._takes else {}))
+
+    def _restore(self, modes: list[tuple[nn.Module, bool]]) -> None:
+        with torch.no_grad():
+            for parameter, data, before, _, requires_grad in self._weights:
+                parameter.data = data
+                parameter.copy_(before)
+                parameter.requires_grad_(requires_grad)
+        for module, mode in modes:
+            module.training = mode
+        self._transaction.roll_back_buffers()  # the random streams go on: other draws show what depends on them
+
+
+class Schedule:
+    """Stands where a schedule of the learning rate would, and counts."""
+
+    def __init__(self, stepped: Callable[[], None]) -> None:
+        self._stepped = stepped
+
+    def step(self, *_arguments: object, **_more: object) -> None:
+        """Count."""
+        self._stepped()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "get_last_lr":
+            return lambda: [LR]
+        raise AttributeError(name)
+
+
+class _Recorder:
+    """Hooks on the weights and on the optimizer that note what happens."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], optimizer: SGD, loud: float, fail_at: int | None, watch: bool
+    ) -> None:
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._loud = loud
+        self._fail_at = fail_at
+        self._arrived = [0] * len(parameters)
+        self._sums: list[Tensor | None] = [None] * len(parameters)
+        self._brought: list[list[Tensor | None]] = []
+        nothing = torch.zeros(0, dtype=torch.float64)
+        self.found = Rehearsal(nothing, nothing)
+        self.watch = LineWatch(parameters, lambda: self.found.passes) if watch else None
+        self.schedule = Schedule(self._scheduled)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        handles = [
+            parameter.register_hook(partial(self._arrive, place)) for place, parameter in enumerate(self._parameters)
+        ]
+        handles.append(self._optimizer.register_step_post_hook(self._stepped))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end(self) -> Rehearsal:
+        if not self.found.steps:
+            self.found.gradient = torch.zeros_like(flat_gradient(self._parameters))
+        self.found.incoming = self._flat(self._sums)
+        self.found.brought = [self._flat(each) for each in self._brought]
+        return self.found
+
+    def _arrive(self, place: int, gradient: Tensor) -> Tensor | None:
+        self.found.arrivals += 1
+        if self.found.arrivals == self._fail_at:
+            self.found.failed = True
+            raise PlannedFailureError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB (Not really: wb.verify looks what the step does then.)"
+            )
+        self._arrived[place] += 1
+        if self._arrived[place] > self.found.passes:
+            self.found.passes = self._arrived[place]
+            if self.watch is not None:
+                self._brought.append([None] * len(self._parameters))
+        with torch.no_grad():
+            louder = gradient * self._loud if self._loud != 1.0 else gradient
+            dense = louder.detach().to_dense() if louder.layout != torch.strided else louder.detach()
+            before = self._sums[place]
+            self._sums[place] = _wide(dense) if before is None else before.add_(dense)
+            if self.watch is not None:
+                self._brought[self._arrived[place] - 1][place] = _wide(dense)
+        return louder if self._loud != 1.0 else None
+
+    def _stepped(self, *_arguments: object) -> None:
+        gradient = flat_gradient(self._parameters)
+        self.found.gradient = gradient if not self.found.steps else self.found.gradient + gradient
+        self.found.steps.append(self.found.passes)
+        if self.watch is not None:
+            self.watch.note("stepped")
+
+    def _scheduled(self) -> None:
+        self.found.schedule_steps += 1
+        if self.watch is not None:
+            self.watch.note("scheduled")
+
+    def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        flat = []
+        for parameter, tensor in zip(self._parameters, tensors, strict=True):
+            real = tensor if tensor is not None else torch.zeros_like(parameter, requires_grad=False)
+            real = torch.view_as_real(real) if real.is_complex() else real
+            flat.append(real.detach().flatten().to("cpu", torch.float64))
+        return torch.cat(flat)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A copy in 32 bits or more."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.to(wide) if wide != tensor.dtype else tensor.clone()
+
+
+def _arguments(step: StepFn) -> str | None:
+    """Return the name of the argument that takes a schedule, if there is one."""
+    try:
+        signature = inspect.signature(step)
+    except (TypeError, ValueError):  # some built-in functions do not tell theirs
+        return None
+    takes = next((name for name in signature.parameters if "sched" in name.lower()), None)
+    try:
+        signature.bind("model", "optimizer", "micro_batches", **({takes: "schedule"} if takes else {}))
+    except TypeError as error:
+        raise ConfigError(
+            f"The step cannot be called as step(model, optimizer, micro_batches): {error}.",
+            hint="write it as def step(model, optimizer, micro_batches), if need be with lr_scheduler after them.",
+        ) from error
+    return takes
+
+
+@contextmanager
+def _standing_in(step: StepFn, schedule: Schedule) -> Iterator[None]:
+    """Let schedules that a step brings along, from around it or from its object, be counted instead of stepped."""
+    found = [each for each in _at_hand(step) if isinstance(each, LRScheduler)]
+    before = [(each, vars(each).get("step")) for each in found]
+    for each in found:
+        each.step = schedule.step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for each, old in before:
+            if old is None:
+                del each.step
+            else:
+                each.step = old  # type: ignore[method-assign]
+
+
+def _at_hand(step: StepFn) -> list[Any]:
+    while isinstance(step, partial):
+        step = step.func
+    owner = getattr(step, "__self__", step)
+    found = list(getattr(owner, "__dict__", {}).values())
+    function = step if inspect.isfunction(step) else getattr(step, "__func__", type(step).__call__)
+    if inspect.isfunction(function):
+        around = inspect.getclosurevars(function)
+        found += [*around.nonlocals.values(), *around.globals.values()]
+    return list({id(each): each for each in found}.values())
