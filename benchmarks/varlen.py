@@ -185,6 +185,8 @@ def measure(corpus: str, longest: int, *, rows: int, rounds: int, budget: int, b
         MEAN: accumulated(Contender(blocks, longest), dense(tokens, round(tokens / rows))),
     }
     exact = exact_gradient(by_hand, batch)
+    for way in ways.values():
+        way.run()
     for _ in range(rounds):
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for name in ROUND:
@@ -236,7 +238,7 @@ def measure(corpus: str, longest: int, *, rows: int, rounds: int, budget: int, b
 def main() -> int:
     parser = arguments(__doc__, "benchmarks/varlen.py")
     parser.add_argument("--rows", type=int, help="rows of the logical batch (512; with --quick 128)")
-    parser.add_argument("--rounds", type=int, help="how often all take turns (2; with --quick 1)")
+    parser.add_argument("--rounds", type=int, help="rounds, after one for warming up (5; with --quick 1)")
     parser.add_argument("--budget", type=int, default=2048, help="tokens a micro-batch (2048)")
     parser.add_argument("--blocks", type=int, default=1, help="blocks of the transformer (1)")
     options = parser.parse_args()
@@ -247,7 +249,7 @@ def main() -> int:
             corpus,
             longest,
             rows=options.rows or (128 if options.quick else 512),
-            rounds=options.rounds or (1 if options.quick else 2),
+            rounds=options.rounds or (1 if options.quick else 5),
             budget=options.budget,
             blocks=options.blocks,
         )

@@ -77,7 +77,21 @@ def run_page(page: Path) -> None:
             assert same, f"{page.name}:{block.line}: it prints\n{printed.getvalue()}instead of\n{block.text}"
 
 
+@pytest.fixture
+def accelerate_forgets():
+    """All accelerators of a process share a state, and a page would hand its own on to the tests after it."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+# Lightning calls a part of PyTorch that is deprecated, and gives advice by warnings, which depends on the machine.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", r"ignore:::lightning\..*")
 @pytest.mark.parametrize("page", [page for page in PAGES if page.is_file()], ids=lambda page: page.name)
+@pytest.mark.usefixtures("accelerate_forgets")
 def test_the_examples_of_the_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(page)
@@ -120,7 +134,8 @@ def test_a_wrong_command_is_seen(line):
 def test_the_pages_hold_examples():
     """A pattern that matches no block would make every page pass."""
     counts = {page.name: sum(block.language == "python" for block in blocks(page)) for page in PAGES}
-    assert min(counts[name] for name in ["README.md", "index.md", "your-loop.md", "concepts.md"]) > 0, counts
+    pages = ["README.md", "index.md", "your-loop.md", "concepts.md", "as-printed.md", "from-your-loop.md"]
+    assert min(counts[name] for name in pages) > 0, counts
     assert commands(ROOT / "docs" / "command.md")
 
 
