@@ -34,9 +34,9 @@ def test_a_token_budget_takes_every_row_once_the_longest_first(lengths, budget):
     assert walked == sorted(lengths, reverse=True)
 
 
-def _cost(parts, budget):
-    """What the docstring says a cut costs: its padded tokens, and a 32nd of the budget for each micro-batch."""
-    return sum(len(part) * part[0] for part in parts) + len(parts) * budget / 32
+def _cost(parts):
+    """What the docstring says a cut costs: its padded tokens, and 200 for each micro-batch."""
+    return sum(len(part) * part[0] for part in parts) + len(parts) * 200
 
 
 def _all_cuts(lengths):
@@ -55,29 +55,29 @@ def _as_full_as_can_be(lengths, budget):
     return parts
 
 
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), budget=st.integers(1, 100))
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=8), budget=st.integers(1, 2000))
 def test_no_cut_of_the_sorted_rows_costs_less(lengths, budget):
     ours = [[lengths[row] for row in part] for part in Tokens(budget, length=len).cut(lengths)]
     allowed = [
         parts for parts in _all_cuts(lengths) if all(len(part) == 1 or len(part) * part[0] <= budget for part in parts)
     ]
-    assert _cost(ours, budget) == pytest.approx(min(_cost(parts, budget) for parts in allowed))
+    assert _cost(ours) == pytest.approx(min(_cost(parts) for parts in allowed))
 
 
 def test_a_micro_batch_closes_before_it_is_full_where_the_next_rows_are_much_shorter():
     """The bound above sees a cut that fills each micro-batch: it pads three short rows to the length of a long one."""
-    lengths = [20, 20, 2, 2, 2, 2]
-    assert Tokens(100, length=len).cut(lengths) == [[0, 1], [2, 3, 4, 5]]
-    full = _as_full_as_can_be(lengths, 100)
-    assert full == [[20, 20, 2, 2, 2], [2]]
-    assert _cost(full, 100) > 1.9 * _cost([[20, 20], [2, 2, 2, 2]], 100)
+    lengths = [400, 400, 40, 40, 40, 40]
+    assert Tokens(2000, length=len).cut(lengths) == [[0, 1], [2, 3, 4, 5]]
+    full = _as_full_as_can_be(lengths, 2000)
+    assert full == [[400, 400, 40, 40, 40], [40]]
+    assert _cost(full) > 1.7 * _cost([[400, 400], [40, 40, 40, 40]])
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=400), budget=st.integers(1, 4000))
 def test_a_cut_costs_no_more_than_micro_batches_as_full_as_can_be(lengths, budget):
     cut = Tokens(budget, length=len).cut(lengths)
     ours = [[lengths[row] for row in part] for part in cut]
-    assert _cost(ours, budget) <= _cost(_as_full_as_can_be(lengths, budget), budget) + 1e-9
+    assert _cost(ours) <= _cost(_as_full_as_can_be(lengths, budget)) + 1e-9
 
 
 @given(lengths=LENGTHS, budget=st.integers(1, 100))
