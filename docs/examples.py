@@ -9,7 +9,7 @@ HEADING = re.compile("^Example:$", re.MULTILINE)
 
 
 class Examples(griffe.Extension):
-    """Griffe knows the heading "Examples"; others are text, with ``>>>`` quoting."""
+    # Griffe knows "Examples"; below other headings, ">>>" would be a quotation.
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
