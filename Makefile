@@ -30,10 +30,10 @@ lint: $(VENV)/installed-dev  ## ruff (rules and format) and mypy --strict
 docs: $(VENV)/installed-dev  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
 
-bench: $(VENV)/installed-dev  ## run every benchmark, one after the other
-	@set -e; for file in $$(grep -l '__main__' benchmarks/*.py); do \
-	    echo "== $$file"; $(BIN)/python "$$file"; \
-	done
+bench: $(VENV)/installed-dev  ## run every benchmark, one after the other; fails at the end if a bar is missed
+	@status=0; for file in $$(grep -l '__main__' benchmarks/*.py); do \
+	    echo "== $$file"; $(BIN)/python "$$file" || status=1; \
+	done; exit $$status
 
 clean:  ## remove what the targets made, except .venv and runs/
 	rm -rf site build dist .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,13 +1,19 @@
 """What does a micro-batch cost more than in the hand-written loop?
 
 CPU time per micro-batch, on one thread, of `wb.Accumulator` in its three ways, of the loop that one would write (loss
-/ k, backward, step every k, zero_grad) and of Accelerate as documented (accelerator.accumulate). Two models: one whose
-micro-batch takes the hand-written loop about 0.3 ms, one with about 10 ms, sized on the spot. All take turns, in a new
-order each round; a figure is the median over the rounds of the ratio to the hand-written loop of the same round.
+/ k, backward, step every k, zero_grad), of Accelerate (accelerator.accumulate), Lightning (accumulate_grad_batches) and
+the Hugging Face Trainer (gradient_accumulation_steps), as documented and without logs and checkpoints (peers.py). Two
+models: one whose micro-batch takes the hand-written loop about 0.3 ms, one with about 10 ms, sized on the spot. All
+take turns, in a new order each round; a figure is the median over the rounds of the ratio to the hand-written loop of
+the same round.
 
 `step` cuts a logical batch, and so does the hand-written loop that it is compared with; the others take micro-batches
-from a list. Accelerate's wrapped loader is left out, in its favour. The record that the accumulator makes of each
-update (loss, gradient norm, peak memory, whether all was finite) is part of its time; the other loops make none.
+that lie ready. The wrapped loaders of the peers are left out, in their favour. Lightning and the Trainer own their
+loop: each round fits anew, and what counts is the time between its updates, from the first on. The record that the
+accumulator makes of each update (loss, gradient norm, peak memory, whether all was finite) is part of its time; the
+others make none.
+
+Takes about five minutes of one core.
 """
 
 import random
@@ -18,9 +24,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
+import peers
 import wholebatch as wb
 from page import Bar, arguments, spread, table, tell
 
@@ -30,13 +36,16 @@ MICRO_BATCHES = 32
 FEW = 8
 """Micro-batches in a window, where it is shown what a short window costs."""
 
-SLICED, LISTED, ACCELERATE = "hand-written loop, slices", "hand-written loop, list", "Accelerate, list"
+SLICED, LISTED = "hand-written loop, slices", "hand-written loop, list"
+ACCELERATE, LIGHTNING, TRAINER = "Accelerate", "Lightning", "Hugging Face Trainer"
 STEP, UPDATES, WINDOW = "wb step(batch)", "wb updates(list)", "wb window()"
-COMPARED = {STEP: SLICED, UPDATES: LISTED, WINDOW: LISTED, ACCELERATE: LISTED}
+PEERS = (ACCELERATE, LIGHTNING, TRAINER)
+COMPARED = {STEP: SLICED} | dict.fromkeys((UPDATES, WINDOW, *PEERS), LISTED)
 """Which hand-written loop does the same work."""
 
 Batch = dict[str, Tensor]
-Loop = Callable[[], object]
+Contender = Callable[[int], float]
+"""Makes the updates of so many windows, and returns the CPU seconds of a window, averaged over them."""
 
 
 @dataclass(frozen=True)
@@ -72,77 +81,124 @@ def cut(batch: Batch, rows: int) -> Iterator[Batch]:
         yield {name: tensor[start : start + rows] for name, tensor in batch.items()}
 
 
-def loops(size: Size) -> dict[str, Loop]:
-    """Return the contenders; each call makes one update of one window, with a model and an optimizer of its own."""
-    batch = size.batch()
-    micro_batches = [{name: tensor.clone() for name, tensor in part.items()} for part in cut(batch, size.rows)]
+def timed(window: Callable[[], object]) -> Contender:
+    """Return a contender that runs a window at a time."""
 
-    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = size.model()
+    def run(windows: int) -> float:
+        start = time.process_time()
+        for _ in range(windows):
+            window()
+        return (time.process_time() - start) / windows
+
+    return run
+
+
+def between(fit: Callable[[int], list[float]]) -> Contender:
+    """Return a contender that owns its loop: the window up to its first update is not counted."""
+
+    def run(windows: int) -> float:
+        updates = fit(windows + 1)[1:]
+        return (updates[-1] - updates[0]) / windows
+
+    return run
+
+
+class Setting:
+    """A window of micro-batches, and for each contender a model and an optimizer of its own."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.batch = size.batch()
+        self.parts = [{name: tensor.clone() for name, tensor in part.items()} for part in cut(self.batch, size.rows)]
+
+    def fresh(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = self.size.model()
         return model, torch.optim.SGD(model.parameters(), lr=1e-3)
 
-    sliced_model, sliced_optimizer = fresh()
+    def contenders(self) -> dict[str, Contender]:
+        return {
+            SLICED: self.sliced(),
+            LISTED: self.listed(),
+            ACCELERATE: timed(peers.with_accelerate(*self.fresh(), loss_fn, self.parts)),
+            LIGHTNING: self.lightning(),
+            TRAINER: self.trainer(),
+            STEP: self.step(),
+            UPDATES: self.updates(),
+            WINDOW: self.window(),
+        }
 
-    def sliced() -> None:
-        for part in cut(batch, size.rows):
-            loss = loss_fn(sliced_model, part) / size.micro_batches
-            loss.backward()
-        sliced_optimizer.step()
-        sliced_optimizer.zero_grad()
+    def sliced(self) -> Contender:
+        model, optimizer = self.fresh()
 
-    listed_model, listed_optimizer = fresh()
+        def window() -> None:
+            for part in cut(self.batch, self.size.rows):
+                loss = loss_fn(model, part) / self.size.micro_batches
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    def listed() -> None:
-        for place, part in enumerate(micro_batches, start=1):
-            loss = loss_fn(listed_model, part) / size.micro_batches
-            loss.backward()
-            if place % size.micro_batches == 0:
-                listed_optimizer.step()
-                listed_optimizer.zero_grad()
+        return timed(window)
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=size.micro_batches)
-    peer_model, peer_optimizer = accelerator.prepare(*fresh())
+    def listed(self) -> Contender:
+        model, optimizer = self.fresh()
 
-    def peer() -> None:
-        for part in micro_batches:
-            with accelerator.accumulate(peer_model):
-                loss = loss_fn(peer_model, part)
-                accelerator.backward(loss)
-                peer_optimizer.step()
-                peer_optimizer.zero_grad()
+        def window() -> None:
+            for place, part in enumerate(self.parts, start=1):
+                loss = loss_fn(model, part) / self.size.micro_batches
+                loss.backward()
+                if place % self.size.micro_batches == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
 
-    by_step = wb.Accumulator(*fresh(), loss_fn, micro_batch=wb.Rows(size.rows), check=None)
-    by_updates = wb.Accumulator(*fresh(), loss_fn, check=None)
-    window_model, window_optimizer = fresh()
-    by_window = wb.Accumulator(window_model, window_optimizer, check=None)
+        return timed(window)
 
-    def window() -> None:
-        with by_window.window() as window:
-            for part in micro_batches:
-                window.backward(loss_fn(window_model, part), targets=size.rows)
+    def lightning(self) -> Contender:
+        model, optimizer = self.fresh()
 
-    return {
-        SLICED: sliced,
-        LISTED: listed,
-        ACCELERATE: peer,
-        STEP: lambda: by_step.step(batch),
-        UPDATES: lambda: list(by_updates.updates(micro_batches, micro_batches=size.micro_batches)),
-        WINDOW: window,
-    }
+        def fit(updates: int) -> list[float]:
+            loader = peers.Loader(self.parts * updates)
+            return peers.with_lightning(
+                model, optimizer, loss_fn, loader, window=self.size.micro_batches, updates=updates
+            )
 
+        return between(fit)
 
-def seconds(loop: Loop, micro_batches: int, windows: int = 1) -> float:
-    """Return the CPU time of a micro-batch, averaged over some windows."""
-    start = time.process_time()
-    for _ in range(windows):
-        loop()
-    return (time.process_time() - start) / (windows * micro_batches)
+    def trainer(self) -> Contender:
+        model, optimizer = self.fresh()
+
+        def fit(updates: int) -> list[float]:
+            loader = peers.Loader(self.parts * updates)
+            return peers.with_trainer(
+                model, optimizer, loss_fn, loader, window=self.size.micro_batches, updates=updates
+            )
+
+        return between(fit)
+
+    def step(self) -> Contender:
+        accumulator = wb.Accumulator(*self.fresh(), loss_fn, micro_batch=wb.Rows(self.size.rows), check=None)
+        return timed(lambda: accumulator.step(self.batch))
+
+    def updates(self) -> Contender:
+        accumulator = wb.Accumulator(*self.fresh(), loss_fn, check=None)
+        return timed(lambda: list(accumulator.updates(self.parts, micro_batches=self.size.micro_batches)))
+
+    def window(self) -> Contender:
+        model, optimizer = self.fresh()
+        accumulator = wb.Accumulator(model, optimizer, check=None)
+
+        def window() -> None:
+            with accumulator.window() as window:
+                for part in self.parts:
+                    window.backward(loss_fn(model, part), targets=self.size.rows)
+
+        return timed(window)
 
 
 def hand_written_seconds(size: Size) -> float:
-    loop = loops(size)[LISTED]
-    seconds(loop, size.micro_batches, 3)
-    return statistics.median(seconds(loop, size.micro_batches) for _ in range(15))
+    """Return what a micro-batch takes the hand-written loop."""
+    window = Setting(size).listed()
+    window(3)
+    return statistics.median(window(1) for _ in range(15)) / size.micro_batches
 
 
 def small_size(target_seconds: float) -> Size:
@@ -175,16 +231,16 @@ def large_size(target_seconds: float) -> Size:
 
 def measure(size: Size, *, rounds: int, windows: int) -> dict[str, list[float]]:
     """Return the CPU seconds of a micro-batch in every round, by contender."""
-    contenders = loops(size)
+    contenders = Setting(size).contenders()
     order = list(contenders)
     for name in order:
-        seconds(contenders[name], size.micro_batches, 5)
+        contenders[name](5)
     found: dict[str, list[float]] = {name: [] for name in order}
     shuffle = random.Random(0)
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            found[name].append(seconds(contenders[name], size.micro_batches, windows))
+            found[name].append(contenders[name](windows) / size.micro_batches)
     return found
 
 
@@ -220,7 +276,7 @@ def main() -> int:
         texts.append(text)
         for name in (STEP, UPDATES, WINDOW):
             found.append(Bar(f"{label}: {name}, to the hand-written loop", ratios[name], bound))
-            found.append(Bar(f"{label}: {name}, to Accelerate", ratios[name] / ratios[ACCELERATE], 1.0))
+            found += [Bar(f"{label}: {name}, to {peer}", ratios[name] / ratios[peer], 1.0) for peer in PEERS]
     short = replace(small_size(0.3e-3), micro_batches=FEW)
     texts.append(
         section("0.3 ms a micro-batch", short, measure(short, rounds=20 if options.quick else 200, windows=2))[0]
@@ -230,7 +286,7 @@ def main() -> int:
         f"how much more the fixed cost of a window (record, norm, random state, transaction) weighs in one of {FEW}."
     )
     text = "\n\n".join([intro, *texts])
-    return tell("Overhead a micro-batch", "overhead", options, ["wholebatch", "torch", "accelerate"], text, found)
+    return tell("Overhead a micro-batch", "overhead", options, ["wholebatch", "torch", *peers.PACKAGES], text, found)
 
 
 if __name__ == "__main__":

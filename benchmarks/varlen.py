@@ -13,15 +13,24 @@ lengths cost as much as equal ones of length sum(s^2) / sum(s), the length of th
 Dense rows of the plain mean length are shown as well; they do less attention a token, so no order of rows can reach
 them.
 
+The peers train the same model on the same rows, driven as their documentation says (peers.py), all rows in one window.
+Lightning and the Trainer in random order pad as the hand-written loop does. The Trainer grouping by length
+(train_sampling_strategy="group_by_length") sorts the rows here, because all of them are one logical batch; in a longer
+epoch it groups over up to fifty logical batches, and so changes which rows meet in one. With "batch_rebalance" it cuts
+the sorted rows of each window into micro-batches of equal cost: as many as the hand-written loop has, or twice as many.
+The bar is judged against the former, by an accumulator whose budget is the largest of its micro-batches, so that both
+need the same memory. What counts is the time from the begin of the epoch to its update. Lightning's update is a mean of
+means, as documented; the others make that of the logical batch.
+
 The documents are the paragraphs of the embedded novel, cut at 512 and at 2,048 bytes, and the embedded docstrings, cut
 at 512; of each corpus every n-th row by length, so that the sample pads as the whole corpus does. The weights stay as
-they are (learning rate 0), so that every round does the same. Takes three to six minutes of one core.
+they are (learning rate 0), so that every round does the same. Takes about twenty minutes of one core.
+
+Most micro-batches have a shape of their own, and oneDNN compiles kernels for each. It keeps 1,024 of them, too few for
+all; ONEDNN_PRIMITIVE_CACHE_CAPACITY=16384 in the environment lets it keep more, for all ways alike.
 """
 
-import json
-import lzma
-import random
-import re
+import os
 import statistics
 import sys
 import time
@@ -30,65 +39,46 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+import peers
 import wholebatch as wb
+from documents import DOCSTRINGS, NOVEL, dense, documents, padding, sample
 from page import Bar, arguments, table, tell
 from wholebatch.recipes import text as recipe
 
 PLAIN_ROWS = 16
 """Rows a micro-batch in the hand-written loop."""
 
-NOVEL = "the novel's paragraphs"
 CORPORA = {
     (NOVEL, 512): 2.0,
     (NOVEL, 2048): 3.5,
-    ("docstrings", 512): 3.0,
+    (DOCSTRINGS, 512): 3.0,
 }
 """The corpora with the bytes that they are cut at, and how many times the hand-written loop each must reach."""
 
 HAND, OURS, DENSE, MEAN = "hand-written loop", "wb.Accumulator", "dense, equal work", "dense, mean length"
+LIGHTNING, TRAINER, GROUPED = "Lightning", "Trainer", "Trainer, group_by_length"
+REBALANCED = {rows: f"Trainer, batch_rebalance, {rows} rows" for rows in (PLAIN_ROWS, PLAIN_ROWS // 2)}
+"""The strongest rival, with so many rows a micro-batch on average."""
 
-ROUND = (OURS, DENSE, HAND, MEAN, DENSE, OURS)
+RIVAL = REBALANCED[PLAIN_ROWS]
+"""The one that the bar is about."""
+
+AS_LARGE = "wb.Accumulator, as large as that"
+"""With micro-batches as large as the largest of the rival."""
+
+TWICE = (OURS, DENSE, AS_LARGE, *REBALANCED.values())
+ROUND = (*TWICE, HAND, GROUPED, MEAN, TRAINER, LIGHTNING, *reversed(TWICE))
 """The order in a round: the same forwards and backwards, so that a machine that slows down favours nobody."""
 
 
-def documents(corpus: str, longest: int) -> list[bytes]:
-    """Return all rows of a corpus."""
-    folder = recipe.NOVEL.parent
-    if corpus == NOVEL:
-        with lzma.open(recipe.NOVEL, "rt", encoding="utf-8") as novel:
-            texts = [re.sub(r"\s+", " ", each).strip() for each in re.split(r"\n\s*\n", novel.read())]
-    else:
-        with lzma.open(folder / "stdlib_pairs_3000.jsonl.xz", "rt", encoding="utf-8") as pairs:
-            texts = [json.loads(line)["doc"] for line in pairs]
-    return [each.encode()[:longest] for each in texts if each]
-
-
-def sample(rows: Sequence[bytes], wanted: int) -> list[bytes]:
-    """Return rows whose lengths are spread as those of all rows are, in random order."""
-    by_length = sorted(rows, key=len)
-    chosen = [by_length[(2 * place + 1) * len(rows) // (2 * wanted)] for place in range(wanted)]
-    return random.Random(0).sample(chosen, wanted)
-
-
-def dense(tokens: int, length: int) -> list[bytes]:
-    """Return rows of one length that hold about as many tokens."""
-    draw = random.Random(0)
-    return [bytes(draw.choices(range(97, 123), k=length)) for _ in range(max(1, round(tokens / length)))]
-
-
-def padding(parts: Sequence[Sequence[bytes]]) -> float:
-    """Return how many positions there are for each real token."""
-    padded = sum(len(rows) * max(map(len, rows)) for rows in parts)
-    return padded / sum(len(row) for rows in parts for row in rows)
-
-
-def slices(rows: Sequence[bytes]) -> list[Sequence[bytes]]:
-    return [rows[start : start + PLAIN_ROWS] for start in range(0, len(rows), PLAIN_ROWS)]
+def slices(rows: Sequence[bytes]) -> list[list[bytes]]:
+    return [list(rows[start : start + PLAIN_ROWS]) for start in range(0, len(rows), PLAIN_ROWS)]
 
 
 class Contender:
-    """A model with an optimizer that moves nothing and keeps the gradient with which it was called."""
+    """A model with an optimizer that moves nothing and keeps the gradient of its last step."""
 
     def __init__(self, blocks: int, longest: int) -> None:
         torch.manual_seed(0)
@@ -97,7 +87,7 @@ class Contender:
         nn.init.normal_(self.model.position.weight, std=0.02)
         nn.init.normal_(self.model.head.weight, std=0.05)  # from zeros, only the head would have a gradient
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
-        self.optimizer.register_step_pre_hook(self._keep)
+        self.optimizer.register_step_post_hook(self._keep)  # Lightning makes the last gradient inside the step
         self.gradient: list[Tensor] = []
 
     def _keep(self, *_arguments: object) -> None:
@@ -110,7 +100,7 @@ def hand_written(contender: Contender, rows: Sequence[bytes], *, mean_of_means: 
     parts = slices(rows)
     tokens = sum(map(len, rows))
     for part in parts:
-        loss_sum, targets = recipe.loss(contender.model, recipe.collate(list(part)))
+        loss_sum, targets = recipe.loss(contender.model, recipe.collate(part))
         loss = loss_sum / targets / len(parts) if mean_of_means else loss_sum / tokens
         loss.backward()
     contender.optimizer.step()
@@ -136,24 +126,125 @@ def error(gradient: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 @dataclass
 class Way:
-    """One of the things that take turns: what it runs, what it pads, and its CPU seconds, round by round."""
+    """One of the things that take turns.
 
-    run: Callable[[], object]
-    tokens: int
-    padding: float
-    micro_batches: int
+    Attributes:
+        run: Makes an update, and returns the CPU seconds that it took.
+        contender: Whose update it is.
+        parts: The micro-batches of the last run.
+        seconds: CPU seconds, round by round.
+    """
+
+    run: Callable[[], float]
+    contender: Contender
+    parts: list[list[bytes]]
     seconds: list[float] = field(default_factory=list)
 
-    def time(self) -> float:
-        """Run once, and return the CPU seconds that it took."""
-        start = time.process_time()
-        self.run()
-        return time.process_time() - start
+    @property
+    def tokens(self) -> int:
+        """Real tokens of an update."""
+        return sum(len(row) for rows in self.parts for row in rows)
+
+    @property
+    def largest(self) -> int:
+        """Padded tokens of the largest micro-batch."""
+        return max(len(rows) * max(map(len, rows)) for rows in self.parts)
 
     @property
     def rate(self) -> float:
         """Real tokens per CPU second."""
         return self.tokens / statistics.median(self.seconds)
+
+
+def timed(update: Callable[[], object]) -> Callable[[], float]:
+    """Return the update as something that returns the CPU seconds that it took."""
+
+    def run() -> float:
+        start = time.process_time()
+        update()
+        return time.process_time() - start
+
+    return run
+
+
+def by_hand(contender: Contender, batch: list[bytes]) -> Way:
+    return Way(timed(lambda: hand_written(contender, batch)), contender, slices(batch))
+
+
+def accumulated(contender: Contender, batch: list[bytes], budget: int) -> Way:
+    cut = wb.Tokens(budget, length=len)
+    accumulator = wb.Accumulator(
+        contender.model, contender.optimizer, recipe.loss, micro_batch=cut, collate=recipe.collate, check=None
+    )
+    parts = [[batch[row] for row in part] for part in cut.cut(list(map(len, batch)))]
+    return Way(timed(lambda: accumulator.step(batch)), contender, parts)
+
+
+def with_lightning(contender: Contender, batch: list[bytes]) -> Way:
+    """A loader in random order, and the mean loss of a micro-batch."""
+    parts: list[list[bytes]] = []
+
+    def collate(rows: list[bytes]) -> Tensor:
+        parts.append(rows)
+        return recipe.collate(rows)
+
+    def mean_loss(model: nn.Module, micro_batch: Tensor) -> Tensor:
+        loss_sum, targets = recipe.loss(model, micro_batch)
+        return loss_sum / targets
+
+    def run() -> float:
+        parts.clear()
+        loader = DataLoader(batch, PLAIN_ROWS, shuffle=True, collate_fn=collate)
+        begin, update = peers.with_lightning(
+            contender.model, contender.optimizer, mean_loss, loader, window=len(loader), updates=1
+        )
+        return update - begin
+
+    return Way(run, contender, parts)
+
+
+class Logits(nn.Module):
+    """The model as the Trainer wants it: with names for what goes in and what comes out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.model(input_ids)}
+
+
+def with_trainer(contender: Contender, batch: list[bytes], sampling: str, rows: int = PLAIN_ROWS) -> Way:
+    """A dataset of the rows, and a loss that is a sum over the items of the window."""
+    parts: list[list[bytes]] = []
+    dataset = [{"input_ids": row} for row in batch]
+
+    def collate(items: list[dict[str, bytes]]) -> dict[str, Tensor]:
+        parts.append([item["input_ids"] for item in items])
+        tokens = recipe.collate(parts[-1])
+        return {"input_ids": tokens, "labels": tokens.masked_fill(tokens == recipe.PADDING, -100)}
+
+    def loss(outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        logits = outputs["logits"].flatten(0, 1)
+        return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
+
+    def run() -> float:
+        parts.clear()
+        begin, update = peers.with_trainer(
+            Logits(contender.model),
+            contender.optimizer,
+            None,
+            dataset,
+            window=len(batch) // rows,
+            updates=1,
+            collate=collate,
+            rows=rows,
+            loss_of_outputs=loss,
+            sampling=sampling,
+        )
+        return update - begin
+
+    return Way(run, contender, parts)
 
 
 def ratio(way: Way, other: Way) -> float:
@@ -167,41 +258,46 @@ def measure(corpus: str, longest: int, *, rows: int, rounds: int, budget: int, b
     """Return the table of one corpus, and its bars."""
     batch = sample(documents(corpus, longest), rows)
     tokens, squares = sum(map(len, batch)), sum(len(row) ** 2 for row in batch)
-    by_hand, ours = Contender(blocks, longest), Contender(blocks, longest)
-    cut = wb.Tokens(budget, length=len)
+    work, mean = round(squares / tokens), round(tokens / rows)
 
-    def accumulated(contender: Contender, batch: list[bytes]) -> Way:
-        accumulator = wb.Accumulator(
-            contender.model, contender.optimizer, recipe.loss, micro_batch=cut, collate=recipe.collate, check=None
-        )
-        parts = [[batch[row] for row in part] for part in cut.cut(list(map(len, batch)))]
-        return Way(lambda: accumulator.step(batch), sum(map(len, batch)), padding(parts), len(parts))
+    def fresh() -> Contender:
+        return Contender(blocks, longest)
 
-    parts = slices(batch)
+    rivals = {name: with_trainer(fresh(), batch, "batch_rebalance", each) for each, name in REBALANCED.items()}
+    rivals[RIVAL].run()  # to see how large its micro-batches are
     ways = {
-        HAND: Way(lambda: hand_written(by_hand, batch), tokens, padding(parts), len(parts)),
-        OURS: accumulated(ours, batch),
-        DENSE: accumulated(Contender(blocks, longest), dense(tokens, round(squares / tokens))),
-        MEAN: accumulated(Contender(blocks, longest), dense(tokens, round(tokens / rows))),
+        HAND: by_hand(fresh(), batch),
+        OURS: accumulated(fresh(), batch, budget),
+        DENSE: accumulated(fresh(), dense(tokens, work), budget),
+        MEAN: accumulated(fresh(), dense(tokens, mean), budget),
+        LIGHTNING: with_lightning(fresh(), batch),
+        TRAINER: with_trainer(fresh(), batch, "random"),
+        GROUPED: with_trainer(fresh(), batch, "group_by_length"),
+        **rivals,
+        AS_LARGE: accumulated(fresh(), batch, rivals[RIVAL].largest),
     }
-    exact = exact_gradient(by_hand, batch)
-    for way in ways.values():
+    judged = fresh()
+    exact = exact_gradient(judged, batch)
+    for name, way in ways.items():
         way.run()
+        if name not in (DENSE, MEAN) and sorted(row for part in way.parts for row in part) != sorted(batch):
+            raise RuntimeError(f"{name} did not see each row once")
     for _ in range(rounds):
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for name in ROUND:
-            taken[name].append(ways[name].time())
+            taken[name].append(ways[name].run())
         for name, seconds in taken.items():
             ways[name].seconds.append(statistics.mean(seconds))
-    errors = {HAND: error(by_hand.gradient, exact), OURS: error(ours.gradient, exact)}
+    errors = {name: error(way.contender.gradient, exact) for name, way in ways.items() if name not in (DENSE, MEAN)}
     few = batch[: 4 * PLAIN_ROWS]
-    hand_written(by_hand, few, mean_of_means=True)
-    mistaken = error(by_hand.gradient, exact_gradient(by_hand, few))
+    hand_written(judged, few, mean_of_means=True)
+    mistaken = error(judged.gradient, exact_gradient(judged, few))
     lines = [
         [
             name,
-            f"{way.padding:.2f}",
-            f"{way.micro_batches}",
+            f"{padding(way.parts):.2f}",
+            f"{len(way.parts)}",
+            f"{way.largest:,}",
             f"{way.rate:,.0f}",
             f"{ratio(way, ways[HAND]):.2f}",
             f"{errors[name]:.1e}" if name in errors else "",
@@ -212,14 +308,15 @@ def measure(corpus: str, longest: int, *, rows: int, rounds: int, budget: int, b
         "way",
         "positions a token",
         "micro-batches",
+        "largest",
         "tokens a CPU second",
         "to the hand-written loop",
         "error of the gradient",
     ]
     name = f"{corpus} at {longest:,} bytes"
     text = (
-        f"## {name}\n\n{rows} rows, {tokens:,} tokens, {cut} a micro-batch; dense rows of {round(squares / tokens)} "
-        f"and {round(tokens / rows)} bytes.\n\n{table(headings, lines)}\n\n"
+        f"## {name}\n\n{rows} rows, {tokens:,} tokens, {budget} tokens a micro-batch; dense rows of {work} and {mean} "
+        f"bytes.\n\n{table(headings, lines)}\n\n"
         f"A mean of means over {len(few)} of these rows: {mistaken:.1e} off."
     )
     return text, [
@@ -231,6 +328,7 @@ def measure(corpus: str, longest: int, *, rows: int, rounds: int, budget: int, b
             digits=2,
         ),
         Bar(f"{name}: to dense rows of equal work", ratio(ways[OURS], ways[DENSE]), 0.95, most=False),
+        Bar(f"{name}: as large, to {RIVAL}", ratio(ways[AS_LARGE], ways[RIVAL]), 1.05, most=False, digits=2),
         Bar(f"{name}: error of the gradient", errors[OURS], 1e-6, digits=None),
     ]
 
@@ -257,12 +355,16 @@ def main() -> int:
         found += bars
     model = Contender(options.blocks, 512).model
     weights = sum(parameter.numel() for parameter in model.parameters())
-    text = f"A byte-level transformer: width 64, 2 heads, blocks {options.blocks}, {weights:,} weights; float32."
+    kept = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))
+    text = (
+        f"A byte-level transformer: width 64, 2 heads, blocks {options.blocks}, {weights:,} weights; float32. "
+        f"oneDNN keeps {kept:,} kernels. The largest micro-batch is given in padded tokens."
+    )
     return tell(
         "Tokens a second on rows of varying length",
         "varlen",
         options,
-        ["wholebatch", "torch"],
+        ["wholebatch", "torch", *peers.PACKAGES],
         "\n\n".join([text, *texts]),
         found,
     )
