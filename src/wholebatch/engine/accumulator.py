@@ -372,6 +372,15 @@ class Accumulator:
         return self._open(targets=targets, micro_batches=micro_batches, company=OneByOne())
 
     @property
+    def meets(self) -> bool:
+        """Whether it is known that the micro-batches of a window meet."""
+        return self._lockstep.meets
+
+    def make(self, rows: LogicalBatch, cut: Sequence[Indices]) -> Update:
+        """Make one update from a logical batch in one cut, whatever the rule of cutting says."""
+        return self._make(rows, cut, None, Place())
+
+    @property
     def open_window(self) -> Window | None:
         """The window that is open, or None: for a handle that was lost, as in a notebook."""
         return self._window

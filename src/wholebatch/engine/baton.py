@@ -222,7 +222,7 @@ class _Surroundings:
         self._dispatch_modes = dispatch._get_current_dispatch_mode_stack()
         self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self._module: Any = torch.get_device_module(device) if device.type != "cpu" else None
-        self._stream: Any = self._module.current_stream() if hasattr(self._module, "current_stream") else None
+        self._stream = getattr(self._module, "current_stream", _nothing)()
 
     def enter(self, stack: ExitStack) -> None:
         """Make them so in this thread, until the end of the stack."""
@@ -239,3 +239,7 @@ class _Surroundings:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*self._hooks))
         if self._stream is not None and hasattr(self._module, "set_stream"):
             self._module.set_stream(self._stream)  # and its device
+
+
+def _nothing() -> None:
+    """Devices without streams have this one."""

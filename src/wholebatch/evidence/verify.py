@@ -235,7 +235,10 @@ def _cut_gradients(
     for other in cuts[1:]:
         roll_back()
         try:
-            _run_window(accumulator, model, objective, rows, other)
+            if accumulator.meets:
+                accumulator.make(rows, other.parts)
+            else:
+                _run_window(accumulator, model, objective, rows, other)
             gradients.append(catch.gradient)
         except Exception as error:
             # By rows it was finite, and no layer refused; then this is a difference.
