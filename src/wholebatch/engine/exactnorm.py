@@ -201,7 +201,8 @@ def _merge(values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Te
         mean = means.mean(0)
         between = (means - mean).square().sum(0) * counts[0]
     else:
-        weights = torch.tensor(counts, dtype=means.dtype).to(means.device, non_blocking=True).unsqueeze(1)
+        weights = torch.tensor(counts, dtype=means.dtype, device="cpu")
+        weights = weights.to(means.device, non_blocking=True).unsqueeze(1)
         mean = (means * (weights / total)).sum(0)
         between = ((means - mean).square() * weights).sum(0)
     return torch.stack([mean, (squares.sum(0) + between) / total])

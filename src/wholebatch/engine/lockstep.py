@@ -37,13 +37,13 @@ class Lockstep:
         self._execution = execution
         self._model = model
         self._device = device
-        self._where: str | None = None
+        self._found = False
         self._joined: str | None = None
 
     @property
     def meets(self) -> bool:
         """Whether it is known that the micro-batches of a window meet."""
-        return self._where is not None or bool(exact_layers(self._model))
+        return self._found or bool(exact_layers(self._model))
 
     def learn(self, again: Again) -> None:
         """Take note of what ended an attempt at a window.
@@ -52,7 +52,7 @@ class Lockstep:
             MeetingError: The graphs have to be joined, and the user wants a replay.
         """
         if not again.joined:
-            self._where = again.why
+            self._found = True
             return
         if self._execution == "replay":
             raise MeetingError(
@@ -105,7 +105,7 @@ class Lockstep:
                 before=before,
             )
             if met and self._execution == "auto":
-                say(f'{self._where}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)
+                say(f'The micro-batches meet at {met[0]}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)
             return
         parts, minutes = run_joined(runs, order, device=self._device, before=before)
         place.rows = None

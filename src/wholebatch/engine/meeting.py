@@ -138,7 +138,7 @@ class Order:
         if self._sorted or self.cut is None:
             return rows
         if rows.device not in self._places:
-            places = torch.tensor(list(chain.from_iterable(self.cut))).argsort()
+            places = torch.tensor(list(chain.from_iterable(self.cut)), device="cpu").argsort()
             self._places[rows.device] = places.to(rows.device, non_blocking=True)
         return rows.index_select(0, self._places[rows.device])
 

@@ -35,7 +35,8 @@ class Moments:
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_inference()
         ]
-        self._seen = [(id(module._buffers[name]), _version(module._buffers[name])) for module, name in self._watched]
+        # The tensors themselves, not their ids: the next tensor may stand where the last one stood.
+        self._seen = [(module._buffers[name], _version(module._buffers[name])) for module, name in self._watched]
         self._copies: tuple[Tensor | None, ...] = (None,) * len(self._watched)
         self._changed: set[int] = set()
 
@@ -53,9 +54,9 @@ class Moments:
         copies: list[Tensor | None] | None = None
         for place, (module, name) in enumerate(self._watched):
             buffer = module._buffers.get(name)
-            seen = (id(buffer), _version(buffer))
-            if seen != self._seen[place]:
-                self._seen[place] = seen
+            seen, version = self._seen[place]
+            if buffer is not seen or _version(buffer) != version:
+                self._seen[place] = buffer, _version(buffer)
                 self._changed.add(place)
                 copies = list(self._copies) if copies is None else copies
                 copies[place] = None if buffer is None else buffer.detach().clone()

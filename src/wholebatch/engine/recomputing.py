@@ -1,5 +1,6 @@
 """What did a meeting come to? Kept for activation checkpointing, which runs parts of a model twice."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,12 @@ from wholebatch.engine.meeting import Call
 class Minutes:
     """The meetings of a window. In a backward pass it is the company of whatever is computed anew.
 
-    Every micro-batch got the same from a meeting, so it only has to be found out which meeting it was: by its place,
-    and, where several were there, by what was brought.
+    Every micro-batch got the same from a meeting, so it only has to be found out which meeting it was: by the layer, by
+    the line if the recomputation comes by it, and, where several are left, by what was brought.
     """
 
     def __init__(self) -> None:
-        self._by_key: dict[tuple[object, ...], list[tuple[Sequence[Call], Callable[[Call], Any]]]] = {}
+        self._held: dict[tuple[str, int], list[tuple[Sequence[Call], Callable[[Call], Any]]]] = {}
         self._results: list[tuple[Call, Tensor, int]] = []
 
     def take(self, calls: Sequence[Call], result: Any, again: Callable[[Call], Any]) -> None:
@@ -30,7 +31,7 @@ class Minutes:
             result: What it came to.
             again: Returns what a micro-batch got, for what it brings when it is computed anew.
         """
-        self._by_key.setdefault(calls[0].key, []).append((calls, again))
+        self._held.setdefault((calls[0].kind, id(calls[0].of)), []).append((calls, again))
         if isinstance(result, Tensor):
             self._results.append((calls[0], result, result._version))
 
@@ -48,15 +49,15 @@ class Minutes:
                 )
 
     def meet(self, call: Call) -> Any:
-        meetings = self._by_key.get(call.key, [])
-        same = meetings if len(meetings) == 1 else [each for each in meetings if _brought(each[0], call)]
-        if not same:
+        meetings = self._held.get((call.kind, id(call.of)), [])
+        if not meetings:
             raise MeetingError(
                 f"A part of the model that is recomputed in the backward pass meets at {call}, where it did not in the "
                 "forward pass.",
                 hint="let a checkpointed function do the same both times.",
             )
-        calls, again = same[0]
+        here = [each for each in meetings if each[0][0].site == call.site] or meetings
+        calls, again = here[0] if len(here) == 1 else min(here, key=lambda each: _distance(each[0], call))
         if call.with_graph and not calls[0].with_graph:
             raise MeetingError(
                 f"Micro-batches cannot meet inside activation checkpointing with use_reentrant=True: {call}.",
@@ -72,7 +73,10 @@ class Minutes:
         )
 
 
-def _brought(calls: Sequence[Call], call: Call) -> bool:
+def _distance(calls: Sequence[Call], call: Call) -> float:
+    """How far what was brought to a meeting is from what is brought now: 0 where computing it anew gives the same."""
     if not isinstance(call.value, Tensor):
-        return any(each.value == call.value for each in calls)
-    return any(each.value.shape == call.value.shape and torch.equal(each.value, call.value) for each in calls)
+        return 0.0 if any(each.value == call.value for each in calls) else math.inf
+    same = [each.value for each in calls if each.value.shape == call.value.shape]
+    with torch.no_grad():
+        return min((float((each.double() - call.value.double()).abs().sum()) for each in same), default=math.inf)

@@ -49,7 +49,7 @@ def run_replayed(
     device: torch.device,
     transaction: Transaction,
     before: Callable[[int], None],
-) -> int:
+) -> list[str]:
     """Add micro-batches to a window, each from a replay of what a pass in lockstep has shown.
 
     Args:
@@ -63,7 +63,7 @@ def run_replayed(
         before: Called with the number of a micro-batch before it goes on.
 
     Returns:
-        How often they met.
+        Where they met.
 
     Raises:
         Again: A meeting depends on an earlier one, so that the graphs have to be joined.
@@ -75,7 +75,7 @@ def run_replayed(
     after = Transaction(model, device)
     after.begin()
     for meeting in meetings:
-        meeting.settle(unique=sum(each.key == meeting.key for each in meetings) == 1)
+        meeting.settle(unique=sum(each.alike == meeting.alike for each in meetings) == 1)
     for number, run in enumerate(runs):
         before(number)
         replay = _Replay(meetings, moments, number, order)
@@ -87,7 +87,7 @@ def run_replayed(
             window.add_together([(part, rows[number])], replay.values, replay.gradients)
         del part, replay
     after.roll_back()
-    return len(meetings)
+    return [str(meeting.calls[0]) for meeting in meetings]
 
 
 def _first_pass(
@@ -159,6 +159,7 @@ class _Meeting:
     def __init__(self, calls: Sequence[Call], order: Order) -> None:
         self.calls = [_without_graph(call) for call in calls]
         self.key = calls[0].key
+        self.alike = calls[0].kind, id(calls[0].of)
         self.minutes = Minutes()
         self._leaves = [call.value for call in self.calls]
         differentiable = _is_differentiable(self._leaves[0])
@@ -202,7 +203,7 @@ class _Meeting:
         """Work out the gradient that enters at what each micro-batch brought, and forget what is not needed for it.
 
         Args:
-            unique: Whether there is no other meeting at this place, so that nobody has to tell them apart.
+            unique: Whether there is no other meeting of the kind, so that nobody has to tell them apart.
         """
         if self._gradient is not None:
             gradient = self._gradient.to(self.result.dtype)

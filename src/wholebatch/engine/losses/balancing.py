@@ -33,9 +33,9 @@ def load_balancing(probabilities: Tensor, chosen: Tensor | None = None, *, mask:
         MeetingError: See `wholebatch.sum_over_batch`.
 
     Example:
-        >>> even = torch.full((6, 3), 1 / 3)
-        >>> load_balancing(even, torch.tensor([0, 1, 2, 0, 1, 2]))
-        tensor(1.)
+        >>> even, one_sided = torch.full((4, 2), 0.5), torch.tensor([[0.75, 0.25]] * 4)
+        >>> load_balancing(even, torch.tensor([0, 1, 0, 1])), load_balancing(one_sided)
+        (tensor(1.), tensor(1.5000))
 
     Source:
         Switch Transformers, arXiv 2101.03961, equation 4. Over the whole batch as in Demons in the Detail, arXiv
