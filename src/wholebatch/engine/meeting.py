@@ -424,11 +424,11 @@ def _misfit(kind: str, number: int, value: Tensor, first: Tensor, to_do: str) ->
     )
 
 
-_WITHIN = tuple(os.path.join(os.path.dirname(file), "") for file in (os.path.dirname(__file__), torch.__file__))  # noqa: PTH118, PTH120
+_WITHIN = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))  # noqa: PTH118, PTH120
 
 
 def _site() -> Site:
-    """The line of the user's code that called, below all frames of this package and of PyTorch."""
+    """The line of the user's code that called, below all frames of the engine and of PyTorch."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_WITHIN):
         frame = frame.f_back
