@@ -28,6 +28,7 @@ from properties import (
     stepped,
     undivided,
 )
+from wholebatch.engine import joined
 
 FP64 = 1e-12
 ROWS = 11
@@ -467,6 +468,30 @@ def test_saved_tensor_hooks_of_the_caller_reach_every_micro_batch(lockstep):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         accumulator.step(pairs(ROWS, torch.float64))
     assert "wholebatch micro-batch" in packed
+
+
+def test_saved_tensors_wait_in_the_memory_of_the_host(monkeypatch):
+    """On a CPU with hooks that are those of an accelerator: the update is the same, and weights stay where they are."""
+    brought_back = []
+
+    def counting(pack, unpack):
+        def count(packed):
+            brought_back.append(isinstance(packed, tuple))
+            return unpack(packed)
+
+        return pack, count
+
+    batch, animal = pairs(ROWS, torch.float64), MEETING["two-sided"]
+    right = change(animal, undivided(animal), [batch])
+    monkeypatch.setattr(joined, "_OFFLOADING", {"cpu"})
+    offload_hooks = joined.offload_hooks
+    monkeypatch.setattr(joined, "offload_hooks", lambda *given: counting(*offload_hooks(*given)))
+    assert relative_error(change(animal, stepped(animal, wb.Rows(4), lockstep="joined"), [batch]), right) <= FP64
+    assert {True, False} == set(brought_back)
+    brought_back.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert relative_error(change(animal, stepped(animal, wb.Rows(4), lockstep="joined"), [batch]), right) <= FP64
+    assert brought_back == []
 
 
 @BOTH

@@ -230,7 +230,11 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        variance, mean = torch.var_mean(_widened(x), dim=_dims(x), correction=0)
+        wide = _widened(x)
+        if x.device.type in ("cpu", "cuda"):  # torch's own kernel; var_mean takes three times as long
+            mean, variance = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
+        else:
+            variance, mean = torch.var_mean(wide, dim=_dims(x), correction=0)
         ctx.save_for_backward(x, mean)
         return mean, variance * (x.numel() // x.shape[1])
 

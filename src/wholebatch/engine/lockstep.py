@@ -107,7 +107,7 @@ class Lockstep:
             if met and self._execution == "auto":
                 say(f'The micro-batches meet at {met[0]}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)
             return
-        parts, minutes = run_joined(runs, order, device=self._device, before=before)
+        parts, minutes = run_joined(runs, order, device=self._device, before=before, kept=self._model.parameters())
         place.rows = None
         with recomputing_with(minutes):
             window.add_together(list(zip(parts, rows, strict=True)))

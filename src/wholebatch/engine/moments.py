@@ -27,6 +27,7 @@ class Moments:
         self._transaction = transaction
         self._random: dict[tuple[int, int], RandomState] = {}
         self._last_random: RandomState | None = None
+        self._drawn = False
         self._buffers: dict[tuple[int, int], tuple[Tensor | None, ...]] = {}
         self._watched = [
             (module, name)
@@ -47,10 +48,11 @@ class Moments:
             number: Of the micro-batch.
             piece: How often it has met.
         """
-        now = RandomState.now(self._device)
-        self._last_random = self._random[number, piece] = (
-            now if self._last_random is None else _shared(now, self._last_random)
-        )
+        now, last = RandomState.now(self._device), self._last_random
+        if last is not None:
+            now = _shared(now, last)
+            self._drawn = self._drawn or now is not last
+        self._last_random = self._random[number, piece] = now
         copies: list[Tensor | None] | None = None
         for place, (module, name) in enumerate(self._watched):
             buffer = module._buffers.get(name)
@@ -66,7 +68,8 @@ class Moments:
 
     def restore(self, number: int, piece: int) -> None:
         """Let a micro-batch find what it found before."""
-        self._random[number, piece].restore()
+        if self._drawn:
+            self._random[number, piece].restore()
         kept = self._buffers[number, piece]
         for place in self._changed:
             module, name = self._watched[place]

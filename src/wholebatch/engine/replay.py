@@ -72,6 +72,7 @@ def run_replayed(
     moments = Moments(model, device, transaction)
     with _frozen(model):
         meetings = _first_pass(window, runs, order, moments, device, before)
+    moments.keep(len(runs), len(meetings))
     after = Transaction(model, device)
     after.begin()
     for meeting in meetings:
