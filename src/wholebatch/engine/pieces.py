@@ -8,7 +8,7 @@ whatever the cut.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,18 +66,38 @@ class Probe:
         self.names = [name for name, _ in named]
         self.sizes = [_num_entries(parameter, sample) for parameter in self.parameters]
         self.meets = bool(exact_layers(model))
+        self._seen_eps = 0.0
 
     @property
     def eps(self) -> float:
-        """The rounding unit of the coarsest weights; on hardware that multiplies in TF32, that of TF32."""
-        eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps)
+        """The rounding unit of the coarsest weights, or of what model or loss were seen to compute in, if coarser.
+
+        Many models compute a norm or the loss in float32, whatever their weights are. On hardware that multiplies in
+        TF32 it is that of TF32.
+        """
+        eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps, self._seen_eps)
         tf32 = input_device(self.model).type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return max(eps, 2.0**-10) if tf32 else eps
 
     @property
     def tolerance(self) -> float:
-        """How far rounding alone may take the cut gradient from the uncut one, relative to its size."""
+        """How far rounding alone may take the cut gradient from the uncut one, relative to its size.
+
+        A loss that is steep in its rows, such as one with a low temperature, rounds more than its weights do. In
+        float64 there is room for that: no mistake worth a name is as small as 1e-8.
+        """
+        if self.eps < 1e-12:
+            return 2.0**26 * self.eps
         return (4096 if self.eps < 1e-5 else 16) * self.eps
+
+    def watching(self) -> AbstractContextManager[object]:
+        """Return the context for a forward pass in which `eps` takes note of the dtypes that are computed in."""
+        return torch.autograd.graph.saved_tensors_hooks(self._see, _itself)
+
+    def _see(self, saved: Tensor) -> Tensor:
+        if saved.is_floating_point() or saved.is_complex():
+            self._seen_eps = max(self._seen_eps, torch.finfo(saved.dtype).eps)
+        return saved
 
     def run(self, indices: Indices) -> Piece | None:
         """Return what some rows give, or None where there is nothing to learn from them."""
@@ -119,7 +139,7 @@ class Probe:
         count = self._objective.count(micro_batch, len(indices))
         if float(count) == 0 and not self.meets:
             return None
-        with self._precision.autocast():
+        with self._precision.autocast(), self.watching():
             part = self._objective(self.model, micro_batch, count, graph=float(count) > 0)
         return None if part is None or float(part.targets) == 0 else part
 
@@ -131,6 +151,10 @@ class Probe:
             return flat_gradient(self.parameters, self._sample)
         finally:
             sums.roll_back()
+
+
+def _itself(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _entering(part: Part, weight: float) -> tuple[list[Tensor], list[Tensor]]:

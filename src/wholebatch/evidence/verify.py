@@ -132,7 +132,8 @@ def verify(
             roll_back()
         elif not _has_targets(objective, rows):
             raise _nothing()
-        peak, whole_gradient = _whole_gradient(model, objective, rows)
+        with probe.watching():
+            peak, whole_gradient = _whole_gradient(model, objective, rows)
         roll_back()
         judge = Judge(probe, whole_gradient, cuts[0].parts)
         if step is None:
