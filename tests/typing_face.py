@@ -103,6 +103,19 @@ def a_loop_of_ones_own(generator: nn.Module, critic: nn.Module, source: Iterator
 def layers_that_see_the_cut(model: nn.Module) -> None:
     assert_type(wb.convert_batch_norm(model, to="group"), nn.Module)
     assert_type(wb.freeze_batch_norm(model), nn.Module)
+    assert_type(wb.exact_batch_norm(nn.Sequential(model)), nn.Sequential)
+
+
+def rows_that_meet(model: nn.Module, batch: Batch) -> Tensor:
+    queries, keys = model(batch["x"]), model(batch["y"])
+    assert_type(wb.gather(batch["x"]), Tensor)
+    assert_type(wb.own_rows(batch["x"]), Tensor)
+    assert_type(wb.sum_over_batch(batch["x"]), Tensor)
+    assert_type(wb.sum_over_batch(len(batch["x"])), int)
+    wb.Accumulator(model, torch.optim.SGD(model.parameters()), rows_that_meet, lockstep="replay")
+    loss = wb.losses.info_nce(queries, keys, temperature=torch.tensor(0.1), symmetric=True, negatives=keys)
+    loss = loss + wb.losses.batch_hard_triplet(queries, batch["label"], margin="soft")
+    return loss + wb.losses.load_balancing(queries.softmax(-1), mask=batch["mask"])
 
 
 def evidence(model: nn.Module, batch: Batch) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         BatchNormError,
         ConfigError,
         LossError,
+        MeetingError,
         MissingExtraError,
         NonFiniteError,
         OptimizerError,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
+    from wholebatch.engine.exactnorm import exact_batch_norm
+    from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
     from wholebatch.engine.window import Window
     from wholebatch.evidence import sinks
     from wholebatch.evidence.verify import Verification, verify
@@ -48,6 +51,7 @@ _HOMES = {
     "BatchNormError": "core.errors",
     "ConfigError": "core.errors",
     "LossError": "core.errors",
+    "MeetingError": "core.errors",
     "MissingExtraError": "core.errors",
     "NonFiniteError": "core.errors",
     "OptimizerError": "core.errors",
@@ -63,10 +67,14 @@ _HOMES = {
     "Window": "engine.window",
     "WindowError": "core.errors",
     "convert_batch_norm": "engine.batchnorm",
+    "exact_batch_norm": "engine.exactnorm",
     "freeze_batch_norm": "engine.batchnorm",
+    "gather": "engine.meeting",
     "losses": "engine.losses",
     "mean_weights": "core.weights",
+    "own_rows": "engine.meeting",
     "sinks": "evidence.sinks",
+    "sum_over_batch": "engine.meeting",
     "verify": "evidence.verify",
 }
 
@@ -75,6 +83,7 @@ __all__ = [
     "BatchNormError",
     "ConfigError",
     "LossError",
+    "MeetingError",
     "MissingExtraError",
     "NonFiniteError",
     "OptimizerError",
@@ -91,10 +100,14 @@ __all__ = [
     "WindowError",
     "__version__",
     "convert_batch_norm",
+    "exact_batch_norm",
     "freeze_batch_norm",
+    "gather",
     "losses",
     "mean_weights",
+    "own_rows",
     "sinks",
+    "sum_over_batch",
     "verify",
 ]
 

@@ -241,7 +241,7 @@ def test_a_cut_that_was_asked_for_needs_no_reason():
     [
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore'", "on_nonfinite='skip' or on_nonfinite='raise'"),
         ({"batch_norm": "exact"}, "batch_norm='exact'", "batch_norm='refuse'"),
-        ({"lockstep": "joined"}, "lockstep='joined'", "lockstep='auto'"),
+        ({"lockstep": "layered"}, "lockstep='layered'", "lockstep='auto' or lockstep='replay'"),
         ({"check": "always"}, "check='always'", "check=None"),
         ({"micro_batch": 8}, "micro_batch=8", "wb.Rows(8)"),
         ({"micro_batch": "all"}, "micro_batch='all'", '"auto"'),

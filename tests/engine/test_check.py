@@ -293,3 +293,33 @@ def test_another_accumulators_open_window_is_left_alone_by_the_check():
     before = flat(model[0].parameters())
     window.close()
     torch.testing.assert_close(before - flat(model[0].parameters()), right, rtol=1e-12, atol=1e-15)
+
+
+class Upcasting(TiedHead):
+    """Computes its logits in float32 whatever its weights are, as many language models do."""
+
+    def forward(self, tokens):
+        return super().forward(tokens).float()
+
+
+def test_what_a_model_computes_in_fewer_digits_is_compared_in_those():
+    model, batch = Animal(Upcasting, texts, mean_over_labels).model(), texts(10, torch.float64)
+    right = Objective(mean_over_labels, lambda batch: (batch["labels"] != IGNORED).sum(), "mean")
+    probe = Probe(model, right, LogicalBatch(batch))
+    assert probe.eps == torch.finfo(torch.float64).eps
+    assert diagnose(probe, range(10), [range(3), range(3, 10)]) == []
+    assert probe.eps == torch.finfo(torch.float32).eps
+
+
+def test_the_wider_bound_sees_wrong_targets():
+    model, batch = Animal(Upcasting, texts, mean_over_labels).model(), texts(10, torch.float64)
+    probe = Probe(model, Objective(mean_over_labels, None, "mean"), LogicalBatch(batch))
+    (cause,) = diagnose(probe, range(10), [range(3), range(3, 10)])
+    assert cause.name == "targets"
+
+
+def test_a_steep_loss_in_float64_is_rounding():
+    """At a temperature of 1e-4 the gradient is the difference of large numbers, ten thousand times as rough."""
+    animal = Animal(mlp, regression, lambda model, batch: cross_entropy(model(batch["x"]) / 1e-4, batch["y"].argmax(1)))
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(animal.batch(64, torch.float64)).applied

@@ -60,6 +60,10 @@ class BatchNormError(WholeBatchError, RuntimeError):
     """A layer in training mode computes over the rows that it sees, so that a cut batch would train otherwise."""
 
 
+class MeetingError(WholeBatchError, RuntimeError):
+    """Micro-batches cannot meet: not at the same place, with what does not fit, or where they come one by one."""
+
+
 class NonFiniteError(WholeBatchError, ArithmeticError):
     """The loss or the gradient of a window is infinite or not a number."""
 

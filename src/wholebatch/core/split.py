@@ -123,6 +123,26 @@ class Tokens:
         return cut[::-1]
 
 
+def side_by_side(rows: Sequence[int | None]) -> list[Indices] | None:
+    """Return where the rows of micro-batches stand that follow one another, or None where one does not say how many.
+
+    Args:
+        rows: Rows of each micro-batch, or None. Unit: rows.
+
+    Example:
+        >>> side_by_side([2, 3])
+        [range(0, 2), range(2, 5)]
+    """
+    cut: list[Indices] = []
+    start = 0
+    for count in rows:
+        if count is None:
+            return None
+        cut.append(range(start, start + count))
+        start += count
+    return cut
+
+
 def padding(lengths: Sequence[int], cut: Iterable[Indices]) -> float:
     """Return which share of the padded positions holds no token.
 

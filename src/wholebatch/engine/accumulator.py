@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from operator import is_
 from typing import Any, Literal
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wholebatch.core.batch import LogicalBatch, count_rows
-from wholebatch.core.errors import ConfigError, OutOfMemoryError, SplitError, WindowError
+from wholebatch.core.errors import ConfigError, MeetingError, OutOfMemoryError, SplitError, WindowError
 from wholebatch.core.record import Update
-from wholebatch.core.split import Indices, Rows, Tokens
+from wholebatch.core.split import Indices, Rows, Tokens, side_by_side
 from wholebatch.core.weights import Count, Reduction, check_count
 from wholebatch.core.window import group
 from wholebatch.engine import memory
@@ -22,7 +23,9 @@ from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.check import check_first
 from wholebatch.engine.cutting import Cutting, Place, Shortage
 from wholebatch.engine.device import move
-from wholebatch.engine.objective import LossFn, Objective, TargetsFn, plain_count
+from wholebatch.engine.lockstep import Execution, Lockstep
+from wholebatch.engine.meeting import Again, Company, OneByOne, Scout, Seat, leave, sit_down
+from wholebatch.engine.objective import LossFn, Objective, Part, TargetsFn, plain_count
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.sums import GradientSum, SumIn, check_sum_in
@@ -65,7 +68,8 @@ class Accumulator:
         lr_scheduler: One schedule or several, stepped once an applied update.
         on_nonfinite: What an infinite or undefined loss or gradient does: ``"skip"`` the whole update, or ``"raise"``.
         batch_norm: ``"refuse"`` to cut a batch that a layer computes over, or let it compute ``"per_micro_batch"``.
-        lockstep: ``"auto"``; the other ways for micro-batches to meet are not there yet.
+        lockstep: How micro-batches meet (`wb.gather`): ``"replay"`` one by one after a first pass without graphs,
+            ``"joined"`` in one graph, or ``"auto"``: replay unless a meeting needs the gradient of an earlier one.
         check: ``"first"`` compares the gradient of a few rows of the first batch, cut and uncut, before training;
             None: off.
 
@@ -110,12 +114,12 @@ class Accumulator:
         lr_scheduler: Any | Sequence[Any] | None = None,
         on_nonfinite: OnNonFinite = "skip",
         batch_norm: BatchNorm = "refuse",
-        lockstep: Literal["auto"] = "auto",
+        lockstep: Execution = "auto",
         check: Literal["first"] | None = "first",
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
-        _check_choice("lockstep", lockstep, ("auto",))
+        _check_choice("lockstep", lockstep, ("auto", "replay", "joined"))
         _check_choice("check", check, ("first", None))
         if micro_batch != "auto" and not isinstance(micro_batch, Rows | Tokens):
             raise ConfigError(
@@ -141,6 +145,7 @@ class Accumulator:
             batch_norm=batch_norm,
         )
         self._cutting = Cutting(micro_batch, memory)
+        self._lockstep = Lockstep(lockstep, model, self._setup.device)
         self._collate = collate
         self._whole = tuple(whole)
         self._dims = dims
@@ -148,6 +153,7 @@ class Accumulator:
         self._unchecked = check == "first"
         self._window: Window | None = None
         self._windows = 0
+        self._seat: Seat | None = None
         self.reasons: list[str] = []
         guard = _guard(weakref.ref(self))
         for each in self._setup.optimizers:
@@ -216,17 +222,55 @@ class Accumulator:
             counts = [self._objective.count(rows.take(part), len(part)) for part in cut]
         known = [count for count in counts if count is not None]
         total = sum(known) if len(known) == len(cut) else None
-        window = self._open(targets=total, micro_batches=len(cut), padding=share, row_by_row=True)
+        opened = {"targets": total, "micro_batches": len(cut), "padding": share}
+        update = None
+        if len(cut) == 1 or not self._lockstep.meets:
+
+            def pass_each(window: Window) -> None:
+                for part, count in zip(cut, counts, strict=True):
+                    place.rows = len(part)
+                    self._pass(window, rows.take(part), len(part), count)
+                place.rows = None
+
+            update = self._try(pass_each, Scout() if len(cut) > 1 else None, **opened)
+        while update is None:  # they meet
+            takes = [partial(rows.take, part) for part in cut]
+            update = self._meet(takes, list(map(len, cut)), counts, cut, place, **opened)
+        return update
+
+    def _try(self, fill: Callable[[Window], None], company: Scout | None, **opened: Any) -> Update | None:
+        """Return the update of a window that is filled, or None where it has to be made again, knowing more."""
+        window = self._open(row_by_row=True, company=company, **opened)
         try:
-            for part, count in zip(cut, counts, strict=True):
-                place.rows = len(part)
-                self._pass(window, rows.take(part), len(part), count)
-        except BaseException:
+            fill(window)
+            if company is not None:
+                company.require_alone()
+            return window.close()
+        except BaseException as error:
             if window.is_open:
                 window.rollback()
-            raise
-        place.rows = None
-        return window.close()
+            if not isinstance(error, Again):
+                raise
+            self._lockstep.learn(error)
+            self._windows -= 1
+        return None
+
+    def _meet(
+        self,
+        takes: Sequence[Callable[[], Any]],
+        rows: Sequence[int | None],
+        counts: Sequence[Count | None],
+        cut: Sequence[Indices] | None,
+        place: Place,
+        **opened: Any,
+    ) -> Update | None:
+        """Return the update of micro-batches that meet, or None where it has to be made again, knowing more."""
+        runs = [partial(self._run, *each) for each in zip(takes, rows, counts, strict=True)]
+
+        def meet(window: Window) -> None:
+            self._lockstep.run(window, self._rules.transaction, runs, rows, cut, place, self._say)
+
+        return self._try(meet, None, **opened)
 
     def updates(self, loader: Iterable[Any], *, micro_batches: int) -> Iterator[Update]:
         """Make updates from a loader that already yields micro-batches.
@@ -246,22 +290,70 @@ class Accumulator:
             Exception: As in `step`; an exception in the loader leaves as it is, after the open window was rolled back.
         """
         window: Window | None = None
+        held: list[Any] | None = None  # the micro-batches of a window that meet
+        unlearned: list[Any] = []  # those without targets, that may have to meet others yet
         try:
             for micro_batch, closes in group(loader, micro_batches):
-                if window is None:
-                    window = self._open(micro_batches=micro_batches)
+                if window is None and held is None:
+                    held = [] if micro_batches > 1 and self._lockstep.meets else None
+                if window is None and held is None:
+                    window = self._open(micro_batches=micro_batches, company=Scout() if micro_batches > 1 else None)
                 if micro_batch is not None:
                     if self._unchecked and micro_batches > 1:
                         self._check_loaded(micro_batch)
-                    self._pass(window, micro_batch, self._count_rows(micro_batch), None)
+                    if window is not None:
+                        try:
+                            self._pass(window, micro_batch, self._count_rows(micro_batch), None)
+                            if window.is_empty and micro_batches > 1:
+                                unlearned.append(micro_batch)
+                        except Again as again:
+                            self._require_first(window, again)
+                            window, held = None, unlearned
+                    if held is not None:
+                        held.append(micro_batch)
                     del micro_batch
                 if closes:
-                    update, window = window.close(), None
+                    update = window.close() if window is not None else self._update_of(held or [])
+                    window, held, unlearned = None, None, []
                     yield update
         except BaseException:
             if window is not None and window.is_open:
                 window.rollback()
             raise
+
+    def _require_first(self, window: Window, again: Again) -> None:
+        """Undo a window whose first micro-batch has come to a meeting; refuse it if others have run without one."""
+        empty = window.is_empty
+        window.rollback()
+        self._windows -= 1
+        if not empty:
+            raise MeetingError(
+                f"{again.why}, and an earlier micro-batch of this window ended without meeting.",
+                hint="let every micro-batch make the same meetings in the same order.",
+            )
+        self._lockstep.learn(again)
+
+    def _update_of(self, micro_batches: Sequence[Any]) -> Update:
+        """Make one update from micro-batches that somebody else has cut, and that meet."""
+        rows = [self._count_rows(each) for each in micro_batches]
+        takes = [partial(_itself, each) for each in micro_batches]
+        if len(micro_batches) < 2:
+
+            def pass_each(window: Window) -> None:
+                for micro_batch in micro_batches:
+                    self._pass(window, micro_batch, rows[0], None)
+
+            update = self._try(pass_each, None)
+            assert update is not None
+            return update
+        if self._rules.batch_norm == "refuse":
+            require_row_by_row(self._setup.model)
+        update = None
+        while update is None:
+            update = self._meet(
+                takes, rows, [None] * len(rows), side_by_side(rows), Place(), micro_batches=len(micro_batches)
+            )
+        return update
 
     def window(self, *, targets: Count | None = None, micro_batches: int = 1) -> Window:
         """Open a window for a loop that its owner keeps.
@@ -277,7 +369,16 @@ class Accumulator:
         Raises:
             WindowError: The last window is still open.
         """
-        return self._open(targets=targets, micro_batches=micro_batches)
+        return self._open(targets=targets, micro_batches=micro_batches, company=OneByOne())
+
+    @property
+    def meets(self) -> bool:
+        """Whether it is known that the micro-batches of a window meet."""
+        return self._lockstep.meets
+
+    def make(self, rows: LogicalBatch, cut: Sequence[Indices]) -> Update:
+        """Make one update from a logical batch in one cut, whatever the rule of cutting says."""
+        return self._make(rows, cut, None, Place())
 
     @property
     def open_window(self) -> Window | None:
@@ -295,6 +396,7 @@ class Accumulator:
         micro_batches: int = 1,
         padding: float | None = None,
         row_by_row: bool = False,
+        company: Company | None = None,
     ) -> Window:
         if self._window is not None:
             raise WindowError(
@@ -319,12 +421,28 @@ class Accumulator:
             micro_batches=micro_batches,
             padding=padding,
             row_by_row=row_by_row,
+            company=company if isinstance(company, OneByOne) else None,
             ended=self._ended,
         )
+        self._seat = sit_down(company)
         return self._window
 
     def _ended(self) -> None:
         self._window = None
+        if self._seat is not None:
+            leave(self._seat)
+
+    def _run(
+        self, take: Callable[[], Any], rows: int | None, count: Count | None, *, graph: bool = True
+    ) -> Part | None:
+        """Run one micro-batch of those that meet through the model, also where it holds no target."""
+        micro_batch = take()
+        if count is None:
+            count = self._objective.count(micro_batch, rows)
+        graph = graph and (isinstance(count, Tensor) or count != 0)
+        micro_batch = move(micro_batch, self._setup.device)
+        with self._precision.autocast():
+            return self._objective(self._setup.model, micro_batch, count, graph=graph)
 
     def _pass(self, window: Window, micro_batch: Any, rows: int | None, count: Count | None) -> None:
         """Run one micro-batch through the model and add its gradient to the window's."""
@@ -377,6 +495,10 @@ class Accumulator:
         if reason is not None and reason not in self.reasons:
             self.reasons.append(reason)
             _log.log(level, reason)
+
+
+def _itself(micro_batch: Any) -> Any:
+    return micro_batch
 
 
 def _guard(accumulator: "weakref.ref[Accumulator]") -> Callable[..., None]:

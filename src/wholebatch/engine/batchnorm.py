@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from wholebatch.core.errors import BatchNormError
 from wholebatch.engine.device import modules
+from wholebatch.engine.exactnorm import is_exact
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -48,8 +49,9 @@ def require_row_by_row(model: nn.Module) -> None:
     raise BatchNormError(
         "The logical batch is cut into micro-batches, and in training mode these layers compute over the rows that "
         f"they are given, so that the update would not be that of the whole batch: {shown}.",
-        hint='replace them with wb.convert_batch_norm(model, to="group"), keep their statistics fixed with '
-        'wb.freeze_batch_norm(model), or accept statistics of parts with batch_norm="per_micro_batch".',
+        hint="let them compute over the whole logical batch with wb.exact_batch_norm(model), replace them with "
+        'wb.convert_batch_norm(model, to="group"), keep their statistics fixed with wb.freeze_batch_norm(model), '
+        'or accept statistics of parts with batch_norm="per_micro_batch".',
     )
 
 
@@ -143,6 +145,8 @@ def freeze_batch_norm(model: Module) -> Module:
 class _Frozen(nn.Module):
     """Mixed into a batch norm layer: training mode does not reach it."""
 
+    is_frozen = True
+
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002
         return super().train(False)
 
@@ -188,6 +192,8 @@ def _frozen(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _depends(layer: nn.Module) -> bool:
+    if is_exact(layer):
+        return False
     if isinstance(layer, _BatchNorm) and layer.running_mean is None:
         return True
     # Instance norm treats each row for itself, but its running statistics are those of the batch.

@@ -42,7 +42,17 @@ _NOT_A_SUM = Cause(
     "not a sum over rows",
     "No weights turn the gradients of the parts into that of the whole: the loss is not a sum over rows, as with "
     "in-batch negatives, statistics of the batch, or a nonlinear function of a mean.",
-    "compute it on an undivided logical batch, or write it as a sum over rows.",
+    "let its micro-batches meet: wb.gather(x) returns the rows of the whole logical batch, wb.sum_over_batch(x) sums "
+    "over it (wb.losses has info_nce, load_balancing and batch_hard_triplet); or write it as a sum over rows.",
+)
+
+_MEETS_AND_DIFFERS = Cause(
+    "not a sum over rows",
+    "The micro-batches meet, and still the gradient is not that of the undivided rows: something looks at the rows "
+    "of a micro-batch as if they were all, or at all as if they were its own.",
+    "average over the rows that are here (queries) and compare them with all (keys, wb.gather); the places of the rows "
+    "that are here are wb.own_rows(x), and a statistic of the batch is wb.sum_over_batch(x) / "
+    "wb.sum_over_batch(len(x)).",
 )
 
 
@@ -88,6 +98,8 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
 
 def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cause]:
     """What is wrong with the division itself, given that the model is deterministic and no layer sees the batch."""
+    if probe.meets:  # parts that are run alone would be other batches
+        return [_MEETS_AND_DIFFERS]
     undivided = probe.run(whole)
     twice = probe.run([*whole, *whole])
     pieces = [piece for part in parts if (piece := probe.run(part)) is not None]
@@ -145,7 +157,8 @@ def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -
                 "A term of the loss depends on which rows are together, as a load-balancing loss does, so that it is "
                 f"another one for each micro-batch. It reaches {_listed(reached)}; all other parameters have the "
                 "gradient of the undivided batch.",
-                "compute it over the whole logical batch, from statistics that are summed over all micro-batches.",
+                "compute it over the whole logical batch, from statistics that are summed over all micro-batches: "
+                "wb.losses.load_balancing, or wb.sum_over_batch(x).",
             )
         ]
     return [_NOT_A_SUM]
@@ -173,7 +186,7 @@ def batch_norm_cause(layers: Sequence[str]) -> Cause:
     return Cause(
         "batch norm",
         f"Layers in training mode compute over the rows that they are given: {', '.join(layers)}.",
-        'use wb.convert_batch_norm(model, to="group") or wb.freeze_batch_norm(model).',
+        'use wb.exact_batch_norm(model), wb.convert_batch_norm(model, to="group") or wb.freeze_batch_norm(model).',
         layers=tuple(layers),
     )
 

@@ -35,13 +35,14 @@ class Part:
     counted: bool = False
 
 
-def part_of(result: Any, *, targets: Count | None, reduction: Reduction) -> Part:
+def part_of(result: Any, *, targets: Count | None, reduction: Reduction, graph: bool = True) -> Part:
     """Return what a loss function's result means.
 
     Args:
         result: A loss, ``(loss_sum, targets)`` or ``(loss_sum, targets, once)``.
         targets: What the loss averages over, where the result does not say. Unit: targets.
         reduction: What a loss that stands alone is.
+        graph: Whether a loss without a graph is an error.
 
     Raises:
         LossError: The loss is not a tensor of one number, or has no graph.
@@ -56,7 +57,7 @@ def part_of(result: Any, *, targets: Count | None, reduction: Reduction) -> Part
         loss, counted = result[0], plain_count(result[1])
         once = result[2] if len(result) == 3 else None
         check_count(counted)
-        _check_loss(loss)
+        _check_loss(loss, graph)
         if once is not None:
             _check_scalar(once, "The term that acts once a window")
         return Part(loss, "sum", counted, once, counted=True)
@@ -67,8 +68,13 @@ def part_of(result: Any, *, targets: Count | None, reduction: Reduction) -> Part
         )
     targets = plain_count(targets)
     check_count(targets)
-    _check_loss(result)
+    _check_loss(result, graph)
     return Part(result, reduction, targets)
+
+
+def learns(part: Part) -> bool:
+    """Return whether a part holds targets, as far as that can be told without asking a device."""
+    return isinstance(part.targets, Tensor) or bool(part.targets != 0)
 
 
 def plain_count(count: Count) -> Count:
@@ -123,13 +129,14 @@ class Objective:
         check_count(counted)
         return counted
 
-    def __call__(self, model: Any, micro_batch: Any, count: Count) -> Part | None:
+    def __call__(self, model: Any, micro_batch: Any, count: Count, *, graph: bool = True) -> Part | None:
         """Run the loss function.
 
         Args:
             model: As it was given to the accumulator.
             micro_batch: What `loss_fn` takes.
             count: The declared targets. Unit: targets.
+            graph: Whether a loss without a graph is an error.
 
         Returns:
             What the micro-batch adds, or None where the loss function returned None: nothing to learn here.
@@ -147,9 +154,9 @@ class Objective:
         if result is None:
             return None
         if not isinstance(result, tuple):
-            _check_loss(result)
+            _check_loss(result, graph)
             return Part(result, self.reduction, count)
-        part = part_of(result, targets=count, reduction=self.reduction)
+        part = part_of(result, targets=count, reduction=self.reduction, graph=graph)
         if self.targets is not None:
             raise WeightError(
                 "The loss function returned (loss_sum, targets), and targets=... was given as well.",
@@ -158,10 +165,10 @@ class Objective:
         return part
 
 
-def _check_loss(loss: Any) -> None:
+def _check_loss(loss: Any, graph: bool) -> None:
     if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
         _check_scalar(loss, "The loss")
-    if not loss.requires_grad:
+    if graph and not loss.requires_grad:
         raise LossError(
             "The loss has no graph, so that no gradient can be computed from it.",
             hint="return the loss as the model gave it: without .item(), .detach() or torch.no_grad().",

@@ -8,8 +8,9 @@ whatever the cut.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.split import Indices
 from wholebatch.core.weights import mean_weights
 from wholebatch.engine.device import input_device, move
-from wholebatch.engine.objective import Objective
+from wholebatch.engine.exactnorm import exact_layers
+from wholebatch.engine.joined import run_joined
+from wholebatch.engine.meeting import Alone, Order, among, recomputing_with
+from wholebatch.engine.objective import Objective, Part
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.sums import GradientSum
 
@@ -61,42 +65,105 @@ class Probe:
         self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
         self.sizes = [_num_entries(parameter, sample) for parameter in self.parameters]
+        self.meets = bool(exact_layers(model))
+        self._seen_eps = 0.0
 
     @property
     def eps(self) -> float:
-        """The rounding unit of the coarsest weights; on hardware that multiplies in TF32, that of TF32."""
-        eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps)
+        """The rounding unit of the coarsest weights, or of what model or loss were seen to compute in, if coarser.
+
+        Many models compute a norm or the loss in float32, whatever their weights are. On hardware that multiplies in
+        TF32 it is that of TF32.
+        """
+        eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps, self._seen_eps)
         tf32 = input_device(self.model).type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return max(eps, 2.0**-10) if tf32 else eps
 
     @property
     def tolerance(self) -> float:
-        """How far rounding alone may take the cut gradient from the uncut one, relative to its size."""
+        """How far rounding alone may take the cut gradient from the uncut one, relative to its size.
+
+        A loss that is steep in its rows, such as one with a low temperature, rounds more than its weights do. In
+        float64 there is room for that: no mistake worth a name is as small as 1e-8.
+        """
+        if self.eps < 1e-12:
+            return 2.0**26 * self.eps
         return (4096 if self.eps < 1e-5 else 16) * self.eps
+
+    def watching(self) -> AbstractContextManager[object]:
+        """Return the context for a forward pass in which `eps` takes note of the dtypes that are computed in."""
+        return torch.autograd.graph.saved_tensors_hooks(self._see, _itself)
+
+    def _see(self, saved: Tensor) -> Tensor:
+        if saved.is_floating_point() or saved.is_complex():
+            self._seen_eps = max(self._seen_eps, torch.finfo(saved.dtype).eps)
+        return saved
 
     def run(self, indices: Indices) -> Piece | None:
         """Return what some rows give, or None where there is nothing to learn from them."""
-        sums = GradientSum(self.parameters, [], "weights")
+        alone = Alone()
+        with among(alone):
+            part = self._forward(indices)
+        self.meets = self.meets or bool(alone.met)
+        if part is None:
+            return None
+        losses, weights = _entering(part, 1.0)
+        return Piece(float(part.targets), part.reduction == "sum", self._gradient(losses, weights))
+
+    def together(self, whole: Indices, parts: Sequence[Indices]) -> Tensor | None:
+        """Return the gradient of the objective over parts that meet, or None where there is nothing to learn.
+
+        Args:
+            whole: The rows, in the order in which they stand when they are undivided.
+            parts: The same rows, cut.
+        """
+        places = {row: place for place, row in enumerate(whole)}
+        order = Order([[places[row] for row in part] for part in parts])
+        runs = [partial(self._forward, part) for part in parts]
+        found, minutes = run_joined(runs, order, device=input_device(self.model))
+        learned = [part for part in found if part is not None]
+        if not learned:
+            return None
+        total = sum(float(part.targets) for part in learned)
+        losses: list[Tensor] = []
+        weights: list[Tensor] = []
+        for part in learned:
+            more = _entering(part, (1.0 if part.reduction == "sum" else float(part.targets)) / total)
+            losses += more[0]
+            weights += more[1]
+        with recomputing_with(minutes):
+            return self._gradient(losses, weights)
+
+    def _forward(self, indices: Indices) -> Part | None:
         micro_batch = move(self._rows.take(indices), input_device(self.model))
         count = self._objective.count(micro_batch, len(indices))
-        if float(count) == 0:
+        if float(count) == 0 and not self.meets:
             return None
+        with self._precision.autocast(), self.watching():
+            part = self._objective(self.model, micro_batch, count, graph=float(count) > 0)
+        return None if part is None or float(part.targets) == 0 else part
+
+    def _gradient(self, losses: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        sums = GradientSum(self.parameters, [], "weights")
         sums.start()
         try:
-            with self._precision.autocast():
-                part = self._objective(self.model, micro_batch, count)
-            if part is None or float(part.targets) == 0:
-                return None
-            losses = [part.loss]
-            weights = [torch.ones_like(part.loss)]
-            if part.once is not None and part.once.requires_grad:
-                losses.append(part.once)
-                weights.append(torch.full_like(part.once, float(part.targets)))
             torch.autograd.backward(losses, weights)
-            gradient = flat_gradient(self.parameters, self._sample)
+            return flat_gradient(self.parameters, self._sample)
         finally:
             sums.roll_back()
-        return Piece(float(part.targets), part.reduction == "sum", gradient)
+
+
+def _itself(saved: Tensor) -> Tensor:
+    return saved
+
+
+def _entering(part: Part, weight: float) -> tuple[list[Tensor], list[Tensor]]:
+    """The losses of a part, and the gradients that enter at them."""
+    losses, weights = [part.loss], [torch.full_like(part.loss, weight)]
+    if part.once is not None and part.once.requires_grad:
+        losses.append(part.once)
+        weights.append(torch.full_like(part.once, weight * float(part.targets)))
+    return losses, weights
 
 
 def flat_gradient(parameters: Iterable[nn.Parameter], sample: int | None = None) -> Tensor:
@@ -151,18 +218,34 @@ def errors(cut: Tensor, whole: Tensor, scale: Tensor, sizes: Sequence[int]) -> l
 
 
 def compare(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[float] | None:
-    """Return the relative error of each parameter's gradient, parts against whole; None: nothing to learn."""
-    pieces = [piece for part in parts if (piece := probe.run(part)) is not None]
+    """Return the relative error of each parameter's gradient, parts against whole; None: nothing to learn.
+
+    Parts that meet run in lockstep: alone, each would be another batch.
+    """
     undivided = probe.run(whole)
-    if undivided is None or not pieces:
-        return None
-    cut, scale = weighted_sum(pieces)
+    if probe.meets:
+        together = probe.together(whole, parts)
+        if undivided is None or together is None:
+            return None
+        cut, scale = together, together.abs()
+    else:
+        pieces = [piece for part in parts if (piece := probe.run(part)) is not None]
+        if undivided is None or not pieces:
+            return None
+        cut, scale = weighted_sum(pieces)
     gradient = undivided.gradient / undivided.targets if undivided.is_sum else undivided.gradient
     return errors(cut, gradient, scale, probe.sizes)
 
 
 def scale_of_parts(probe: Probe, parts: Sequence[Indices]) -> Tensor:
-    """Return how large the weighted gradients of the parts are before they cancel. Shape ``[entries]``."""
+    """Return how large the weighted gradients of the parts are before they cancel. Shape ``[entries]``.
+
+    Of parts that meet only their sum is known.
+    """
+    if probe.meets:
+        together = probe.together(sorted(row for part in parts for row in part), parts)
+        assert together is not None
+        return together.abs()
     return weighted_sum([piece for part in parts if (piece := probe.run(part)) is not None])[1]
 
 

@@ -129,6 +129,11 @@ class Transaction:
                 if buffer is not None and id(buffer) not in self._copies:
                     self._copies[id(buffer)] = _copy(buffer, before.get(id(buffer)))
 
+    def copy_of_buffer(self, module: nn.Module, name: str) -> Tensor | None:
+        """Return what a buffer held at `begin`, or None if it was not there. To be read, not changed."""
+        buffer = self._buffers.get(module, {}).get(name)
+        return None if buffer is None else self._copies[id(buffer)]
+
     def roll_back(self) -> None:
         """Put random state and buffers back to where they were at `begin`."""
         if self._random is None:

@@ -1,8 +1,9 @@
 """One window on tensors: losses come in, and it becomes one update or leaves no trace."""
 
+import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -16,7 +17,8 @@ from wholebatch.core.weights import Count, Reduction
 from wholebatch.core.window import Phase, WindowState
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
-from wholebatch.engine.objective import Part, part_of
+from wholebatch.engine.meeting import OneByOne
+from wholebatch.engine.objective import Part, learns, part_of
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.sums import GradientSum
@@ -73,12 +75,14 @@ class Window:
         micro_batches: int = 1,
         padding: float | None = None,
         row_by_row: bool = False,
+        company: OneByOne | None = None,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
         self._started = time.perf_counter()
         self._rules = rules
         self._number = number
         self._padding = padding
+        self._company = company
         self._ended = ended
         self.row_by_row = row_by_row or rules.batch_norm != "refuse"
         self._state = WindowState()
@@ -93,6 +97,11 @@ class Window:
     def is_open(self) -> bool:
         """Whether the window still takes losses."""
         return self._state.phase is Phase.OPEN
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no micro-batch has added to the gradient yet."""
+        return self._state.micro_batches == 0
 
     @property
     def update(self) -> Update:
@@ -197,10 +206,12 @@ class Window:
             part: Loss and targets.
             rows: The micro-batch's rows, if known. Unit: rows.
         """
-        if not isinstance(part.targets, Tensor) and part.targets == 0:
+        if not learns(part):
             self._state.leave_out(rows=rows)
             return
         try:
+            if self._company is not None:
+                self._company.take_one()
             if not self.row_by_row:
                 self.before_forward()
             losses, roots = self._weighing.weigh(part)
@@ -212,6 +223,41 @@ class Window:
             raise
         targets = part.targets
         self._state.add(rows=rows, targets=widen(targets) if isinstance(targets, Tensor) else targets)
+
+    def add_together(
+        self,
+        parts: Sequence[tuple[Part | None, int | None]],
+        values: Sequence[Tensor] = (),
+        gradients: Sequence[Tensor] = (),
+    ) -> None:
+        """Run one backward pass for what several micro-batches add to the objective. The caller rolls back.
+
+        Args:
+            parts: Loss and targets of each micro-batch, or None where there is nothing to learn; and its rows, if
+                known.
+            values: Further tensors at which gradients enter.
+            gradients: These gradients, the loss scale included.
+        """
+        losses, roots = list(values), list(gradients)
+        counted = [(part, rows) for part, rows in parts if part is not None and learns(part)]
+        for part, _ in counted:
+            more_losses, more_roots = self._weighing.weigh(part)
+            losses += more_losses
+            roots += more_roots
+        if losses:
+            self._sums.open_backward()
+            torch.autograd.backward(losses, roots)
+            self._sums.close_backward()
+        for part, rows in counted:
+            targets = part.targets
+            self._state.add(rows=rows, targets=widen(targets) if isinstance(targets, Tensor) else targets)
+        for left_out, rows in parts:
+            if left_out is None or not learns(left_out):
+                self._state.leave_out(rows=rows)
+
+    def rehearsal(self) -> Weighing:
+        """Return what weighs losses as this window does, before the first of them, and notes nothing in it."""
+        return copy.copy(self._weighing)
 
     def _close(self) -> Update:
         if self._state.micro_batches == 0:

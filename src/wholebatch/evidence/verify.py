@@ -132,7 +132,8 @@ def verify(
             roll_back()
         elif not _has_targets(objective, rows):
             raise _nothing()
-        peak, whole_gradient = _whole_gradient(model, objective, rows)
+        with probe.watching():
+            peak, whole_gradient = _whole_gradient(model, objective, rows)
         roll_back()
         judge = Judge(probe, whole_gradient, cuts[0].parts)
         if step is None:
@@ -235,7 +236,10 @@ def _cut_gradients(
     for other in cuts[1:]:
         roll_back()
         try:
-            _run_window(accumulator, model, objective, rows, other)
+            if accumulator.meets:
+                accumulator.make(rows, other.parts)
+            else:
+                _run_window(accumulator, model, objective, rows, other)
             gradients.append(catch.gradient)
         except Exception as error:
             # By rows it was finite, and no layer refused; then this is a difference.

@@ -17,6 +17,7 @@ from wholebatch.recipes.protocol import Recipe
 BUILT_IN: dict[str, str] = {
     "text": "a byte-level transformer on the paragraphs of a novel, whose lengths vary strongly",
     "images": "a small convolutional network on 2,000 pictures of clothes",
+    "pairs": "two encoders that find the body of a function by its docstring, among all rows of the logical batch",
 }
 """The recipes that come with the package, and what each trains."""
 

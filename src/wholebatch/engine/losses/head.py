@@ -1,4 +1,4 @@
-"""Losses that need less memory than the plain ones."""
+"""A language model's head and loss in one, whose logits never exist as a whole."""
 
 from typing import Any, Literal
 
@@ -8,8 +8,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from wholebatch.core.errors import LossError
-
-__all__ = ["linear_cross_entropy"]
 
 
 def linear_cross_entropy(

@@ -1,0 +1,237 @@
+"""What does it cost that micro-batches meet?
+
+CPU time and peak tensor memory of one update, on one thread, against the same window without meeting and against the
+undivided batch, for windows of several lengths. Two models: a two-tower one whose in-batch negatives are those of the
+whole logical batch (replayed, and joined), and a residual network whose batch norm is exact (joined). All ways take
+turns, in a new order each round; a time is the median over the rounds of the ratio to the window without meeting of the
+same round.
+
+Tensor memory is what PyTorch's operations hand out and is not freed yet, counted in every thread, above what was there
+before the update (weights, rows). Scratch memory inside an operation is not seen. The rows that meet are held three
+times in a replay: as they were brought, side by side, and as the gradient that enters there.
+"""
+
+import random
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import wholebatch as wb
+from page import Bar, arguments, spread, table, tell
+
+COUNTS = (2, 8, 32, 64)
+APART, REPLAY, JOINED, UNDIVIDED = "no meeting", "replay", "joined", "undivided"
+MIB = 1 << 20
+
+Update = Callable[[], object]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, in this thread and in those that inherit its modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = operation(*arguments, **(options or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._see(each.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._known:
+            return
+        self._known[place] = weakref.finalize(storage, self._forget, place, size)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, place: int, size: int) -> None:
+        self._known.pop(place)
+        self.live -= size
+
+
+@dataclass
+class Case:
+    """A model in several ways of running it."""
+
+    name: str
+    rows: int
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], dict[str, Tensor]]
+    loss: Callable[[nn.Module, Any], Tensor]
+    apart: Callable[[nn.Module, Any], Tensor]
+    ways: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    exact: bool = False
+    met_bytes: int = 0
+    """What one row brings to the meetings. Unit: bytes."""
+
+    def update(self, way: str, micro_batches: int) -> Update:
+        """Return what makes one update of a window of so many micro-batches."""
+        torch.manual_seed(0)
+        model = self.build()
+        if self.exact and way in (REPLAY, JOINED):
+            wb.exact_batch_norm(model)
+        rows = self.rows * micro_batches
+        batch = self.batch(rows)
+        accumulator = wb.Accumulator(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1e-3),
+            self.apart if way == APART else self.loss,
+            micro_batch=wb.Rows(rows if way == UNDIVIDED else self.rows),
+            lockstep=way if way in (REPLAY, JOINED) else "auto",
+            check=None,
+            **({"batch_norm": "per_micro_batch"} if way == APART else {}),
+        )
+        return lambda: accumulator.step(batch)
+
+
+class Towers(nn.Module):
+    def __init__(self, width: int = 512, layers: int = 4) -> None:
+        super().__init__()
+        hidden: list[nn.Module] = []
+        for _ in range(layers):
+            hidden += [nn.Linear(width, width), nn.GELU()]
+        self.encoder = nn.Sequential(*hidden, nn.Linear(width, 128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.encoder(x), dim=1)
+
+
+def two_sided(model: nn.Module, batch: Any) -> Tensor:
+    return wb.losses.info_nce(model(batch["a"]), model(batch["b"]), symmetric=True)
+
+
+def two_sided_apart(model: nn.Module, batch: Any) -> Tensor:
+    logits = model(batch["a"]) @ model(batch["b"]).T / 0.07
+    own = torch.arange(len(logits))
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm2(self.second(F.relu(self.norm1(self.first(x))))))
+
+
+def resnet(width: int = 32, blocks: int = 6) -> nn.Module:
+    body = [Residual(width) for _ in range(blocks)]
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)
+    )
+
+
+def classify(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+CASES = [
+    Case(
+        "two towers, in-batch negatives",
+        32,
+        Towers,
+        lambda rows: {"a": torch.randn(rows, 512), "b": torch.randn(rows, 512)},
+        two_sided,
+        two_sided_apart,
+        (APART, REPLAY, JOINED, UNDIVIDED),
+        met_bytes=2 * 128 * 4,
+    ),
+    Case(
+        "residual network, batch norm in 12 layers",
+        8,
+        resnet,
+        lambda rows: {"x": torch.randn(rows, 3, 16, 16), "y": torch.randint(10, (rows,))},
+        classify,
+        classify,
+        (APART, JOINED, UNDIVIDED),
+        exact=True,
+    ),
+]
+
+
+def seconds(update: Update) -> float:
+    start = time.process_time()
+    update()
+    return time.process_time() - start
+
+
+def peak_bytes(update: Update) -> int:
+    """Return what the tensors of one update take at most, above what was there before."""
+    update()
+    with LiveBytes() as live:
+        update()
+    return live.peak
+
+
+def measure(case: Case, micro_batches: int, rounds: int) -> tuple[list[list[str]], dict[str, float], dict[str, int]]:
+    """Return the rows of a table, and each way's time relative to no meeting, and its peak."""
+    updates = {way: case.update(way, micro_batches) for way in case.ways}
+    peaks = {way: peak_bytes(update) for way, update in updates.items()}
+    taken: dict[str, list[float]] = {way: [] for way in case.ways}
+    order, shuffle = list(case.ways), random.Random(0)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for way in order:
+            taken[way].append(seconds(updates[way]))
+    ratios, rows = {}, []
+    for way in case.ways:
+        each = [one / other for one, other in zip(taken[way], taken[APART], strict=True)]
+        ratios[way] = statistics.median(each)
+        rows.append(
+            [
+                way,
+                str(micro_batches),
+                f"{statistics.median(taken[way]) * 1e3:.1f}",
+                f"{ratios[way]:.3f}",
+                spread(each),
+                f"{peaks[way] / MIB:.2f}",
+            ]
+        )
+    return rows, ratios, peaks
+
+
+def main() -> int:
+    parser = arguments(__doc__, "benchmarks/lockstep.py")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    counts = COUNTS[:2] if options.quick else COUNTS
+    texts, found = [], []
+    for case in CASES:
+        rows = []
+        for count in counts:
+            more, ratios, peaks = measure(case, count, 3 if options.quick else 15)
+            rows += more
+            label = f"{case.name}, {count} micro-batches"
+            if REPLAY in ratios:
+                found.append(Bar(f"{label}: time of replay", ratios[REPLAY], 1.4))
+                room = peaks[APART] + 3 * case.met_bytes * case.rows * count
+                found.append(
+                    Bar(f"{label}: peak of replay, to one micro-batch and what met", peaks[REPLAY] / room, 1.05)
+                )
+            found.append(Bar(f"{label}: time of joined", ratios[JOINED], 1.3))
+        headings = ["way", "micro-batches", "ms an update", "to no meeting", "middle half of rounds", "tensors, MiB"]
+        texts.append(f"## {case.name}, {case.rows} rows a micro-batch\n\n{table(headings, rows)}")
+    text = "\n\n".join(texts)
+    return tell("Micro-batches that meet", "lockstep", options, ["wholebatch", "torch"], text, found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""One graph through all micro-batches, for meetings that feed each other.
+
+Each meeting is one computation on what all micro-batches bring, in ordinary differentiable operations. So their graphs
+become one, and a single backward pass runs it in the right order.
+"""
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+from wholebatch.core.split import Indices
+from wholebatch.engine.baton import in_lockstep
+from wholebatch.engine.meeting import Call, Order, combined
+from wholebatch.engine.recomputing import Minutes
+
+
+def run_joined(
+    runs: Sequence[Callable[[], Any]],
+    order: Order,
+    *,
+    device: torch.device,
+    before: Callable[[int], None] = lambda _: None,
+    kept: Iterable[Tensor] = (),
+) -> tuple[list[Any], Minutes]:
+    """Run micro-batches whose graphs become one.
+
+    Args:
+        runs: The forward pass of each micro-batch.
+        order: Where their rows stand in the logical batch.
+        device: Where the model is.
+        before: Called with the number of a micro-batch before it goes on.
+        kept: What stays on an accelerator, such as weights; else what is saved for the backward pass waits in the
+            host's memory, unless the user's own hooks take care of it.
+
+    Returns:
+        What each forward pass returned, and the company for the backward pass, in which parts may be recomputed.
+    """
+    if device.type in _OFFLOADING:
+        weights = {each.untyped_storage().data_ptr() for each in kept}
+        runs = [partial(_offloading, run, weights, device) for run in runs]
+    results: list[Any] = [None] * len(runs)
+    minutes = Minutes()
+
+    def meet(calls: Sequence[Call]) -> list[Any]:
+        minutes.require_unchanged()
+        with torch.enable_grad():
+            result = combined(calls, [call.value for call in calls], order)
+        if calls[0].once is not None:
+            calls[0].once(result, [call.beside for call in calls])
+        minutes.take(calls, result, lambda call: result if call.with_graph else _detached(result))
+        return [result if call.with_graph else _detached(result) for call in calls]
+
+    rows: Sequence[Indices | None] = order.cut if order.cut is not None else [None] * len(runs)
+    in_lockstep(runs, rows, device=device, before=before, meet=meet, finish=results.__setitem__)
+    minutes.require_unchanged()
+    return results, minutes
+
+
+_OFFLOADING = {"cuda", "xpu"}
+"""Devices with a memory of their own, between which and the host's copies run beside the computation."""
+
+
+def _offloading(run: Callable[[], Any], weights: Container[int], device: torch.device) -> Any:
+    """Run a forward pass whose saved tensors wait in the host's memory."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return run()
+    with saved_tensors_hooks(*offload_hooks(weights, device)):
+        return run()
+
+
+def offload_hooks(
+    weights: Container[int], device: torch.device
+) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """Return what packs a saved tensor into the host's memory, and what brings it back. Nothing waits for a copy.
+
+    Args:
+        weights: Where the storages begin that stay where they are.
+        device: Where the model is.
+    """
+    pinned = save_on_cpu(pin_memory=device.type != "cpu", device_type=device.type)
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.device.type != device.type or tensor.untyped_storage().data_ptr() in weights:
+            return tensor
+        return pinned.pack_hook(tensor)
+
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else pinned.unpack_hook(packed)
+
+    return pack, unpack
+
+
+def _detached(result: Any) -> Any:
+    return result.detach() if isinstance(result, Tensor) else result

@@ -1,0 +1,293 @@
+"""Micro-batches that meet make the update of the undivided batch: losses that compare rows, in both executions."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import wholebatch as wb
+from coupled import FEEDING, MEETING, Towers, length_of, pairs, standardised, two_sided, without_gather
+from menagerie import Animal
+from properties import assert_leaves_no_trace, change, gradient_of, relative_error, sgd, stepped, undivided, updated
+
+FP64 = 1e-12
+ROWS = 11
+CUTS = {
+    "rows": wb.Rows(4),
+    "single rows": wb.Rows(1),
+    "ragged": wb.Rows(7),
+    "by length": wb.Tokens(18, length=length_of),
+}
+COUPLED = {**MEETING, **FEEDING}
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left():
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def error_of(animal, make_update, dtype=torch.float64):
+    batch = animal.batch(ROWS, dtype)
+    return relative_error(
+        gradient_of(animal, make_update, batch, dtype=dtype), gradient_of(animal, undivided(animal), batch, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("lockstep", ["auto", "replay", "joined"])
+@pytest.mark.parametrize("name", MEETING)
+def test_the_update_is_that_of_the_undivided_batch(name, lockstep, cut):
+    assert error_of(MEETING[name], stepped(MEETING[name], CUTS[cut], lockstep=lockstep)) <= FP64
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("lockstep", ["auto", "joined"])
+@pytest.mark.parametrize("name", FEEDING)
+def test_the_update_is_that_of_the_undivided_batch_where_meetings_feed_each_other(name, lockstep, cut):
+    assert error_of(FEEDING[name], stepped(FEEDING[name], CUTS[cut], lockstep=lockstep)) <= FP64
+
+
+def test_the_bound_sees_negatives_from_the_micro_batch_alone():
+    """Uncut, both losses are the same; cut, the one that does not gather is far off."""
+    mistake = Animal(Towers, pairs, without_gather)
+    right = MEETING["two-sided"]
+    batch = pairs(ROWS, torch.float64)
+    whole = change(right, undivided(right), [batch])
+    assert relative_error(change(mistake, undivided(mistake), [batch]), whole) <= FP64
+    assert relative_error(change(mistake, stepped(mistake, wb.Rows(4)), [batch]), whole) > 0.05
+
+
+def test_the_bound_sees_a_balancing_loss_of_parts():
+    def of_parts(model, batch):
+        output, probabilities = model(batch["a"])
+        share = F.one_hot(probabilities.argmax(1), 4).double().mean(0)
+        return F.mse_loss(output, batch["b"]) + 0.3 * 4 * (share * probabilities.mean(0)).sum()
+
+    right = MEETING["balanced experts"]
+    mistake = Animal(right.build, pairs, of_parts)
+    batch = pairs(ROWS, torch.float64)
+    whole = change(right, undivided(right), [batch])
+    assert relative_error(change(mistake, undivided(mistake), [batch]), whole) <= FP64
+    assert relative_error(change(mistake, stepped(mistake, wb.Rows(3)), [batch]), whole) > 1e-3
+
+
+@pytest.mark.parametrize("lockstep", ["replay", "joined"])
+@pytest.mark.parametrize("name", MEETING)
+def test_in_fp32_the_difference_is_rounding(name, lockstep):
+    """64 eps: the undivided batch itself is some eps from that of float64."""
+    error = error_of(MEETING[name], stepped(MEETING[name], wb.Rows(4), lockstep=lockstep), torch.float32)
+    assert error <= 64 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("lockstep", ["replay", "joined"])
+def test_under_autocast_and_in_bf16_weights_the_difference_is_rounding(lockstep):
+    """In units of the eps of bfloat16; the missing gather is 20 times as far off."""
+    eps = torch.finfo(torch.bfloat16).eps
+    animal = MEETING["two-sided by hand"]
+    batch = pairs(ROWS, torch.float32)
+    exact = gradient_of(animal, undivided(animal), pairs(ROWS, torch.float64), dtype=torch.float64)
+    cut = gradient_of(
+        animal, stepped(animal, wb.Rows(4), lockstep=lockstep, precision="bf16"), batch, dtype=torch.float32
+    )
+    whole = gradient_of(animal, stepped(animal, wb.Rows(99), precision="bf16"), batch, dtype=torch.float32)
+    assert relative_error(cut, exact) <= 1.5 * relative_error(whole, exact) + eps
+    assert relative_error(cut, whole) <= 4 * eps
+    half = {"dtype": torch.bfloat16}
+    batch = pairs(ROWS, torch.bfloat16)
+    cut = gradient_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep), batch, **half)
+    whole = gradient_of(animal, undivided(animal), batch, **half)
+    assert relative_error(cut, whole) <= 8 * eps
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_updates_from_a_loader_meet_too(name):
+    assert error_of(COUPLED[name], updated(COUPLED[name], (4, 1, 6))) <= FP64
+
+
+def test_updates_know_from_then_on_and_a_tail_of_one_micro_batch_is_its_own_batch():
+    animal = MEETING["two-sided"]
+    model = animal.model()
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), two_sided, check=None)
+    parts = [pairs(rows, torch.float64) for rows in (3, 2, 4, 2, 5)]
+    made = list(accumulator.updates(iter(parts), micro_batches=2))
+    assert [update.micro_batches for update in made] == [2, 2, 1]
+    assert [update.number for update in made] == [1, 2, 3]
+    assert [update.rows for update in made] == [5, 6, 5]
+
+    other = animal.model()
+    steps = sgd(other.parameters())
+    for group in (parts[:2], parts[2:4], parts[4:]):
+        whole = {name: torch.cat([part[name] for part in group]) for name in group[0]}
+        undivided(animal)(other, steps, whole)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert relative_error(one.detach(), two.detach()) <= FP64
+
+
+@pytest.mark.parametrize("lockstep", ["replay", "joined"])
+def test_clipping_counts_and_late_weights_hold(lockstep):
+    """Targets that the loss itself counts, an uneven weight of micro-batches, and one clip of the whole gradient."""
+
+    def counted(model, batch):
+        left, everyone = model(batch["a"]), wb.gather(model(batch["b"]))
+        kept = batch["label"] != 0
+        each = F.cross_entropy(left @ everyone.T, wb.own_rows(left), reduction="none")
+        return (each * kept).sum(), kept.sum()
+
+    animal = Animal(Towers, pairs, counted)
+    batch = pairs(ROWS, torch.float64)
+    for options in ({}, {"clip_norm": 0.01}):
+        right = change(animal, undivided(animal, **options), [batch])
+        found = change(animal, stepped(animal, wb.Rows(2), lockstep=lockstep, **options), [batch])
+        assert relative_error(found, right) <= FP64
+
+
+@pytest.mark.parametrize("lockstep", ["replay", "joined"])
+@pytest.mark.parametrize("none", [False, True], ids=["masked", "None"])
+def test_a_micro_batch_without_targets_still_meets(lockstep, none):
+    """Its rows are the negatives of others; its own loss is a mean over nothing, or None."""
+
+    def masked(model, batch):
+        left, everyone = model(batch["a"]), wb.gather(model(batch["b"]))
+        kept = batch["kept"]
+        if none and not kept.any():
+            return None
+        each = F.cross_entropy(left @ everyone.T, wb.own_rows(left), reduction="none")
+        return each[kept].mean()
+
+    def batches(rows, dtype):
+        kept = torch.arange(rows) % 5 != 0
+        kept[:4] = False
+        return {**pairs(rows, dtype), "kept": kept}
+
+    animal = Animal(Towers, batches, masked, targets=lambda batch: batch["kept"].sum())
+    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep)) <= FP64
+    assert error_of(animal, updated(animal, (4, 1, 6), lockstep=lockstep)) <= FP64
+
+
+@pytest.mark.parametrize("scale", ["replay", "joined"])
+def test_the_loss_scale_of_fp16_enters_what_was_met_as_well(scale):
+    animal = MEETING["two-sided"]
+    batch = pairs(ROWS, torch.float32)
+    cut = gradient_of(animal, stepped(animal, wb.Rows(4), lockstep=scale, precision="fp16"), batch, dtype=torch.float32)
+    whole = gradient_of(animal, undivided(animal), batch, dtype=torch.float32)
+    assert relative_error(cut, whole) <= 8 * torch.finfo(torch.float16).eps
+
+
+def test_the_choice_and_its_reason_are_kept():
+    said = {}
+    for name, animal in COUPLED.items():
+        model = animal.model()
+        accumulator = wb.Accumulator(model, sgd(model.parameters()), animal.loss_fn, micro_batch=wb.Rows(4), check=None)
+        for number in (1, 2):
+            assert accumulator.step(pairs(ROWS, torch.float64)).number == number
+        (said[name],) = accumulator.reasons
+    assert all('lockstep="auto" replays' in said[name] for name in MEETING)
+    assert "coupled.py:" in said["two-sided"]
+    assert "(wb.gather)" in said["two-sided"]
+    for name in FEEDING:
+        assert 'lockstep="auto" joins the graphs' in said[name]
+        assert "needs the gradient of what met before" in said[name]
+
+
+def test_a_replay_that_is_not_possible_says_so_and_leaves_no_trace():
+    model = FEEDING["standardised"].model()
+    optimizer = sgd(model.parameters())
+    accumulator = wb.Accumulator(model, optimizer, standardised, micro_batch=wb.Rows(4), lockstep="replay", check=None)
+    with assert_leaves_no_trace(model, optimizer), pytest.raises(wb.MeetingError, match="replay") as error:
+        accumulator.step(pairs(ROWS, torch.float64))
+    assert 'lockstep="auto"' in error.value.hint
+
+
+def test_a_model_that_asks_for_gradients_of_its_own_is_joined():
+    """A frozen first pass has none; what the user asks for is there in a graph through all."""
+
+    def penalised(model, batch):
+        left = model(batch["a"])
+        (slope,) = torch.autograd.grad(left.square().sum(), model.encoder[0].weight, create_graph=True)
+        return F.cross_entropy(left @ wb.gather(left).T, wb.own_rows(left)) + 0.0 * slope.sum()
+
+    animal = Animal(Towers, pairs, penalised)
+    assert error_of(animal, stepped(animal, wb.Rows(4))) <= FP64
+    model = animal.model()
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), penalised, micro_batch=wb.Rows(4), check=None)
+    accumulator.step(pairs(ROWS, torch.float64))
+    assert "asks for a graph of its own" in accumulator.reasons[0]
+
+
+def test_a_model_that_never_meets_never_starts_a_thread(monkeypatch):
+    monkeypatch.setattr("wholebatch.engine.baton._MicroBatch.go_on", None)
+    model = nn.Linear(6, 2)
+    accumulator = wb.Accumulator(
+        model, sgd(model.parameters()), lambda model, batch: model(batch["a"]).mean(), micro_batch=wb.Rows(4)
+    )
+    assert accumulator.step(pairs(ROWS, torch.float32)).micro_batches == 3
+
+
+def test_outside_and_uncut_they_are_the_identity():
+    x = torch.randn(5, 2)
+    assert wb.gather(x) is x
+    assert wb.sum_over_batch(x) is x
+    assert wb.sum_over_batch(5) == 5
+    assert wb.own_rows(x).tolist() == [0, 1, 2, 3, 4]
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(wb.gather(batch["a"]) is batch["a"])
+        return model(batch["a"]).mean()
+
+    model = Towers()
+    wb.Accumulator(model, sgd(model.parameters()), loss_fn, micro_batch=wb.Rows(99)).step(pairs(5, torch.float32))
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("lockstep", ["replay", "joined"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_rows_come_in_the_order_in_which_they_were_given(cut, lockstep):
+    seen = []
+
+    def loss_fn(model, batch):
+        ids = wb.gather(batch["id"])
+        seen.append(ids.tolist() == list(range(ROWS)))
+        seen.append(torch.equal(ids[wb.own_rows(ids[: len(batch["id"])])], batch["id"]))
+        everyone = wb.gather(model(batch["a"]))
+        return (everyone[batch["id"]] - model(batch["b"])).square().mean()
+
+    model = Towers()
+    batch = {**pairs(ROWS, torch.float32), "id": torch.arange(ROWS)}
+    wb.Accumulator(model, sgd(model.parameters()), loss_fn, micro_batch=CUTS[cut], lockstep=lockstep, check=None).step(
+        batch
+    )
+    assert seen
+    assert all(seen)
+
+
+def test_numbers_and_masks_are_summed():
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(
+            (
+                wb.sum_over_batch(len(batch["a"])),
+                wb.sum_over_batch(batch["label"] == 0).sum().item() if len(batch["a"]) == 2 else 0,
+                wb.sum_over_batch(batch["length"].sum()).item(),
+            )
+        )
+        return model(batch["a"]).mean()
+
+    batch = pairs(8, torch.float32)
+    model = Towers()
+    wb.Accumulator(model, sgd(model.parameters()), loss_fn, micro_batch=wb.Rows(2), check=None).step(batch)
+    assert set(seen) == {(8, int((batch["label"] == 0).sum()), int(batch["length"].sum()))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lockstep", ["replay", "joined"])
+def test_a_thousand_micro_batches_in_one_window(lockstep):
+    animal = MEETING["two-sided"]
+    batch = pairs(1000, torch.float64)
+    whole = change(animal, undivided(animal), [batch])
+    assert relative_error(change(animal, stepped(animal, wb.Rows(1), lockstep=lockstep), [batch]), whole) <= FP64
