@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from second_reading import second_reading
 from torch.optim import SGD
 
 from wholebatch.evidence.conformance.adapters import transformers as page
 from wholebatch.evidence.conformance.judge import change_error, compare, judge
 from wholebatch.evidence.conformance.scenes import SCENES
+from wholebatch.evidence.conformance.second_reading import second_reading
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say about themselves when they are loaded

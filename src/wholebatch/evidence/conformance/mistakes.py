@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task
+from wholebatch.evidence.conformance.models import Players
+from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task, flat
 
 CLOSE = 1e-6
 """How near a run must come to the end of a wrong loop to have its mistake, relative to the way that both went."""
@@ -28,6 +29,7 @@ class Habit:
         given_up: What is left of a window that was given up: nothing, or its gradients until then.
         skipped: Whether a window that overflows is no update, or counts as one for the schedule.
         sum_in: Whether gradients are added up exactly, or in the dtype of the weights.
+        evaluated: What an evaluation leaves of the window in which it begins: all, or nothing.
     """
 
     divide_by: Literal["targets", "micro-batches", "window", "nothing"] = "targets"
@@ -39,7 +41,13 @@ class Habit:
     given_up: Literal["nothing", "gradients"] = "nothing"
     skipped: Literal["nothing", "counts"] = "nothing"
     sum_in: Literal["exact", "weights"] = "exact"
+    evaluated: Literal["all", "nothing"] = "all"
 
+
+_IN_16_BITS = 0.25
+"""The same where sums stagnate in 16 bits: the least difference in rounding decides when they do."""
+
+_STAGNATES = "the sum of the gradients stagnates in the dtype of the weights"
 
 HABITS: dict[str, tuple[Habit, ...]] = {
     "a mean of means: each micro-batch weighs the same, whatever it holds": (Habit("micro-batches"),),
@@ -57,39 +65,57 @@ HABITS: dict[str, tuple[Habit, ...]] = {
         Habit("nothing", clip="micro-batch"),
     ),
     "the term counts once for each micro-batch": (Habit(term="each"),),
+    _STAGNATES: (
+        Habit("window", sum_in="weights"),
+        Habit("micro-batches", sum_in="weights"),
+        Habit(sum_in="weights"),
+    ),
     "the optimizer steps after each micro-batch": (
         Habit("window", step="micro-batch"),
         Habit("nothing", step="micro-batch"),
     ),
     "what a window had gathered when it was given up joins the next": (Habit("window", given_up="gradients"),),
     "the schedule goes on although the update was skipped": (Habit("window", skipped="counts"),),
-    "the sum of the gradients stagnates in the dtype of the weights": (Habit("window", sum_in="weights"),),
+    "an evaluation zeroes what the window had gathered": (Habit("window", evaluated="nothing"),),
 }
 """The mistakes by name, with the ways in which they come."""
 
 _LEAK = "the discriminator steps with what the generator's loss has left in it"
+_TWICE = "the second optimizer's gradient is divided by the loss scale twice"
+_NORM = "batch norm sees micro-batches, and its running statistics move with each"
 _NO_LABEL = "the mean over no label is not a number"
 
 
-def name(task: Task | PairTask, found: nn.Module, tolerance: float) -> str | None:
+def name(task: Task | PairTask, found: nn.Module, right: nn.Module, tolerance: float) -> str | None:
     """Return the mistake of a run, or None where it is none that is known.
 
     Args:
         task: What was asked.
         found: The model as the run left it, off the right way.
+        right: The model as the undivided batches leave it.
         tolerance: What counts as rounding in this scene, relative.
     """
-    end = _flat(found)
+    end = flat(found)
     if not bool(end.isfinite().all()):
         empty = isinstance(task, Task) and any(each is not None and int(task.targets(each)) == 0 for each in task.epoch)
         return _NO_LABEL if empty else None
-    start = _flat(task.make_model())
+    way = max(CLOSE, tolerance) * float((end - flat(task.make_model())).norm())
+    due = flat(right)
 
     def ends_there(wrong: nn.Module) -> bool:
-        return float((end - _flat(wrong)).norm()) <= max(CLOSE, tolerance) * float((end - start).norm())
+        """Whether a loop that is wrong here, as not every habit is in every scene, ends where the run does."""
+        there = flat(wrong)
+        return float((end - there).norm()) <= way < float((due - there).norm())
 
     if isinstance(task, PairTask):
-        return _LEAK if task.adversarial and ends_there(_leaking(task)) else None
+        if task.adversarial:
+            return _LEAK if ends_there(_leaking(task)) else None
+        return _TWICE if task.precision == "fp16" and ends_there(_divided_twice(task, right)) else None
+    if "bf16" in task.asks:
+        way = _IN_16_BITS * float((end - flat(task.make_model())).norm())
+        return _STAGNATES if any(ends_there(train(task, habit)) for habit in HABITS[_STAGNATES]) else None
+    if "batch norm" in task.asks:
+        return _NORM if ends_there(train(task, Habit("window"))) else None
     return next(
         (said for said, habits in HABITS.items() if any(ends_there(train(task, habit)) for habit in habits)), None
     )
@@ -105,6 +131,8 @@ def train(task: Task, habit: Habit) -> nn.Module:
             if loop.gives_up(place):
                 continue
             loop.add(micro_batch)
+            if habit.evaluated == "nothing" and place in task.evaluates_after:
+                loop.forget()
             if loop.places == task.window or habit.step == "micro-batch":
                 loop.update()
         loop.end_epoch()
@@ -122,8 +150,13 @@ class _Loop:
     def _clear(self) -> None:
         exact = self._habit.sum_in == "exact"
         self._sums = [torch.zeros_like(each, dtype=torch.float64 if exact else each.dtype) for each in self._weights]
+        self._terms: list[tuple[Tensor, ...]] = []
         self.places = 0
         self._targets = 0
+
+    def forget(self) -> None:
+        """Zero what the window has gathered, and go on with it."""
+        self._sums = [torch.zeros_like(each) for each in self._sums]
 
     def gives_up(self, place: int) -> bool:
         """Whether a micro-batch belongs to the window in which the loss of the user raises; forgets that window."""
@@ -146,11 +179,14 @@ class _Loop:
         if self._habit.clip == "micro-batch":
             gradients = self._clipped(gradients)
         if self._habit.keep == "last":
-            self._sums = [torch.zeros_like(each) for each in self._sums]
+            self.forget()
             self._targets = 0
         self._targets += int(self._task.targets(micro_batch))
         for total, gradient in zip(self._sums, gradients, strict=True):
             total += gradient
+        if self._task.has_term:
+            term = self._task.term(self._model, micro_batch)
+            self._terms.append(torch.autograd.grad(term, self._weights, allow_unused=True, materialize_grads=True))
 
     def _divided(self, micro_batch: MicroBatch) -> list[Tensor]:
         """The gradient of a micro-batch, divided as far as a loop divides before it goes backward."""
@@ -169,10 +205,10 @@ class _Loop:
         elif self._targets > 0:
             divisor = {"targets": self._targets, "micro-batches": self.places}.get(self._habit.divide_by, 1)
             gradients = [total / divisor for total in self._sums]
-            if self._task.penalty is not None:
-                count = self.places if self._habit.term == "each" else 1
-                terms = torch.autograd.grad(self._task.term(self._model), self._weights)
-                gradients = [gradient + count * term for gradient, term in zip(gradients, terms, strict=True)]
+            if self._terms:
+                count = 1 if self._habit.term == "each" else len(self._terms)
+                terms = [torch.stack(each).sum(dim=0) / count for each in zip(*self._terms, strict=True)]
+                gradients = [gradient + term for gradient, term in zip(gradients, terms, strict=True)]
             if self._habit.clip == "window":
                 gradients = self._clipped(gradients)
             factor = self._task.lr_factor(self._updates) if self._task.lr_factor else 1.0
@@ -212,5 +248,9 @@ def _leaking(task: PairTask) -> nn.Module:
     return model
 
 
-def _flat(model: nn.Module) -> Tensor:
-    return torch.cat([tensor.detach().flatten().to("cpu", torch.float64) for tensor in model.state_dict().values()])
+def _divided_twice(task: PairTask, right: nn.Module) -> nn.Module:
+    """The right end for the first player; the second stays where it was, up to what a loss scale of 65,536 leaves."""
+    model = task.make_model()
+    assert isinstance(right, Players)
+    model.discriminator.load_state_dict(right.discriminator.state_dict())
+    return model

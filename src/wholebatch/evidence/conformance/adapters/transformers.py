@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from wholebatch.evidence.conformance.adapters.loaders import dataset, only
 from wholebatch.evidence.conformance.models import IGNORED
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import PairTask, Task, Trained, cross_entropy, steps_of
+from wholebatch.evidence.conformance.task import TERMS, PairTask, Task, Trained, cross_entropy, steps_of
 
 
 class Model(nn.Module):
@@ -38,8 +38,12 @@ class Model(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.model(input_ids)
         if labels is None:
-            return {"logits": logits}
-        return {"loss": self._task.loss(self.model, {"input_ids": input_ids, "labels": labels}), "logits": logits}
+            rows = {"input_ids": input_ids}
+            return {"logits": logits, **({"term": self._task.term(self.model, rows)} if self._task.has_term else {})}
+        loss = cross_entropy(logits, labels) / (labels != IGNORED).sum()
+        if self._task.has_term:
+            loss = loss + self._task.term(self.model, {"input_ids": input_ids, "labels": labels})
+        return {"loss": loss, "logits": logits}
 
 
 class TakesKeywords(Model):
@@ -63,10 +67,9 @@ def train_loss_func(task: Task | PairTask) -> Trained:
         loss_sum = cross_entropy(outputs["logits"], labels)
         items = num_items_in_batch if task.loss_form == "sum over count" else (labels != IGNORED).sum()
         loss = loss_sum / items
-        return loss if task.penalty is None else loss + task.term(model.model)
+        return loss + outputs["term"] if task.has_term else loss
 
-    model = _model(task)
-    return _train(task, model, compute_loss_func=loss_func)
+    return _train(task, _model(task), compute_loss_func=loss_func)
 
 
 def _model(task: Task) -> Model:
@@ -129,7 +132,7 @@ def _train(task: Task, model: Model, **options: Any) -> Trained:
     return Trained(model.model, steps(), losses)
 
 
-_EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "follows", "evaluation", "bf16"})
+_EXPRESSES = frozenset({"unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
 
 transformers = System(
     name="transformers",
