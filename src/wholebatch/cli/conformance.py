@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,7 @@ def conformance(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print versions and verdicts as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the same to a file, as JSON.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run the traps of gradient accumulation on wholebatch and on other systems.
@@ -32,7 +34,8 @@ def conformance(
     Examples:
       wholebatch conformance
       wholebatch conformance --system accelerate --scene T1
-      wholebatch conformance --json > conformance.json
+      wholebatch conformance --out conformance.json
+      wholebatch conformance --json | jq .systems.lightning
     """
     with edge(debug=debug):
         from wholebatch.evidence.conformance import suite, table
@@ -42,6 +45,9 @@ def conformance(
         results = suite.run(systems, scenes, tell=say)
         for name, install in results["not_installed"].items():
             say(f"{name} is not installed: {install}")
+        if out is not None:
+            out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            say(f"Versions and verdicts are in {out}.")
         if as_json:
             print(json.dumps(results, indent=1))
         elif results["systems"]:

@@ -93,7 +93,7 @@ def test_a_run_is_recorded_and_shown(tmp_path, monkeypatch, results):
     monkeypatch.setattr(record, "files", lambda _: tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(results))
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{record.BEGIN}\n\nold\n\n{record.END}\nafter\n")
+    page.write_text(f"before\n{record.BEGIN}\n\na stale line\n\n{record.END}\nafter\n")
     record.main([str(tmp_path / "run.json"), str(page)])
     assert json.loads((tmp_path / "recorded.json").read_text()) == results
     said = page.read_text()
@@ -101,7 +101,7 @@ def test_a_run_is_recorded_and_shown(tmp_path, monkeypatch, results):
     assert said.endswith(f"{record.END}\nafter\n")
     assert "| textbook   | 0.67 |" in said
     assert "Not installed beside the others: absent (`pip install it`)." in said
-    assert "old" not in said
+    assert "a stale line" not in said
 
 
 def test_wholebatch_stands_if_it_passes_or_refuses_where_that_is_honest():
@@ -146,7 +146,7 @@ adapter.expresses = {expresses}
 
 @pytest.mark.parametrize(
     ("name", "expresses", "passed", "failed", "skipped"),
-    [("wholebatch", {"clipping", "unsized"}, 10, 0, 12), ("textbook", set(), 3, 5, 14)],
+    [("wholebatch", {"clipping", "unsized"}, 10, 0, 17), ("textbook", set(), 3, 5, 19)],
 )
 def test_other_projects_run_the_suite_with_pytest(tmp_path, name, expresses, passed, failed, skipped):
     (tmp_path / "my_module.py").write_text(ADAPTER.format(name=name, expresses=expresses))

@@ -1,7 +1,7 @@
 """How does a run become the record, and the table of a page?
 
 ``python -m wholebatch.evidence.conformance.record conformance.json docs/how-we-know.md``: the results of ``wholebatch
-conformance --json`` become those that come with the package, and the page shows them.
+conformance --out conformance.json`` become those that come with the package, and the page shows them.
 """
 
 import json

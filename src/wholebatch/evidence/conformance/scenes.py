@@ -1,5 +1,6 @@
 """Which traps are there? Each as the smallest run that exposes it, with what is right in a sentence."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,7 +133,7 @@ def balance(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
 def divergence(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
     """Return how far what the model says is from saying nothing: KL divergence from uniform, a mean; shape ``[]``."""
     said: Tensor = model(micro_batch["input_ids"]).log_softmax(dim=-1)
-    return (said.exp() * said).sum(dim=-1).mean()
+    return (said.exp() * said).sum(dim=-1).mean() + math.log(VOCABULARY)
 
 
 TAGGER = partial(_seeded, Tagger)

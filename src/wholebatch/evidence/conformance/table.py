@@ -55,7 +55,11 @@ def as_page(results: Mapping[str, Any]) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in system["versions"].items())
         passed = [scene for scene, verdict in system["verdicts"].items() if verdict["outcome"] == "pass"]
         unsaid = [scene for scene, verdict in system["verdicts"].items() if verdict["outcome"] == "not expressible"]
-        lines += [f'??? note "{name}: {system["title"]}, passes {len(passed)} of {len(system["verdicts"])}"', ""]
+        asked = len(system["verdicts"]) - len(unsaid)
+        lines += [
+            f'??? note "{name}: {system["title"]}, passes {len(passed)} of the {asked} scenes that it can say"',
+            "",
+        ]
         lines += [f"    {versions}", ""]
         lines += [
             f"    - {scene}: {verdict['outcome']}; {verdict['why']}"

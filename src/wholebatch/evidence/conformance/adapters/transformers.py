@@ -5,8 +5,9 @@ As in its guides "Gradient accumulation" and "Trainer features" (custom loss fun
 ``compute_loss_func(outputs, labels, num_items_in_batch)`` divides a sum by the items of the whole accumulated batch.
 
 On a function that returns a mean the guides disagree. "Gradient accumulation" says that the Trainer divides it by
-``gradient_accumulation_steps``, "Trainer features" that the function has to see to that itself. Whether the Trainer
-divides can also be said with its attribute ``loss_is_scaled_for_ga``, which neither of these systems sets.
+``gradient_accumulation_steps``, "Trainer features" that the function has to see to that itself. It does divide if its
+attribute ``loss_is_scaled_for_ga`` is False, as its docstring asks for where a loss of one's own is a mean; so there it
+is set. With the loss of the model it is left alone: there the Trainer looks at the signature, and decides.
 
 The loss that is reported is that of ``log_history``, logged at each update. An evaluation inside a window begins in
 ``on_substep_end``, over ``get_eval_dataloader()``. Its float16 needs a GPU: on a CPU ``fp16=True`` trains in float32.
@@ -69,14 +70,15 @@ def train_loss_func(task: Task | PairTask) -> Trained:
         loss = loss_sum / items
         return loss + outputs["term"] if task.has_term else loss
 
-    return _train(task, _model(task), compute_loss_func=loss_func)
+    scaled = None if task.loss_form == "sum over count" else False
+    return _train(task, _model(task), scaled, compute_loss_func=loss_func)
 
 
 def _model(task: Task) -> Model:
     return TakesKeywords(task) if task.takes_keywords else Model(task)
 
 
-def _train(task: Task, model: Model, **options: Any) -> Trained:
+def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **options: Any) -> Trained:
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
@@ -126,6 +128,7 @@ def _train(task: Task, model: Model, **options: Any) -> Trained:
             callbacks=[Callback()],
             **options,
         )
+        trainer.loss_is_scaled_for_ga = loss_is_scaled
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
