@@ -78,6 +78,7 @@ WHERE = {
     "a short window is divided by the number of a full one": "T3-tail",
     "the tail of an epoch is dropped": "T3-tail",
     "the tail of an epoch is carried into the next": "T3-tail",
+    "a window runs on into the next epoch until it is full": "T3-tail",
     "only the last micro-batch of a window counts": "T7-zero-first",
     "each micro-batch's gradient is clipped": "T9-clipping",
     "the term counts once for each micro-batch": "T9-regulariser",
@@ -86,6 +87,8 @@ WHERE = {
     "the schedule goes on although the update was skipped": "T10-overflow",
     "the sum of the gradients stagnates in the dtype of the weights": "T10-sums-in-16-bits",
     "an evaluation zeroes what the window had gathered": "T7-evaluation",
+    "the schedule goes on with each micro-batch": "T9-schedule",
+    "the moving average follows each micro-batch": "T9-moving-average",
 }
 
 
@@ -96,6 +99,25 @@ def test_each_known_mistake_is_found_and_named_in_a_scene(mistake, habit):
     verdict = compare("planted", scene, trained, expected(scene.task))
     assert verdict.outcome == "fail"
     assert mistake in verdict.why
+
+
+@pytest.mark.parametrize("scene", BY_MICRO_BATCH, ids=lambda scene: scene.name)
+def test_there_is_a_mistake_that_each_scene_sees_and_names(scene):
+    right = expected(scene.task)
+    seen = [
+        mistake
+        for mistake, habits in HABITS.items()
+        for verdict in [compare("planted", scene, Trained(mistakes.train(scene.task, habits[0]), right.updates), right)]
+        if verdict.outcome == "fail" and verdict.why.count(";") == 1
+    ]
+    assert seen
+
+
+@pytest.mark.parametrize("name", ["T7-two-optimizers", "T7-gan", "T10-two-optimizers"])
+def test_two_players_with_the_windows_of_each_other_are_found(name):
+    scene = BY_NAME[name]
+    swapped = replace(scene.task, window=scene.task.generator_window, generator_window=1)
+    assert compare("planted", scene, expected(swapped), expected(scene.task)).outcome == "fail"
 
 
 @pytest.mark.parametrize("name", ["T9-balancing-loss", "T9-divergence"])

@@ -22,7 +22,8 @@ class Habit:
         divide_by: What the losses of a window are divided by: the sum by its targets; or each micro-batch's mean by the
             number of those that came, by the number that a window should have, or by nothing.
         keep: Whether all gradients of a window count, or only the last one.
-        tail: Whether a short window at the end of an epoch is an update, is dropped, or is carried into the next epoch.
+        tail: Whether a short window at the end of an epoch is an update, is dropped, leaves its gradients to the first
+            window of the next epoch, or runs on there until it is full.
         clip: Whether the gradient of the window is clipped, or that of each micro-batch.
         term: Whether the term counts once in a window, or once for each micro-batch.
         step: Whether the optimizer steps once a window, or after each micro-batch.
@@ -30,11 +31,13 @@ class Habit:
         skipped: Whether a window that overflows is no update, or counts as one for the schedule.
         sum_in: Whether gradients are added up exactly, or in the dtype of the weights.
         evaluated: What an evaluation leaves of the window in which it begins: all, or nothing.
+        schedule: Whether the learning rate goes by updates, or by micro-batches.
+        follow: Whether a moving average follows once an update, or after each micro-batch.
     """
 
     divide_by: Literal["targets", "micro-batches", "window", "nothing"] = "targets"
     keep: Literal["all", "last"] = "all"
-    tail: Literal["update", "drop", "carry"] = "update"
+    tail: Literal["update", "drop", "carry", "run on"] = "update"
     clip: Literal["window", "micro-batch"] = "window"
     term: Literal["once", "each"] = "once"
     step: Literal["window", "micro-batch"] = "window"
@@ -42,6 +45,8 @@ class Habit:
     skipped: Literal["nothing", "counts"] = "nothing"
     sum_in: Literal["exact", "weights"] = "exact"
     evaluated: Literal["all", "nothing"] = "all"
+    schedule: Literal["updates", "micro-batches"] = "updates"
+    follow: Literal["update", "micro-batch"] = "update"
 
 
 _IN_16_BITS = 0.25
@@ -55,6 +60,7 @@ HABITS: dict[str, tuple[Habit, ...]] = {
     "a short window is divided by the number of a full one": (Habit("window"),),
     "the tail of an epoch is dropped": (Habit("window", tail="drop"), Habit(tail="drop")),
     "the tail of an epoch is carried into the next": (Habit("window", tail="carry"),),
+    "a window runs on into the next epoch until it is full": (Habit("window", tail="run on"),),
     "only the last micro-batch of a window counts": (
         Habit("window", keep="last"),
         Habit("nothing", keep="last"),
@@ -76,6 +82,8 @@ HABITS: dict[str, tuple[Habit, ...]] = {
     ),
     "what a window had gathered when it was given up joins the next": (Habit("window", given_up="gradients"),),
     "the schedule goes on although the update was skipped": (Habit("window", skipped="counts"),),
+    "the schedule goes on with each micro-batch": (Habit(schedule="micro-batches"),),
+    "the moving average follows each micro-batch": (Habit(follow="micro-batch"),),
     "an evaluation zeroes what the window had gathered": (Habit("window", evaluated="nothing"),),
 }
 """The mistakes by name, with the ways in which they come."""
@@ -135,6 +143,8 @@ def train(task: Task, habit: Habit) -> nn.Module:
                 loop.forget()
             if loop.places == task.window or habit.step == "micro-batch":
                 loop.update()
+            if habit.follow == "micro-batch":
+                task.after_update(model)
         loop.end_epoch()
     return model
 
@@ -144,7 +154,7 @@ class _Loop:
 
     def __init__(self, task: Task, habit: Habit, model: nn.Module, weights: list[nn.Parameter]) -> None:
         self._task, self._habit, self._model, self._weights = task, habit, model, weights
-        self._updates = self._windows = 0
+        self._updates = self._windows = self._seen = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -173,6 +183,7 @@ class _Loop:
     def add(self, micro_batch: MicroBatch | None) -> None:
         """Add the gradient of a micro-batch to the window."""
         self.places += 1
+        self._seen += 1
         if micro_batch is None or int(self._task.targets(micro_batch)) == 0:
             return
         gradients = self._divided(micro_batch)
@@ -211,12 +222,14 @@ class _Loop:
                 gradients = [gradient + term for gradient, term in zip(gradients, terms, strict=True)]
             if self._habit.clip == "window":
                 gradients = self._clipped(gradients)
-            factor = self._task.lr_factor(self._updates) if self._task.lr_factor else 1.0
+            stepped = self._updates if self._habit.schedule == "updates" else self._seen - 1
+            factor = self._task.lr_factor(stepped) if self._task.lr_factor else 1.0
             with torch.no_grad():
                 for weight, gradient in zip(self._weights, gradients, strict=True):
                     weight.sub_(self._task.lr * factor * gradient.to(weight.dtype))
             self._updates += 1
-            self._task.after_update(self._model)
+            if self._habit.follow == "update":
+                self._task.after_update(self._model)
         self._clear()
 
     def end_epoch(self) -> None:
@@ -225,7 +238,8 @@ class _Loop:
             self.update()
         elif self._habit.tail == "drop":
             self._clear()
-        self.places = 0
+        if self._habit.tail != "run on":
+            self.places = 0
 
     def _clipped(self, gradients: list[Tensor]) -> list[Tensor]:
         if self._task.clip_norm is None:
