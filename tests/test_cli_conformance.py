@@ -1,6 +1,7 @@
 """``wholebatch conformance`` as it is typed."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 
@@ -28,11 +29,39 @@ def test_json_holds_versions_and_verdicts(capsys):
     assert set(results) == {"date", "python", "systems", "not_installed"}
 
 
+def test_results_go_to_a_file_too(capsys, tmp_path):
+    file = tmp_path / "conformance.json"
+    assert run("--system", "textbook", "--scene", "T2-mean", "--out", str(file)) == 0
+    said = capsys.readouterr()
+    assert "| textbook | pass |" in said.out
+    assert f"Versions and verdicts are in {file}." in said.err
+    assert json.loads(file.read_text())["systems"]["textbook"]["verdicts"]["T2-mean"]["outcome"] == "pass"
+
+
+def test_verdicts_that_are_disputed_are_a_failure(capsys, monkeypatch):
+    from wholebatch.evidence.conformance import suite
+
+    def disputed(system, scenes):
+        return {scene: {"outcome": "pass", "error": 0.0, "confirmed": False, "why": ""} for scene in scenes}
+
+    monkeypatch.setattr(suite, "_in_a_process", disputed)
+    assert run("--system", "wholebatch", "--scene", "T1") == 1
+    assert "error: wholebatch, T1-ragged-counts: two ways to compute what is right disagree" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("composer") is not None, reason="composer is installed")
+def test_a_system_that_is_not_installed_is_named_with_its_install_line(capsys):
+    assert run("--system", "composer") == 2
+    said = capsys.readouterr().err
+    assert "Composer is not installed." in said
+    assert "pip install mosaicml" in said
+
+
 def test_a_scene_that_wholebatch_does_not_pass_is_a_failure(capsys, monkeypatch):
     from wholebatch.evidence.conformance import suite
 
     def broken(system, scenes):
-        return {scene: {"outcome": "fail", "error": 0.5, "why": "planted"} for scene in scenes}
+        return {scene: {"outcome": "fail", "error": 0.5, "confirmed": True, "why": "planted"} for scene in scenes}
 
     monkeypatch.setattr(suite, "_in_a_process", broken)
     assert run("--system", "wholebatch", "--scene", "T1") == 1

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from wholebatch.cli.conformance import conformance
 from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, edge, say
 from wholebatch.recipes.finding import BUILT_IN
 from wholebatch.recipes.options import OPTIONS
@@ -50,6 +51,7 @@ def _command(
       wholebatch train text
       wholebatch verify my_file.py:recipe
       wholebatch report runs/text
+      wholebatch conformance
       wholebatch doctor
     """
 
@@ -226,6 +228,9 @@ def verify(
             say(f"The certificate is in {out}.")
         print(plain if as_json else verification)
         sys.exit(DONE if verification.ok else FAILED)
+
+
+app.command()(conformance)
 
 
 @app.command()

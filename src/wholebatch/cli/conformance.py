@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,19 +21,21 @@ def conformance(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print versions and verdicts as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the same to a file, as JSON.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run the traps of gradient accumulation on wholebatch and on other systems.
 
     Each scene is a short training run whose right end is known: plain SGD on the undivided batches. A cell says "pass",
     how far the change of the weights is off (relative), "refuses" where the system raises an error, or "-" where it has
-    no documented way to say what the scene asks for. Ends with 1 when wholebatch does not pass.
+    no documented way to say what the scene asks for. Ends with 1 when wholebatch fails a scene.
 
     \b
     Examples:
       wholebatch conformance
       wholebatch conformance --system accelerate --scene T1
-      wholebatch conformance --json > conformance.json
+      wholebatch conformance --out conformance.json
+      wholebatch conformance --json | jq .systems.lightning
     """
     with edge(debug=debug):
         from wholebatch.evidence.conformance import suite, table
@@ -42,6 +45,9 @@ def conformance(
         results = suite.run(systems, scenes, tell=say)
         for name, install in results["not_installed"].items():
             say(f"{name} is not installed: {install}")
+        if out is not None:
+            out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            say(f"Versions and verdicts are in {out}.")
         if as_json:
             print(json.dumps(results, indent=1))
         elif results["systems"]:
@@ -49,5 +55,6 @@ def conformance(
             print("\n".join(["", *table.details(results)]))
         for change in suite.changes(results, suite.recorded()):
             say(f"warning: changed since it was recorded: {change}")
-        ours = results["systems"].get("wholebatch", {"verdicts": {}})["verdicts"].values()
-        sys.exit(DONE if all(verdict["outcome"] == "pass" for verdict in ours) else FAILED)
+        for dispute in suite.disputed(results):
+            say(f"error: {dispute}")
+        sys.exit(DONE if suite.stands(results) and not suite.disputed(results) else FAILED)

@@ -7,11 +7,11 @@ puts them beside each other by hand.
 import math
 
 import pytest
-from second_reading import second_reading
 
 from wholebatch.evidence.conformance.adapters import composer as page
 from wholebatch.evidence.conformance.judge import compare, judge
 from wholebatch.evidence.conformance.scenes import SCENES
+from wholebatch.evidence.conformance.second_reading import second_reading
 
 data_spec = pytest.importorskip("composer.core.data_spec")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from second_reading import second_reading
 
 from wholebatch.evidence.conformance.adapters.keras import keras_jax, keras_torch
 from wholebatch.evidence.conformance.judge import Verdict, compare, judge
 from wholebatch.evidence.conformance.scenes import SCENES
+from wholebatch.evidence.conformance.second_reading import second_reading
 from wholebatch.evidence.conformance.task import Task, Trained
 
 pytestmark = pytest.mark.skipif(

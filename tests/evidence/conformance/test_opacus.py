@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
-from second_reading import second_reading
 from torch.optim import SGD
 
 from wholebatch.evidence.conformance.adapters import opacus as page
 from wholebatch.evidence.conformance.judge import change_error, compare, judge
 from wholebatch.evidence.conformance.scenes import ROWS, SCENES
+from wholebatch.evidence.conformance.second_reading import second_reading
 from wholebatch.evidence.conformance.task import join
 
 with warnings.catch_warnings():

@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from second_reading import second_reading
 from torch.optim import SGD
 
 from wholebatch.evidence.conformance.adapters import transformers as page
 from wholebatch.evidence.conformance.judge import change_error, compare, judge
 from wholebatch.evidence.conformance.scenes import SCENES
+from wholebatch.evidence.conformance.second_reading import second_reading
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say about themselves when they are loaded
@@ -29,7 +29,6 @@ OFF = {
         "T4-masked-window": (math.inf, 3),
     },
     "transformers-loss-func": {
-        "T2-mean": (3.0, 1),
         "T3-tail-unsized": (0.31, 6),
         "T4-masked-window": (math.inf, 3),
     },
@@ -74,20 +73,21 @@ def test_without_a_length_the_tail_joins_the_next_epoch(system):
 
 
 @pytest.mark.parametrize(
-    ("system", "scene"),
-    [(page.transformers, "T2-keywords"), (page.transformers_loss_func, "T2-mean")],
+    ("system", "scene", "says", "outcome"),
+    [(page.transformers, "T2-keywords", False, "pass"), (page.transformers_loss_func, "T2-mean", None, "fail")],
     ids=["keywords", "mean"],
 )
-def test_the_attribute_of_the_trainer_puts_the_division_right(system, scene, monkeypatch):
-    """So both failures are about who divides, and about nothing else."""
+def test_an_attribute_of_the_trainer_says_who_divides(system, scene, says, outcome, monkeypatch):
+    """So that the one fails without it, and the other passes with it, is about who divides, and about nothing else."""
 
     class Says(peer.Trainer):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            self.loss_is_scaled_for_ga = False
+        def __setattr__(self, name, value):
+            super().__setattr__(name, says if name == "loss_is_scaled_for_ga" else value)
 
     monkeypatch.setattr(peer, "Trainer", Says)
-    assert verdict_of(system, BY_NAME[scene]).outcome == "pass"
+    verdict = verdict_of(system, BY_NAME[scene])
+    assert verdict.outcome == outcome
+    assert outcome == "pass" or verdict.error == pytest.approx(3.0, rel=1e-6)
 
 
 def test_float16_on_a_cpu_is_float32(tmp_path):

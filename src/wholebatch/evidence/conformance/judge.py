@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,11 +13,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from wholebatch.evidence import reference
 from wholebatch.evidence.conformance import mistakes
 from wholebatch.evidence.conformance.scenes import Scene
+from wholebatch.evidence.conformance.second_reading import has_second_reading, second_reading
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import MicroBatch, NotExpressible, PairTask, Task, Trained, join
+from wholebatch.evidence.conformance.task import MicroBatch, NotExpressible, PairTask, Task, Trained, flat, join
 
 LOSS_TOLERANCE = 1e-3
 """How far a reported loss may be off, relative: systems round what they log."""
+
+_READINGS_TOLERANCE = 1e-11
+"""How far the two readings may be apart: both are in float64."""
 
 Outcome = Literal["pass", "fail", "refuses", "not expressible"]
 
@@ -36,6 +40,8 @@ class Verdict:
         updates: Optimizer steps; None where nothing was trained.
         updates_due: Optimizer steps of the undivided batches.
         loss_error: The largest relative error of the losses that the system reports; None where it reports none.
+        confirmed: Whether the second reading of what is right comes to the same error and the same number of updates
+            due; None where it has nothing to say, as nothing was trained or the scene is beyond it.
         why: What is wrong, with the name of the mistake where it is a known one; what was raised; what is missing.
     """
 
@@ -46,6 +52,7 @@ class Verdict:
     updates: int | None = None
     updates_due: int | None = None
     loss_error: float | None = None
+    confirmed: bool | None = None
     why: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +76,19 @@ def judge(system: System, scene: Scene) -> Verdict:
     except Exception as error:  # whatever a system says instead of training is its refusal
         first = (str(error).strip() or "no message").splitlines()[0]
         return Verdict(system.name, scene.name, "refuses", why=f"{type(error).__name__}: {first}")
-    return compare(system.name, scene, trained, expected(scene.task))
+    scene = replace(scene, tolerance=max(scene.tolerance, system.rounding))
+    verdict = compare(system.name, scene, trained, expected(scene.task))
+    return replace(verdict, confirmed=_confirmed(verdict, scene, trained))
+
+
+def _confirmed(verdict: Verdict, scene: Scene, trained: Trained) -> bool | None:
+    if not isinstance(scene.task, Task) or not has_second_reading(scene.task):
+        return None
+    right = second_reading(scene.task)
+    error = change_error(scene.task.make_model(), trained.model, right.model)
+    assert verdict.error is not None
+    same = error == verdict.error or abs(error - verdict.error) <= _READINGS_TOLERANCE * max(1.0, error)
+    return same and right.updates == verdict.updates_due
 
 
 def compare(system: str, scene: Scene, trained: Trained, right: Trained) -> Verdict:
@@ -81,10 +100,10 @@ def compare(system: str, scene: Scene, trained: Trained, right: Trained) -> Verd
     if not error <= scene.tolerance:
         finite = error < float("inf")
         wrong.append(f"the change of the weights is {error:.2g} off" if finite else "the weights are not finite")
-        named = mistakes.name(scene.task, trained.model, scene.tolerance)
+        named = mistakes.name(scene.task, trained.model, right.model, scene.tolerance)
         wrong += [named] if named else []
     if trained.updates != right.updates:
-        wrong.append(f"{trained.updates} updates instead of {right.updates}")
+        wrong.append(f"{trained.updates} update{'s' * (trained.updates != 1)} instead of {right.updates}")
     if loss_error is not None and not loss_error <= max(LOSS_TOLERANCE, scene.tolerance):
         wrong.append(f"the reported loss is {loss_error:.2g} off")
     return Verdict(
@@ -101,7 +120,7 @@ def compare(system: str, scene: Scene, trained: Trained, right: Trained) -> Verd
 
 def change_error(start: nn.Module, found: nn.Module, right: nn.Module) -> float:
     """Return how far the change of weights and buffers is from the right one, relative; infinite if not finite."""
-    begin, moved, due = (_flat(model) for model in (start, found, right))
+    begin, moved, due = (flat(model) for model in (start, found, right))
     error = float((moved - due).norm() / (due - begin).norm())
     return error if error == error else float("inf")
 
@@ -118,7 +137,7 @@ def _expected(task: Task) -> Trained:
 
     def loss_fn(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, ...]:
         pair = task.loss_sum(model, batch), task.targets(batch)
-        return pair if task.penalty is None else (*pair, task.term(model))
+        return (*pair, task.term(model, batch)) if task.has_term else pair
 
     losses = []
     for number, (first, micro_batches) in enumerate(task.windows()):
@@ -148,6 +167,10 @@ def _expected_of_players(task: PairTask) -> Trained:
             if place % window == 0:
                 batch = join(task.epoch[place : place + window])
                 gradients[number] = torch.autograd.grad(loss_of(model, batch), list(player.parameters()))
+                if task.clip_norm is not None:
+                    norm = torch.stack([gradient.norm() for gradient in gradients[number]]).norm()
+                    factor = min(1.0, task.clip_norm / float(norm))
+                    gradients[number] = tuple(gradient * factor for gradient in gradients[number])
         for number, (player, _, window) in enumerate(players):
             if (place + 1) % window == 0:
                 with torch.no_grad():
@@ -157,12 +180,8 @@ def _expected_of_players(task: PairTask) -> Trained:
     return Trained(model, updates)
 
 
-def _flat(model: nn.Module) -> Tensor:
-    """Weights and buffers, one after the other, in float64."""
-    return torch.cat([tensor.detach().flatten().to("cpu", torch.float64) for tensor in model.state_dict().values()])
-
-
 def _loss_error(found: Sequence[float], right: Sequence[float]) -> float:
     if len(found) != len(right):
         return float("inf")
-    return max((abs(one - other) / abs(other) for one, other in zip(found, right, strict=True)), default=0.0)
+    errors = [abs(one - other) / abs(other) for one, other in zip(found, right, strict=True)]
+    return max((error if error == error else float("inf") for error in errors), default=0.0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-VOCABULARY, WIDTH, TIME = 11, 6, 5
+VOCABULARY, WIDTH, TIME, EXPERTS = 11, 6, 5, 3
 IGNORED = -100
 """The label of a position where nothing is to be learned, as PyTorch and Transformers have it."""
 
@@ -42,6 +42,39 @@ class Averaged(Tagger):
         self.average.lerp_(self.head.weight.detach(), 0.1)
 
 
+class Routed(Tagger):
+    """A tagger whose tokens each go to one of a few experts, as a router has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS, dtype=torch.float64)
+        self.experts = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH, dtype=torch.float64) / WIDTH)
+
+    def route(self, input_ids: Tensor) -> Tensor:
+        """Return how much the router leans towards each expert; shape ``[rows, time, experts]``."""
+        leanings: Tensor = self.router(self.embedding(input_ids)).softmax(dim=-1)
+        return leanings
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        leaning, expert = self.route(input_ids).max(dim=-1)
+        hidden = torch.einsum("rti,rtij->rtj", torch.tanh(self.embedding(input_ids)), self.experts[expert])
+        logits: Tensor = self.head(hidden * leaning[..., None])
+        return logits
+
+
+class Normed(Tagger):
+    """A tagger with batch norm over all positions of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH, dtype=torch.float64)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.norm(torch.tanh(self.embedding(input_ids)).flatten(0, 1))
+        logits: Tensor = self.head(hidden).unflatten(0, input_ids.shape)
+        return logits
+
+
 class Overflowing(Tagger):
     """A tagger in float32 with one token, the last, whose logits are beyond what float16 can hold."""
 
@@ -63,7 +96,7 @@ class Players(nn.Module):
         returns scores ``[rows, 1]``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        self.generator = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
-        self.discriminator = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+        self.generator = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).to(dtype)
+        self.discriminator = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)

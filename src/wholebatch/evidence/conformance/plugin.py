@@ -2,7 +2,8 @@
 
 An adapter is a function that takes a task and returns what it trained, or a whole `System`. What it can be asked beyond
 windows of micro-batches it says in ``adapter.expresses``, a set of the words of `Task.asks`; scenes that ask for more
-are skipped. A refusal fails its test, unless ``adapter.refuses`` names the scene.
+are skipped. A refusal fails its test, unless an error is an honest answer in the scene, or ``adapter.refuses`` names
+the scene.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class _SceneTest(pytest.Item):
         verdict = judge(self._system, self._scene)
         if verdict.outcome == "not expressible":
             pytest.skip(verdict.why)
-        if verdict.outcome == "refuses" and self._scene.name in self._refuses:
-            pytest.skip(f"refuses, as it says: {verdict.why}")
+        if verdict.outcome == "refuses" and (self._scene.refusal_will_do or self._scene.name in self._refuses):
+            pytest.skip(f"refuses, as it may: {verdict.why}")
         if verdict.outcome != "pass":
             raise _NotConforming(f"{verdict.outcome}: {verdict.why}")
 

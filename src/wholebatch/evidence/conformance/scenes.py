@@ -1,14 +1,27 @@
 """Which traps are there? Each as the smallest run that exposes it, with what is right in a sentence."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
-from wholebatch.evidence.conformance.models import IGNORED, TIME, VOCABULARY, Averaged, Overflowing, Players, Tagger
+from wholebatch.evidence.conformance.models import (
+    EXPERTS,
+    IGNORED,
+    TIME,
+    VOCABULARY,
+    Averaged,
+    Normed,
+    Overflowing,
+    Players,
+    Routed,
+    Tagger,
+)
 from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,12 +36,14 @@ class Scene:
         right: What is right, as a sentence.
         task: What is asked.
         tolerance: The largest relative error of the change of the weights that counts as rounding.
+        refusal_will_do: Whether a clear error is an honest answer, so that wholebatch may give it.
     """
 
     name: str
     right: str
     task: Task | PairTask
     tolerance: float = 1e-10
+    refusal_will_do: bool = False
 
     @property
     def trap(self) -> str:
@@ -101,6 +116,26 @@ def _players(rows: int = 4) -> list[MicroBatch]:
     ]
 
 
+def _alike() -> list[MicroBatch]:
+    """Micro-batches that hold the same rows, over which a router is as balanced as over all of them together."""
+    (micro_batch,) = labelled([10])
+    return [micro_batch] * 4
+
+
+def balance(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Return how unevenly a router sends the tokens of these rows to its experts; shape ``[]``."""
+    assert isinstance(model, Routed)
+    leanings = model.route(micro_batch["input_ids"]).flatten(0, 1)
+    sent = functional.one_hot(leanings.argmax(dim=-1), EXPERTS).to(leanings.dtype)
+    return 0.1 * EXPERTS * (sent.mean(dim=0) * leanings.mean(dim=0)).sum()
+
+
+def divergence(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Return how far what the model says is from saying nothing: KL divergence from uniform, a mean; shape ``[]``."""
+    said: Tensor = model(micro_batch["input_ids"]).log_softmax(dim=-1)
+    return (said.exp() * said).sum(dim=-1).mean() + math.log(VOCABULARY)
+
+
 TAGGER = partial(_seeded, Tagger)
 PLAYERS = partial(_seeded, Players)
 FULL = [10] * 4
@@ -149,6 +184,7 @@ SCENES: tuple[Scene, ...] = (
         "T7-zero-first",
         "gradients zeroed before the forward pass, as in any loop without accumulation, are not those of the window",
         Task(TAGGER, labelled(FULL), zero_first=True),
+        refusal_will_do=True,
     ),
     Scene(
         "T7-two-windows-in-a-batch",
@@ -186,9 +222,27 @@ SCENES: tuple[Scene, ...] = (
         Task(TAGGER, labelled(FULL), penalty=0.05),
     ),
     Scene(
+        "T9-balancing-loss",
+        "the balancing loss of a mixture of experts counts once an update",
+        Task(partial(_seeded, Routed), _alike(), of_rows=balance),
+        refusal_will_do=True,  # it is no sum over rows: which rows are together matters, except in these micro-batches
+    ),
+    Scene(
+        "T9-divergence",
+        "a KL term, a mean over all positions, counts once an update beside the mean over the labels",
+        Task(TAGGER, labelled([4] * 4), of_rows=divergence),
+    ),
+    Scene(
+        "T9-batch-norm",
+        "batch norm normalises by the logical batch, and its running statistics move once an update",
+        Task(partial(_seeded, Normed), labelled(FULL)),
+        refusal_will_do=True,
+    ),
+    Scene(
         "T9-clipping",
         "the gradient of the window is clipped, not that of each micro-batch",
         Task(TAGGER, labelled([10] * 8), clip_norm=0.05),
+        tolerance=1e-5,  # PyTorch adds 1e-6 to the norm that it divides by, Keras and Optax do not
     ),
     Scene(
         "T9-moving-average",
@@ -215,6 +269,18 @@ SCENES: tuple[Scene, ...] = (
             precision="fp16",
             overflows=frozenset({0}),
             lr_factor=lambda update: 0.5**update,
+        ),
+        tolerance=4 * torch.finfo(torch.float16).eps,
+    ),
+    Scene(
+        "T10-two-optimizers",
+        "with two optimizers the gradient of each is divided by the loss scale once, and then clipped",
+        PairTask(
+            partial(_seeded, partial(Players, torch.float32)),
+            [{name: each.float() / 4 for name, each in part.items()} for part in _players()],  # nothing overflows
+            adversarial=False,
+            clip_norm=0.05,
+            precision="fp16",
         ),
         tolerance=4 * torch.finfo(torch.float16).eps,
     ),

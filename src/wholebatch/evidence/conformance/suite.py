@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wholebatch.evidence.conformance.judge import Verdict
+from wholebatch.evidence.conformance.scenes import SCENES
 from wholebatch.evidence.conformance.system import System
 
 Results = dict[str, Any]
@@ -81,6 +82,26 @@ def _in_a_process(system: System, scenes: Sequence[str]) -> dict[str, Any]:
             why = f"the process ended with {ended.returncode}: {last}"
             verdicts[scene] = Verdict(system.name, scene, "fail", why=why).to_dict()
     return {scene: verdicts[scene] for scene in scenes}
+
+
+def stands(results: Mapping[str, Any]) -> bool:
+    """Return whether wholebatch, if it is there, passes every scene, or refuses where that is an honest answer."""
+    may_refuse = {scene.name for scene in SCENES if scene.refusal_will_do}
+    verdicts = results["systems"].get("wholebatch", {"verdicts": {}})["verdicts"]
+    return all(
+        verdict["outcome"] == "pass" or (verdict["outcome"] == "refuses" and scene in may_refuse)
+        for scene, verdict in verdicts.items()
+    )
+
+
+def disputed(results: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each verdict with which the second reading of what is right does not agree."""
+    return [
+        f"{name}, {scene}: two ways to compute what is right disagree"
+        for name, system in results["systems"].items()
+        for scene, verdict in system["verdicts"].items()
+        if verdict["confirmed"] is False
+    ]
 
 
 def recorded() -> Results:

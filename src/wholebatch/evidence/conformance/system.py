@@ -20,6 +20,8 @@ class System:
         distributions: What has to be installed.
         install: The command that does it.
         environment: Variables to be set before it is loaded.
+        rounding: The relative error that is its rounding, where it computes in a narrower dtype than the weights have;
+            a scene with a smaller tolerance is judged with this one.
     """
 
     name: str
@@ -29,6 +31,7 @@ class System:
     distributions: tuple[str, ...] = ()
     install: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    rounding: float = 0.0
 
     def versions(self) -> dict[str, str] | None:
         """Return the versions of its distributions, or None where one is not installed."""

@@ -48,6 +48,30 @@ def details(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def as_page(results: Mapping[str, Any]) -> str:
+    """Return the results as part of a page: date, table, what each system is and lacks, and what else there is."""
+    lines = [f"Recorded on {results['date']} with Python {results['python']}, on a CPU.", "", as_text(results), ""]
+    for name, system in results["systems"].items():
+        versions = ", ".join(f"{package} {version}" for package, version in system["versions"].items())
+        passed = [scene for scene, verdict in system["verdicts"].items() if verdict["outcome"] == "pass"]
+        unsaid = [scene for scene, verdict in system["verdicts"].items() if verdict["outcome"] == "not expressible"]
+        asked = len(system["verdicts"]) - len(unsaid)
+        lines += [
+            f'??? note "{name}: {system["title"]}, passes {len(passed)} of the {asked} scenes that it can say"',
+            "",
+        ]
+        lines += [f"    {versions}", ""]
+        lines += [
+            f"    - {scene}: {verdict['outcome']}; {verdict['why']}"
+            for scene, verdict in system["verdicts"].items()
+            if verdict["outcome"] in ("fail", "refuses")
+        ]
+        lines += [f"    - not expressible: {', '.join(unsaid)}"] if unsaid else []
+        lines += [""]
+    lines += [f"Not installed beside the others: {name} (`{line}`)." for name, line in results["not_installed"].items()]
+    return "\n".join(lines).strip()
+
+
 def _scenes(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(scene for system in results["systems"].values() for scene in system["verdicts"]))
 

@@ -15,6 +15,10 @@ MicroBatch: TypeAlias = dict[str, Tensor]
 """``input_ids`` and ``labels``, shape ``[rows, time]`` each; labels of -100 are not to be learned."""
 
 
+TERMS = frozenset({"term", "term of rows", "batch norm"})
+"""What `Task.asks` of a system in which the user writes model and loss in PyTorch: no more than to run them."""
+
+
 class NotExpressible(Exception):  # noqa: N818 - a finding, not an error
     """A system has no documented way to do what a scene asks for; its message says what is missing."""
 
@@ -23,8 +27,8 @@ class NotExpressible(Exception):  # noqa: N818 - a finding, not an error
 class Task:
     """A supervised training run under plain SGD, for whatever system.
 
-    The objective of an update is the mean cross entropy over the labels of its window that are not -100, plus `term(model)`
-    where there is a penalty. A system is free to build its own model from the weights of `make_model()`.
+    The objective of an update is the mean cross entropy over the labels of its window that are not -100, plus `term`
+    where there is one. A system is free to build its own model from the weights of `make_model()`.
 
     Attributes:
         make_model: Returns the model in training mode, with the same weights in each call.
@@ -38,6 +42,8 @@ class Task:
         lr_factor: What the learning rate is multiplied by at update 0, 1, 2, ...
         penalty: The coefficient of a penalty on the weights: ``penalty * sum(weight ** 2)`` is added to the mean as it
             stands, and counts once an update.
+        of_rows: ``of_rows(model, micro_batch)``: a term that is a mean over all positions, with or without a label, and
+            counts once an update as well.
         follows: Whether ``model.follow()`` is to be called after each update, as a moving average of weights asks for.
         loss_form: What the loss of the user is: a mean, or a sum over a count, which the user can tell apart.
         takes_keywords: Whether the model takes any keyword arguments, and ignores them.
@@ -60,6 +66,7 @@ class Task:
     clip_norm: float | None = None
     lr_factor: Callable[[int], float] | None = None
     penalty: float | None = None
+    of_rows: Callable[[nn.Module, MicroBatch], Tensor] | None = None
     follows: bool = False
     loss_form: Literal["mean", "sum over count"] = "sum over count"
     takes_keywords: bool = False
@@ -79,12 +86,14 @@ class Task:
             "clipping": self.clip_norm is not None,
             "schedule": self.lr_factor is not None,
             "term": self.penalty is not None,
+            "term of rows": self.of_rows is not None,
             "follows": self.follows,
             "zero first": self.zero_first,
             "evaluation": bool(self.evaluates_after),
             "exception": self.fails_at is not None,
             "fp16": self.precision == "fp16",
             "bf16": next(self.make_model().parameters()).dtype == torch.bfloat16,
+            "batch norm": any(isinstance(layer, nn.BatchNorm1d) for layer in self.make_model().modules()),
         }
         return frozenset(name for name, wants in wanted.items() if wants)
 
@@ -117,10 +126,17 @@ class Task:
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         """Return the loss as one writes it for a single batch: the masked mean, and the term."""
         mean = self.loss_sum(model, micro_batch) / self.targets(micro_batch)
-        return mean if self.penalty is None else mean + self.term(model)
+        return mean + self.term(model, micro_batch) if self.has_term else mean
 
-    def term(self, model: nn.Module) -> Tensor:
-        """Return the penalty on the weights; shape ``[]``."""
+    @property
+    def has_term(self) -> bool:
+        """Whether something is added to the mean."""
+        return self.penalty is not None or self.of_rows is not None
+
+    def term(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        """Return what is added to the mean: the penalty on the weights, or the term of the rows; shape ``[]``."""
+        if self.of_rows is not None:
+            return self.of_rows(model, micro_batch)
         assert self.penalty is not None
         return self.penalty * torch.stack([weight.square().sum() for weight in model.parameters()]).sum()
 
@@ -161,6 +177,8 @@ class PairTask:
         adversarial: Whether the generator's loss passes through the discriminator. Else it is a regression to `real`,
             and the two have nothing to do with each other.
         lr: Learning rate of both.
+        clip_norm: Bound for the 2-norm of the gradient of each model.
+        precision: ``"fp16"`` for autocast with loss scaling; else as the weights are.
     """
 
     make_model: Callable[[], Players]
@@ -169,16 +187,25 @@ class PairTask:
     generator_window: int = 2
     adversarial: bool = True
     lr: float = 0.5
+    clip_norm: float | None = None
+    precision: Literal["weights", "fp16"] = "weights"
 
     @property
     def asks(self) -> frozenset[str]:
         """What it asks for; see `Task.asks`."""
-        return frozenset({"two players"} if self.window == self.generator_window else {"two windows"})
+        wanted = {
+            "two players": self.window == self.generator_window,
+            "two windows": self.window != self.generator_window,
+            "clipping": self.clip_norm is not None,
+            "fp16": self.precision == "fp16",
+        }
+        return frozenset(name for name, wants in wanted.items() if wants)
 
     def discriminator_loss(self, model: Players, micro_batch: MicroBatch) -> Tensor:
         """Return the mean over the rows of how badly real and made samples are told apart; shape ``[]``."""
-        real = model.discriminator(micro_batch["real"])
-        made = model.discriminator(model.generator(micro_batch["noise"]).detach())
+        dtype = micro_batch["real"].dtype  # under autocast a loss in float16 would overflow when it is scaled
+        real = model.discriminator(micro_batch["real"]).to(dtype)
+        made = model.discriminator(model.generator(micro_batch["noise"]).detach()).to(dtype)
         return functional.softplus(-real).mean() + functional.softplus(made).mean()
 
     def generator_loss(self, model: Players, micro_batch: MicroBatch) -> Tensor:
@@ -209,6 +236,12 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the summed cross entropy over the labels that are not -100, masked by hand as most code does it."""
     each = functional.cross_entropy(logits.flatten(0, 1), labels.flatten().clamp(min=0), reduction="none")
     return (each * (labels.flatten() != IGNORED)).sum()
+
+
+def flat(model: nn.Module) -> Tensor:
+    """Return weights and buffers, one after the other, in float64; counters, such as those of batch norm, left out."""
+    state = [tensor.detach() for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return torch.cat([tensor.flatten().to("cpu", torch.float64) for tensor in state])
 
 
 def steps_of(optimizer: Optimizer) -> Callable[[], int]:

@@ -3,10 +3,11 @@
 As in its guide "Performing gradient accumulation with Accelerate": everything prepared, the body of the loop inside
 ``with accelerator.accumulate(model)``, and what belongs to an update under ``if accelerator.sync_gradients``. Where one
 batch of the loader holds several micro-batches, its end is not taken for that of the epoch:
-``GradientAccumulationPlugin(sync_with_dataloader=False)``. The guide allows only one backward pass inside ``accumulate``,
-so two models with a loss each are trained as under "Converting it to Accelerate", which counts and divides by hand.
+``GradientAccumulationPlugin(sync_with_dataloader=False)``. The guide allows only one backward pass inside
+``accumulate``, so two models with a loss each are trained as under "Converting it to Accelerate", which counts and
+divides by hand.
 
-It reports no loss. On a CPU, ``mixed_precision="fp16"`` trains in float32 without a word, so that scene is not put to it.
+It reports no loss. On a CPU, ``mixed_precision="fp16"`` trains in float32 without a word, so float16 is not put to it.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence.conformance.adapters.loaders import data_loader
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import NotExpressible, PairTask, Task, Trained, steps_of
+from wholebatch.evidence.conformance.task import TERMS, NotExpressible, PairTask, Task, Trained, steps_of
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -70,7 +71,7 @@ def _train_one(task: Task) -> Trained:
     return Trained(plain, steps())
 
 
-def _refuse_float16(task: Task) -> None:
+def _refuse_float16(task: Task | PairTask) -> None:
     if task.precision == "fp16":
         raise NotExpressible("float16 needs a GPU: on a CPU, mixed_precision='fp16' trains in float32")
 
@@ -86,6 +87,7 @@ def _evaluate(task: Task, model: Any, evaluation: Any) -> None:
 
 
 def _train_players(task: PairTask) -> Trained:
+    _refuse_float16(task)
     accelerator = _accelerator(1)
     players = task.make_model()
     sgds = [SGD(player.parameters(), lr=task.lr) for player in (players.discriminator, players.generator)]
@@ -126,8 +128,8 @@ def train_long(task: Task | PairTask) -> Trained:
             for sample in samples:
                 loss = task.loss_sum(model, sample)
                 loss = loss * task.window * accelerator.num_processes / items
-                if task.penalty is not None:
-                    loss = loss + task.term(model)
+                if task.has_term:
+                    loss = loss + task.term(model, sample)
                 accelerator.backward(loss)
                 if place in task.evaluates_after:
                     _evaluate(task, model, evaluation)
@@ -153,7 +155,7 @@ accelerate = System(
             "slices",
             "clipping",
             "schedule",
-            "term",
+            *TERMS,
             "follows",
             "zero first",
             "evaluation",
@@ -171,7 +173,7 @@ accelerate_long = System(
     name="accelerate-long",
     title="Accelerate, its recipe for samples of variable size",
     train=train_long,
-    expresses=frozenset({"clipping", "schedule", "term", "follows", "evaluation", "fp16", "bf16"}),
+    expresses=frozenset({"clipping", "schedule", *TERMS, "follows", "evaluation", "fp16", "bf16"}),
     distributions=("accelerate", "torch"),
     install="pip install 'wholebatch[accelerate]'",
 )

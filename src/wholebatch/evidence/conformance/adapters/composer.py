@@ -20,7 +20,16 @@ from torch.utils.data import DataLoader
 from wholebatch.evidence.conformance.adapters.loaders import dataset
 from wholebatch.evidence.conformance.scenes import ROWS
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task, Trained, cross_entropy, join, steps_of
+from wholebatch.evidence.conformance.task import (
+    TERMS,
+    MicroBatch,
+    PairTask,
+    Task,
+    Trained,
+    cross_entropy,
+    join,
+    steps_of,
+)
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -52,7 +61,7 @@ def _train(task: Task, *, on_tokens: bool) -> Trained:
 
         def loss(self, outputs: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
             mean = cross_entropy(outputs, batch["labels"]) / task.targets(batch)
-            return {"total": mean if task.penalty is None else mean + task.term(self.model)}
+            return {"total": mean + task.term(self.model, batch) if task.has_term else mean}
 
     class Between(Callback):
         place = 0
@@ -95,7 +104,7 @@ def _train(task: Task, *, on_tokens: bool) -> Trained:
     return Trained(model.model, steps(), losses)
 
 
-_EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "follows", "evaluation", "bf16"})
+_EXPRESSES = frozenset({"unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
 
 composer = System(
     name="composer",
@@ -103,7 +112,7 @@ composer = System(
     train=train,
     expresses=_EXPRESSES,
     distributions=("mosaicml", "torch"),
-    install="pip install mosaicml",
+    install="pip install mosaicml  # up to 0.32.1 it asks for torch<2.7.1",
 )
 
 composer_tokens = System(
@@ -112,5 +121,5 @@ composer_tokens = System(
     train=train_on_tokens,
     expresses=_EXPRESSES,
     distributions=("mosaicml", "torch"),
-    install="pip install mosaicml",
+    install="pip install mosaicml  # up to 0.32.1 it asks for torch<2.7.1",
 )

@@ -104,6 +104,9 @@ def _schedule(task: Task) -> Any:
     return Schedule()
 
 
+ROUNDING = 1e-6
+"""On PyTorch and JAX, Keras multiplies matrices or takes a tanh in float32, also under the policy float64."""
+
 _EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "bf16"})
 
 keras_torch = System(
@@ -114,6 +117,7 @@ keras_torch = System(
     distributions=("keras", "torch"),
     install="pip install 'wholebatch[keras]'",
     environment={"KERAS_BACKEND": "torch"},
+    rounding=ROUNDING,
 )
 
 keras_jax = System(
@@ -124,4 +128,5 @@ keras_jax = System(
     distributions=("keras", "jax", "torch"),
     install="pip install 'wholebatch[keras]'",
     environment={"KERAS_BACKEND": "jax"},
+    rounding=ROUNDING,
 )

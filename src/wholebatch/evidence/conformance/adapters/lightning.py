@@ -1,10 +1,11 @@
 """Lightning: ``Trainer(accumulate_grad_batches=k)``, and its manual optimization.
 
-As in its guides "Effective Training Techniques" (accumulate gradients; gradient clipping) and "Manual Optimization": each
-loss is divided by N, the optimizer steps where ``(batch_idx + 1) % N == 0``, and with several optimizers each works
-inside ``toggled_optimizer``, which keeps gradients of the others from being left behind. An evaluation inside a window is
-that of ``val_check_interval``, cut short by ``limit_val_batches``. A moving average follows where the hook of its own
-callback `WeightAveraging` does, when ``global_step`` has gone on.
+As in its guides "Effective Training Techniques" (accumulate gradients; gradient clipping) and "Manual Optimization":
+each loss is divided by N, the optimizer steps where ``(batch_idx + 1) % N == 0``, and with several optimizers each
+works inside ``toggled_optimizer``, which keeps gradients of the others from being left behind. A micro-batch without a
+label is skipped as the docstring of ``training_step`` says, by returning None. An evaluation inside a window is that of
+``val_check_interval``, cut short by ``limit_val_batches``. A moving average follows where the hook of its own callback
+`WeightAveraging` does, when ``global_step`` has gone on.
 
 What ``self.log`` reports is the value of one micro-batch, or a mean over the epoch: no loss of an update. On a CPU,
 ``precision="16-mixed"`` becomes bfloat16, with a warning, so float16 is not put to it.
@@ -18,14 +19,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence.conformance.adapters.loaders import data_loader
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import MicroBatch, NotExpressible, PairTask, Task, Trained, steps_of
+from wholebatch.evidence.conformance.task import TERMS, MicroBatch, NotExpressible, PairTask, Task, Trained, steps_of
 
 
 def train(task: Task | PairTask) -> Trained:
     """Train with automatic optimization."""
-    from lightning.pytorch import LightningModule
+    if isinstance(task, PairTask):
+        raise NotExpressible("automatic optimization is for one optimizer")
+    return _train_automatically(task)
 
-    assert isinstance(task, Task)
+
+def _train_automatically(task: Task) -> Trained:
+    from lightning.pytorch import LightningModule
 
     class Module(LightningModule):
         def __init__(self) -> None:
@@ -33,7 +38,9 @@ def train(task: Task | PairTask) -> Trained:
             self.model = task.make_model()
             self.followed = 0
 
-        def training_step(self, micro_batch: MicroBatch, _place: int) -> Tensor:
+        def training_step(self, micro_batch: MicroBatch, _place: int) -> Tensor | None:
+            if int(task.targets(micro_batch)) == 0:
+                return None  # "skip to the next batch"
             return task.loss(self.model, micro_batch)
 
         def validation_step(self, micro_batch: MicroBatch, _place: int) -> None:
@@ -163,7 +170,7 @@ lightning = System(
     name="lightning",
     title="Lightning",
     train=train,
-    expresses=frozenset({"unsized", "None", "clipping", "schedule", "term", "follows", "evaluation", "fp16", "bf16"}),
+    expresses=frozenset({"unsized", "None", "clipping", "schedule", *TERMS, "follows", "evaluation", "fp16", "bf16"}),
     distributions=("lightning", "torch"),
     install="pip install 'wholebatch[lightning]'",
 )
@@ -179,7 +186,7 @@ lightning_manual = System(
             "slices",
             "clipping",
             "schedule",
-            "term",
+            *TERMS,
             "follows",
             "zero first",
             "evaluation",

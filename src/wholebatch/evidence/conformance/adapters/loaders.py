@@ -1,4 +1,4 @@
-"""How do micro-batches come to systems that want a DataLoader? One loader item is one micro-batch, in the given order."""
+"""How do micro-batches come to systems that want a DataLoader? An item is a micro-batch, in the given order."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -2,12 +2,14 @@
 
 As in its guide "Gradient Accumulation" (`MultiSteps` averages the gradients that it is given, in ``accumulator_dtype``)
 and in the docstring of `optax.microbatch`: its default accumulator adds up, so the function that it is given returns
-sums, and whoever has only a mean asks for `AccumulationType.MEAN`.
+sums, and whoever has only a mean asks for `AccumulationType.MEAN`. Of k micro-batches, each takes every k-th row, so
+that others come together than in the loader.
 
-`MultiSteps` is given the window as a number. As a function of the update (`every_k_schedule`), it can follow an epoch
-whose length is known beforehand, short last window included; a loader without a length it cannot.
+`MultiSteps` is given the window as a number, or, where an epoch of known length has a short last window, as a function
+of the updates before (``every_k_schedule``). The tail of a loader without a length it cannot follow.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,7 +98,7 @@ def train(task: Task | PairTask) -> Trained:
     weights = problem.weights
     optimizer = optax.MultiSteps(
         problem.optimizer(),
-        every_k_schedule=task.window,
+        every_k_schedule=_schedule(task),
         accumulator_dtype=problem.exact,  # float32, its default, would round what is in float64
     )
     state = optimizer.init(weights)
@@ -119,6 +121,17 @@ def train(task: Task | PairTask) -> Trained:
                     problem.loss(weights, *_arrays(micro_batch))
                 place += 1
     return Trained(problem.write_back(weights), int(state.gradient_step))
+
+
+def _schedule(task: Task) -> Any:
+    """The micro-batches of each update: a number, or a function of the updates before, where an epoch has a tail."""
+    import jax.numpy as jnp
+
+    tail = len(task.epoch) % task.window
+    if tail == 0 or not task.sized:
+        return task.window
+    updates = math.ceil(len(task.epoch) / task.window)
+    return lambda update: jnp.where(update % updates == updates - 1, tail, task.window)
 
 
 def train_microbatch(task: Task | PairTask) -> Trained:

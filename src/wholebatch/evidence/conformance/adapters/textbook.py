@@ -9,7 +9,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import BadSample, PairTask, Task, Trained, steps_of
+from wholebatch.evidence.conformance.task import TERMS, BadSample, PairTask, Task, Trained, steps_of
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -57,17 +57,28 @@ def _train_one(task: Task) -> Trained:
 
 
 def _train_players(task: PairTask) -> Trained:
+    """As in the same examples under "Working with Multiple Models, Losses, and Optimizers": one scaler for all."""
     model = task.make_model()
+    fp16 = task.precision == "fp16"
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
     of_discriminator = SGD(model.discriminator.parameters(), lr=task.lr)
     of_generator = SGD(model.generator.parameters(), lr=task.lr)
     steps = [steps_of(of_discriminator), steps_of(of_generator)]
     for place, micro_batch in enumerate(task.epoch, 1):
-        torch.autograd.backward(task.discriminator_loss(model, micro_batch) / task.window)
-        torch.autograd.backward(task.generator_loss(model, micro_batch) / task.generator_window)
-        for optimizer, every in ((of_discriminator, task.window), (of_generator, task.generator_window)):
-            if place % every == 0:
-                optimizer.step()
-                optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16, enabled=fp16):
+            losses = task.discriminator_loss(model, micro_batch), task.generator_loss(model, micro_batch)
+        players = (of_discriminator, task.window), (of_generator, task.generator_window)
+        for loss, (_, every) in zip(losses, players, strict=True):
+            torch.autograd.backward(scaler.scale(loss / every))
+        due = [optimizer for optimizer, every in players if place % every == 0]
+        for optimizer in due:
+            scaler.unscale_(optimizer)
+            if task.clip_norm is not None:
+                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], task.clip_norm)
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        if due:
+            scaler.update()
     return Trained(model, sum(each() for each in steps))
 
 
@@ -82,7 +93,7 @@ textbook = System(
             "slices",
             "clipping",
             "schedule",
-            "term",
+            *TERMS,
             "follows",
             "zero first",
             "evaluation",

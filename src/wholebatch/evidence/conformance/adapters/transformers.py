@@ -5,8 +5,9 @@ As in its guides "Gradient accumulation" and "Trainer features" (custom loss fun
 ``compute_loss_func(outputs, labels, num_items_in_batch)`` divides a sum by the items of the whole accumulated batch.
 
 On a function that returns a mean the guides disagree. "Gradient accumulation" says that the Trainer divides it by
-``gradient_accumulation_steps``, "Trainer features" that the function has to see to that itself. Whether the Trainer
-divides can also be said with its attribute ``loss_is_scaled_for_ga``, which neither of these systems sets.
+``gradient_accumulation_steps``, "Trainer features" that the function has to see to that itself. It does divide if its
+attribute ``loss_is_scaled_for_ga`` is False, as its docstring asks for where a loss of one's own is a mean; so there it
+is set. With the loss of the model it is left alone: there the Trainer looks at the signature, and decides.
 
 The loss that is reported is that of ``log_history``, logged at each update. An evaluation inside a window begins in
 ``on_substep_end``, over ``get_eval_dataloader()``. Its float16 needs a GPU: on a CPU ``fp16=True`` trains in float32.
@@ -24,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from wholebatch.evidence.conformance.adapters.loaders import dataset, only
 from wholebatch.evidence.conformance.models import IGNORED
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import PairTask, Task, Trained, cross_entropy, steps_of
+from wholebatch.evidence.conformance.task import TERMS, PairTask, Task, Trained, cross_entropy, steps_of
 
 
 class Model(nn.Module):
@@ -38,8 +39,12 @@ class Model(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.model(input_ids)
         if labels is None:
-            return {"logits": logits}
-        return {"loss": self._task.loss(self.model, {"input_ids": input_ids, "labels": labels}), "logits": logits}
+            rows = {"input_ids": input_ids}
+            return {"logits": logits, **({"term": self._task.term(self.model, rows)} if self._task.has_term else {})}
+        loss = cross_entropy(logits, labels) / (labels != IGNORED).sum()
+        if self._task.has_term:
+            loss = loss + self._task.term(self.model, {"input_ids": input_ids, "labels": labels})
+        return {"loss": loss, "logits": logits}
 
 
 class TakesKeywords(Model):
@@ -63,17 +68,17 @@ def train_loss_func(task: Task | PairTask) -> Trained:
         loss_sum = cross_entropy(outputs["logits"], labels)
         items = num_items_in_batch if task.loss_form == "sum over count" else (labels != IGNORED).sum()
         loss = loss_sum / items
-        return loss if task.penalty is None else loss + task.term(model.model)
+        return loss + outputs["term"] if task.has_term else loss
 
-    model = _model(task)
-    return _train(task, model, compute_loss_func=loss_func)
+    scaled = None if task.loss_form == "sum over count" else False
+    return _train(task, _model(task), scaled, compute_loss_func=loss_func)
 
 
 def _model(task: Task) -> Model:
     return TakesKeywords(task) if task.takes_keywords else Model(task)
 
 
-def _train(task: Task, model: Model, **options: Any) -> Trained:
+def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **options: Any) -> Trained:
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
@@ -123,13 +128,14 @@ def _train(task: Task, model: Model, **options: Any) -> Trained:
             callbacks=[Callback()],
             **options,
         )
+        trainer.loss_is_scaled_for_ga = loss_is_scaled
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(model.model, steps(), losses)
 
 
-_EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "follows", "evaluation", "bf16"})
+_EXPRESSES = frozenset({"unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
 
 transformers = System(
     name="transformers",

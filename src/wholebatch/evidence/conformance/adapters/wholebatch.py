@@ -11,7 +11,7 @@ from wholebatch.core.split import Rows
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.evidence.conformance.scenes import ROWS
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import BadSample, MicroBatch, PairTask, Task, Trained, join
+from wholebatch.evidence.conformance.task import TERMS, BadSample, MicroBatch, PairTask, Task, Trained, join
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -25,7 +25,7 @@ def _train_one(task: Task) -> Trained:
 
     def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
         pair = task.loss_sum(model, micro_batch), task.targets(micro_batch)
-        return pair if task.penalty is None else (*pair, task.term(model))
+        return (*pair, task.term(model, micro_batch)) if task.has_term else pair
 
     accumulator = Accumulator(
         model,
@@ -46,8 +46,8 @@ def _train_one(task: Task) -> Trained:
 
 def _updates(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumulator) -> Iterator[Update]:
     """Yield the updates of the loop that fits what the user has."""
-    if task.evaluates_after or task.fails_at is not None:
-        yield from _own_loop(task, model, accumulator)
+    if task.evaluates_after or task.fails_at is not None or task.zero_first:
+        yield from _own_loop(task, model, optimizer, accumulator)
         return
     for _ in range(task.epochs):
         if task.slices > 1:
@@ -55,21 +55,19 @@ def _updates(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumula
                 parts = task.cut(loaded)
                 for start in range(0, len(parts), task.window):
                     yield accumulator.step(join(parts[start : start + task.window]))
-        elif task.zero_first:
-            for _, micro_batches in task.windows():
-                optimizer.zero_grad()
-                yield accumulator.step(join(micro_batches))
         else:
             yield from accumulator.updates(task.loader(), micro_batches=task.window)
 
 
-def _own_loop(task: Task, model: nn.Module, accumulator: Accumulator) -> Iterator[Update]:
+def _own_loop(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumulator) -> Iterator[Update]:
     """Yield the updates of a loop that looks at each micro-batch itself."""
     for first, micro_batches in task.windows():
         try:
             with accumulator.window() as window:
                 for place, micro_batch in enumerate(micro_batches, first):
                     task.check(place)
+                    if task.zero_first:
+                        optimizer.zero_grad()
                     if micro_batch is not None and int(task.targets(micro_batch)) > 0:
                         window.backward(task.loss(model, micro_batch), targets=task.targets(micro_batch))
                     if place in task.evaluates_after:
@@ -83,11 +81,20 @@ def _own_loop(task: Task, model: nn.Module, accumulator: Accumulator) -> Iterato
 def _train_players(task: PairTask) -> Trained:
     model = task.make_model()
     players = model.discriminator, model.generator
-    both = [Accumulator(player, SGD(player.parameters(), lr=task.lr)) for player in players]
+    both = [
+        Accumulator(
+            player,
+            SGD(player.parameters(), lr=task.lr),
+            clip_norm=task.clip_norm,
+            precision="fp16" if task.precision == "fp16" else "fp32",
+        )
+        for player in players
+    ]
     windows = [accumulator.window() for accumulator in both]
     updates = 0
     for place, micro_batch in enumerate(task.epoch, 1):
-        losses = task.discriminator_loss(model, micro_batch), task.generator_loss(model, micro_batch)
+        with both[0].autocast():
+            losses = task.discriminator_loss(model, micro_batch), task.generator_loss(model, micro_batch)
         for window, loss in zip(windows, losses, strict=True):
             window.backward(loss, targets=len(micro_batch["real"]))
         for player, every in enumerate((task.window, task.generator_window)):
@@ -110,7 +117,7 @@ wholebatch = System(
             "slices",
             "clipping",
             "schedule",
-            "term",
+            *TERMS,
             "follows",
             "zero first",
             "evaluation",
