@@ -7,7 +7,7 @@ With g the gradient of the loss over some rows and g_k those over its parts, a l
 whatever the cut.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from wholebatch.core.weights import mean_weights
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
+from wholebatch.engine.rounding import CoarsestDtype
 from wholebatch.engine.sums import GradientSum
 
 
@@ -61,11 +62,12 @@ class Probe:
         self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
         self.sizes = [_num_entries(parameter, sample) for parameter in self.parameters]
+        self._seen_eps = 0.0
 
     @property
     def eps(self) -> float:
-        """The rounding unit of the coarsest weights; on hardware that multiplies in TF32, that of TF32."""
-        eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps)
+        """The rounding unit of the coarsest weights or, where it was seen, arithmetic; with TF32, that of TF32."""
+        eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps, self._seen_eps)
         tf32 = input_device(self.model).type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return max(eps, 2.0**-10) if tf32 else eps
 
@@ -73,6 +75,23 @@ class Probe:
     def tolerance(self) -> float:
         """How far rounding alone may take the cut gradient from the uncut one, relative to its size."""
         return (4096 if self.eps < 1e-5 else 16) * self.eps
+
+    def coarsen(self, run: Callable[[], object]) -> bool:
+        """Look in which dtypes something computes, and allow for the rounding of the coarsest.
+
+        A loss may enter autocast by itself, and a layer may compute in float32 under weights in float64.
+
+        Args:
+            run: What is looked at. Its backward pass is not, where that runs in another thread.
+
+        Returns:
+            Whether there was anything coarser than what was known.
+        """
+        before = self.eps
+        with CoarsestDtype() as seen:
+            run()
+        self._seen_eps = max(self._seen_eps, seen.eps)
+        return self.eps > before
 
     def run(self, indices: Indices) -> Piece | None:
         """Return what some rows give, or None where there is nothing to learn from them."""
