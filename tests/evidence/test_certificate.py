@@ -1,6 +1,7 @@
 """Twelve mistakes of a loop are found and named with the line to change, and right loops and models are not accused."""
 
 import inspect
+import json
 import random
 
 import faults
@@ -360,3 +361,47 @@ def test_rows_without_labels_are_no_alarm():
 def test_one_giant_row_among_small_ones():
     batch = {"x": numbers(10, 5) * torch.tensor([1e4] + [1.0] * 9)[:, None], "y": numbers(10, 3, seed=1)}
     assert wb.verify(mlp().double(), mean_square, batch, step=right).ok
+
+
+def test_a_step_that_never_steps_is_no_update():
+    def forgets(model, optimizer, micro_batches):
+        for each in micro_batches:
+            mean_square(model, each).backward()
+
+    found = wb.verify(mlp().double(), mean_square, regression(10, torch.float64), step=forgets)
+    assert [cause.name for cause in found.causes] == ["no update"]
+    assert "0 updates" in str(found)
+
+
+def test_a_mistake_that_nobody_knows_is_called_unknown():
+    def signs(model, optimizer, micro_batches):
+        for each in micro_batches:
+            (mean_square(model, each) * len(each["x"]) / rows_of(micro_batches)).backward()
+        for weight in model.parameters():
+            weight.grad = weight.grad.sign()
+        optimizer.step()
+
+    found = wb.verify(mlp().double(), mean_square, regression(10, torch.float64), step=signs)
+    assert [cause.name for cause in found.causes] == ["unknown"]
+    assert "no mistake that is known explains it" in str(found)
+
+
+def test_steps_of_the_schedule_are_told():
+    _, scene, step = loops.FAULTS["schedule made inside"]
+    assert "3 steps of the schedule" in str(certify(scene, step, torch.float64))
+
+
+def test_two_schedules_stepped_once_each_are_no_alarm():
+    def step(model, optimizer, micro_batches):
+        schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 1), torch.optim.lr_scheduler.ConstantLR(optimizer)]
+        right(model, optimizer, micro_batches)
+        for schedule in schedules:
+            schedule.step()
+
+    assert wb.verify(mlp().double(), mean_square, regression(10, torch.float64), step=step).ok
+
+
+def test_an_error_that_is_not_finite_is_valid_json():
+    found = wb.verify(mlp().double(), mean_square, regression(10, torch.float64), step=loops.FAULTS["not divided"][2])
+    assert found.to_dict()["error"] == found.error
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["ok"] is False

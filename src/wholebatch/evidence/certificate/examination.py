@@ -102,7 +102,7 @@ class _Examination:
     def _draws(self) -> bool:
         """Whether the same window gives another gradient when it is run again."""
         micro_batches = self._take(self._cuts[0])
-        first, second = (self._stage.run(micro_batches).incoming for _ in range(2))
+        first, second = (self._stage.run(micro_batches, watch=True).incoming for _ in range(2))
         return float((first - second).norm()) > self._probe.tolerance * float(first.norm())
 
     def _habits(self, trial: Trial, judge: Judge) -> list[Cause]:
@@ -118,7 +118,8 @@ class _Examination:
             return causes
         if not all(judge.right(each.found.gradient) for each in windows):
             causes += self._of_the_gradient(naming, windows, judge)
-        causes += self._of_one_run(trial, windows, judge) if not causes else []
+        elif not causes:
+            causes += self._of_one_run(trial, windows, judge)
         return causes or [self._unknown()]
 
     def _of_the_gradient(self, naming: Naming, windows: list[Window], judge: Judge) -> list[Cause]:

@@ -32,7 +32,8 @@ class Rehearsal:
 
     Attributes:
         gradient: What the optimizer was given, added up over its steps. Shape ``[entries]``.
-        incoming: What the backward passes brought, added up in float32 or wider. Shape ``[entries]``.
+        incoming: What the backward passes brought, added up in float32 or wider; of wide weights only if it was
+            watched. Shape ``[entries]``.
         in_16_bits: The same, rounded to 16 bits after each addition; of wide weights only if it was watched.
         rounded_once: `incoming`, rounded to 16 bits, beside `in_16_bits`.
         brought: The same for each backward pass, if it was watched.
@@ -184,9 +185,9 @@ class _Recorder:
     def end(self) -> Rehearsal:
         if not self.found.steps:
             self.found.gradient = torch.zeros_like(flat_gradient(self._parameters))
-        self.found.incoming = self._flat(self._sums)
+        self.found.incoming = self._flat(self._sums) if self._sixteen else torch.zeros(0, dtype=torch.float64)
         self.found.brought = [self._flat(each) for each in self._brought]
-        if any(self._sixteen):
+        if self._sixteen:
             pairs = list(zip(self._sums, self._narrow_sums, strict=True))
             self.found.in_16_bits = self._flat([wide if narrow is None else narrow for wide, narrow in pairs])
             self.found.rounded_once = self._flat(
@@ -209,9 +210,10 @@ class _Recorder:
         with torch.no_grad():
             louder = gradient * self._loud if self._loud != 1.0 else gradient
             dense = louder.detach().to_dense() if louder.layout != torch.strided else louder.detach()
-            before = self._sums[place]
-            self._sums[place] = _wide(dense) if before is None else before.add_(dense)
-            if any(self._sixteen) and self._sixteen[place] and not dense.is_complex():
+            if self._sixteen:
+                before = self._sums[place]
+                self._sums[place] = _wide(dense) if before is None else before.add_(dense)
+            if self._sixteen and self._sixteen[place] and not dense.is_complex():
                 term = dense.to(dense.dtype if _is_narrow(dense.dtype) else torch.bfloat16)
                 narrow = self._narrow_sums[place]
                 self._narrow_sums[place] = term.clone() if narrow is None else narrow.add_(term)
