@@ -65,6 +65,29 @@ class Vector(Line):
         return model(micro_batch[:, :1])
 
 
+class Stepping(Line):
+    def step(self, model, optimizer, micro_batches):
+        optimizer.zero_grad()
+        rows = sum(len(micro_batch) for micro_batch in micro_batches)
+        for micro_batch in micro_batches:
+            (self.loss(model, micro_batch) * len(micro_batch) / rows).backward()
+        optimizer.step()
+
+
+class Averaging(Line):
+    def step(self, model, optimizer, micro_batches):
+        optimizer.zero_grad()
+        for micro_batch in micro_batches:
+            loss = self.loss(model, micro_batch) / len(micro_batches)
+            loss.backward()
+        optimizer.step()
+
+
+class Argless(Line):
+    def step(self):
+        pass
+
+
 recipe = Line()
 '''
 
@@ -243,6 +266,47 @@ def test_verify_names_the_cause_and_ends_with_1(folder, capsys):
     assert found["ok"] is False
     assert found["micro_batches"] == 3
     assert found["cause"]
+
+
+def test_verify_judges_a_step_of_the_recipe(folder, capsys):
+    assert run("verify", "my_file.py:Stepping", "--rows", "11") == 0
+    assert capsys.readouterr().out.startswith("equal: the update of the step of 11 rows as a whole and in 3")
+
+
+def test_verify_names_the_line_of_a_step_and_writes_the_certificate(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "wholebatch",
+        "verify",
+        "my_file.py:Averaging",
+        "--rows",
+        "11",
+        "--out",
+        "found.json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "cause: mean of means." in done.stdout
+    assert "loss = self.loss(model, micro_batch) / len(micro_batches)" in done.stdout
+    assert "The certificate is in found.json." in done.stderr
+    found = json.loads((folder / "found.json").read_text())
+    (cause,) = found["causes"]
+    assert cause["name"] == "mean of means"
+    assert cause["line"].startswith("my_file.py:")
+    assert [cut["name"] for cut in found["cuts"]] == ["by rows", "permuted", "ragged"]
+
+
+def test_verify_refuses_a_step_that_cannot_be_called(folder, capsys):
+    assert run("verify", "my_file.py:Argless", "--rows", "11") == 2
+    assert "cannot be called as step(model, optimizer, micro_batches)" in capsys.readouterr().err
+
+
+def test_verify_refuses_a_file_that_cannot_be_written(folder, capsys):
+    assert run("verify", "my_file.py:recipe", "--rows", "11", "--out", "nowhere/certificate.json") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "nowhere" in captured.err
 
 
 def test_the_recipes_are_listed(capsys):

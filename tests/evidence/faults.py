@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss, normalize
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
 from menagerie import (
     TiedHead,
     mean_over_labels,
     mean_square,
     mlp,
     num_labels,
-    numbers,
     regression,
     sum_over_labels,
     texts,
 )
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss, normalize
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 Step = Callable[..., object]
 
@@ -263,7 +263,7 @@ def sums_in_float32(model, optimizer, micro_batches):
 
 
 def cached(model, optimizer, micro_batches):
-    """Two passes: the loss of all embeddings first, then the embeddings again, with the gradient that they were given."""
+    """Two passes: the loss of all embeddings first, then the embeddings again, with the gradient that was found."""
     optimizer.zero_grad()
     with torch.no_grad():
         pairs = [model(each["x"], each["y"]) for each in micro_batches]
@@ -415,7 +415,6 @@ def cached_with_the_temperature_twice(model, optimizer, micro_batches):
 
 def scaled_by_hand(model, optimizer, micro_batches):
     weighted_pairs = [model(each["x"], each["y"]) for each in micro_batches]
-    left, right = (torch.cat(side) for side in zip(*weighted_pairs, strict=True))
     losses = []
     for place in range(len(weighted_pairs)):
         sides = [
@@ -602,9 +601,9 @@ def clips_each_gradient(model, optimizer, micro_batches):
     weights = list(model.parameters())
     sums = [torch.zeros_like(weight) for weight in weights]
     for micro_batch in micro_batches:
-        gradients = torch.autograd.grad(by_share(model, micro_batch, micro_batches), weights)  # here
+        gradients = torch.autograd.grad(by_share(model, micro_batch, micro_batches), weights)
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        factor = (1e-3 / (norm + 1e-6)).clamp(max=1.0)
+        factor = (1e-3 / (norm + 1e-6)).clamp(max=1.0)  # here
         for total, gradient in zip(sums, gradients, strict=True):
             total += factor * gradient
     for weight, total in zip(weights, sums, strict=True):

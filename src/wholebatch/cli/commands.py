@@ -16,6 +16,7 @@ import typer
 
 from wholebatch.cli.conformance import conformance
 from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, edge, say
+from wholebatch.core.errors import ConfigError
 from wholebatch.recipes.finding import BUILT_IN
 from wholebatch.recipes.options import OPTIONS
 
@@ -214,6 +215,10 @@ def verify(
 
         given = {"recipe": recipe, "micro_batch": micro_batch or "auto", "seed": seed}
         stated = configure([Layer("on the command line", given, "--{}")])
+        if out is not None and (out.is_dir() or not out.parent.is_dir()):
+            raise ConfigError(
+                f"`--out` is {str(out)!r}, where no file can be written.", hint="name a file in a folder."
+            )
 
         _rest_while_waiting()
         from wholebatch.recipes.checking import check_recipe
@@ -222,7 +227,7 @@ def verify(
         verification = check_recipe(
             find_recipe(stated.recipe), rows=rows, micro_batch=stated.micro_batch, seed=stated.seed
         )
-        plain = json.dumps(verification.to_dict(), indent=2)
+        plain = json.dumps(verification.to_dict(), indent=2, allow_nan=False)
         if out is not None:
             out.write_text(f"{plain}\n", encoding="utf-8")
             say(f"The certificate is in {out}.")

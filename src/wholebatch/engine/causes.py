@@ -24,7 +24,7 @@ class Cause:
     Attributes:
         name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"reduction"``, ``"targets"``, ``"not finite"``,
             ``"balancing loss"`` or ``"not a sum over rows"``. A user's own step has further ones, in
-            `wholebatch.evidence.habits`.
+            `wholebatch.evidence.certificate.habits`.
         found: What was found, as a sentence.
         hint: What to do about it.
         where: The line to change, as in ``"my_file.py:23: optimizer.step()"``, or None where it is not known.
@@ -76,7 +76,7 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
             return False
         return float((first.gradient - second.gradient).norm()) > probe.tolerance * float(first.gradient.norm())
 
-    if agree():
+    if agree() or (probe.coarsen(lambda: probe.run(whole)) and agree()):
         return causes
     layers = batch_dependent_layers(probe.model)
     with evaluating([layer for name, layer in probe.model.named_modules() if name in layers]):

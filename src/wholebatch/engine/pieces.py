@@ -7,8 +7,8 @@ With g the gradient of the loss over some rows and g_k those over its parts, a l
 whatever the cut.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,7 @@ from wholebatch.engine.joined import run_joined
 from wholebatch.engine.meeting import Alone, Order, among, recomputing_with
 from wholebatch.engine.objective import Objective, Part
 from wholebatch.engine.precision import Precision
+from wholebatch.engine.rounding import CoarsestDtype
 from wholebatch.engine.sums import GradientSum
 
 
@@ -70,11 +71,7 @@ class Probe:
 
     @property
     def eps(self) -> float:
-        """The rounding unit of the coarsest weights, or of what model or loss were seen to compute in, if coarser.
-
-        Many models compute a norm or the loss in float32, whatever their weights are. On hardware that multiplies in
-        TF32 it is that of TF32.
-        """
+        """The rounding unit of the coarsest weights or, where it was seen, arithmetic; with TF32, that of TF32."""
         eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps, self._seen_eps)
         tf32 = input_device(self.model).type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return max(eps, 2.0**-10) if tf32 else eps
@@ -90,14 +87,22 @@ class Probe:
             return 2.0**26 * self.eps
         return (4096 if self.eps < 1e-5 else 16) * self.eps
 
-    def watching(self) -> AbstractContextManager[object]:
-        """Return the context for a forward pass in which `eps` takes note of the dtypes that are computed in."""
-        return torch.autograd.graph.saved_tensors_hooks(self._see, _itself)
+    def coarsen(self, run: Callable[[], object]) -> bool:
+        """Look in which dtypes something computes, and allow for the rounding of the coarsest.
 
-    def _see(self, saved: Tensor) -> Tensor:
-        if saved.is_floating_point() or saved.is_complex():
-            self._seen_eps = max(self._seen_eps, torch.finfo(saved.dtype).eps)
-        return saved
+        A loss may enter autocast by itself, and a layer may compute in float32 under weights in float64.
+
+        Args:
+            run: What is looked at. Its backward pass is not, where that runs in another thread.
+
+        Returns:
+            Whether there was anything coarser than what was known.
+        """
+        before = self.eps
+        with CoarsestDtype() as seen:
+            run()
+        self._seen_eps = max(self._seen_eps, seen.eps)
+        return self.eps > before
 
     def run(self, indices: Indices) -> Piece | None:
         """Return what some rows give, or None where there is nothing to learn from them."""
@@ -139,7 +144,7 @@ class Probe:
         count = self._objective.count(micro_batch, len(indices))
         if float(count) == 0 and not self.meets:
             return None
-        with self._precision.autocast(), self.watching():
+        with self._precision.autocast():
             part = self._objective(self.model, micro_batch, count, graph=float(count) > 0)
         return None if part is None or float(part.targets) == 0 else part
 
@@ -151,10 +156,6 @@ class Probe:
             return flat_gradient(self.parameters, self._sample)
         finally:
             sums.roll_back()
-
-
-def _itself(saved: Tensor) -> Tensor:
-    return saved
 
 
 def _entering(part: Part, weight: float) -> tuple[list[Tensor], list[Tensor]]:

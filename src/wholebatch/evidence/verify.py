@@ -20,13 +20,13 @@ from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.pieces import Probe, flat_gradient
 from wholebatch.engine.transaction import Transaction
 from wholebatch.evidence import reference
-from wholebatch.evidence.blame import blame
-from wholebatch.evidence.certificate import CutFound, Verification
-from wholebatch.evidence.cuts import Cut, three_cuts
-from wholebatch.evidence.ownstep import examine
-from wholebatch.evidence.rehearsal import StepFn
-from wholebatch.evidence.source import definition
-from wholebatch.evidence.trial import Judge
+from wholebatch.evidence.certificate.blame import blame
+from wholebatch.evidence.certificate.cuts import Cut, three_cuts
+from wholebatch.evidence.certificate.examination import examine
+from wholebatch.evidence.certificate.judge import Judge
+from wholebatch.evidence.certificate.rehearsal import StepFn
+from wholebatch.evidence.certificate.source import definition
+from wholebatch.evidence.certificate.verification import CutFound, Verification
 
 __all__ = ["Catch", "Verification", "verify"]
 
@@ -132,18 +132,18 @@ def verify(
             roll_back()
         elif not _has_targets(objective, rows):
             raise _nothing()
-        with probe.watching():
-            peak, whole_gradient = _whole_gradient(model, objective, rows)
+        peak, whole_gradient = _whole_gradient(model, objective, rows)
         roll_back()
         judge = Judge(probe, whole_gradient, cuts[0].parts)
         if step is None:
             transaction.roll_back()
             ok, causes, cuts_found = _judge(judge, cuts, gradients, rows.rows)
+            errors = [judge.errors(gradient) for gradient in gradients]
         else:
             memory.reset_peak(device)
-            ok, causes, cuts_found, gradients = _judge_step(step, judge, rows, cuts)
+            ok, causes, cuts_found, errors = _judge_step(step, judge, rows, cuts)
         causes = blame(causes, model, loss_fn, targets=targets, step=step)
-        by_parameter = [max(errors) for errors in zip(*map(judge.errors, gradients), strict=True)]
+        by_parameter = [max(each) for each in zip(*errors, strict=True)]
     finally:
         transaction.roll_back()
         for parameter, grad in zip(model.parameters(), found, strict=True):
@@ -179,8 +179,10 @@ def _judge(
     judge: Judge, cuts: Sequence[Cut], gradients: Sequence[Tensor], num_rows: int
 ) -> tuple[bool, list[Cause], list[CutFound]]:
     """Judge what the accumulator made of the cuts; the first one that is off is looked at for the cause."""
+    if not all(map(judge.right, gradients)):
+        judge.probe.coarsen(lambda: judge.probe.run(range(num_rows)))  # such as autocast in the loss
     found = [
-        CutFound(cut.name, len(cut.parts), judge.right(gradient), _relative(gradient, judge.whole))
+        CutFound(cut.name, len(cut.parts), judge.right(gradient), judge.off(gradient))
         for cut, gradient in zip(cuts, gradients, strict=True)
     ]
     off = next((cut for cut, each in zip(cuts, found, strict=True) if not each.ok), None)
@@ -190,21 +192,26 @@ def _judge(
 
 def _judge_step(
     step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut]
-) -> tuple[bool, list[Cause], list[CutFound], list[Tensor]]:
+) -> tuple[bool, list[Cause], list[CutFound], list[list[float]]]:
     """Judge what the user's own step made of the cuts."""
     trial, causes = examine(step, judge.probe, rows, cuts, judge.whole)
     found = [
         CutFound(
             run.cut.name,
             len(run.cut.parts),
-            trial.ok or (judge.right(run.gradient) and len(run.found.steps) == 1 and run.found.schedule_steps <= 1),
-            _relative(run.gradient, judge.whole),
+            trial.ok
+            or (
+                (judge.right(run.gradient) or run.clipped is not None)
+                and len(run.found.steps) == 1
+                and run.found.schedule_steps <= 1
+            ),
+            run.error(judge),
             len(run.found.steps),
             run.found.schedule_steps,
         )
         for run in trial.runs
     ]
-    return trial.ok, causes, found, [run.gradient for run in trial.runs]
+    return trial.ok, causes, found, [run.errors(judge) for run in trial.runs]
 
 
 def _cut_gradients(
@@ -275,11 +282,6 @@ def _whole_gradient(model: nn.Module, objective: Objective, rows: LogicalBatch) 
     )
     peak = memory.peak_bytes(device)
     return peak, flat_gradient(parameter for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _relative(gradient: Tensor, whole: Tensor) -> float:
-    size = float(whole.norm())
-    return float((gradient - whole).norm()) / size if size > 0 else 0.0
 
 
 def _has_targets(objective: Objective, rows: LogicalBatch) -> bool:

@@ -1,5 +1,6 @@
 """What was found by cutting a batch in three ways? The certificate, as text and as plain values."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +100,10 @@ class Verification:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, ready for JSON."""
+        """Return everything as plain values, ready for JSON, where an error that is infinite or NaN is None."""
         return {
             "ok": self.ok,
-            "error": self.error,
+            "error": _finite(self.error),
             "eps": self.eps,
             "tolerance": self.tolerance,
             "cause": self.cause,
@@ -116,7 +117,7 @@ class Verification:
                     "name": each.name,
                     "micro_batches": each.micro_batches,
                     "ok": each.ok,
-                    "error": each.error,
+                    "error": _finite(each.error),
                     "updates": each.updates,
                     "schedule_steps": each.schedule_steps,
                 }
@@ -125,7 +126,7 @@ class Verification:
             "step": self.step,
             "cut_peak_bytes": self.cut_peak_bytes,
             "undivided_peak_bytes": self.undivided_peak_bytes,
-            "by_parameter": self.by_parameter,
+            "by_parameter": {name: _finite(error) for name, error in self.by_parameter.items()},
         }
 
     def raise_if_not_ok(self) -> None:
@@ -134,3 +135,7 @@ class Verification:
             raise VerifyError(
                 str(self), hint="; ".join(cause.hint for cause in self.causes) or "look at the parameters."
             )
+
+
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-import wholebatch
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -31,7 +29,7 @@ class Place:
     text: str = ""
 
     def __str__(self) -> str:
-        file = os.path.relpath(self.file) if self.file.startswith(os.getcwd() + os.sep) else self.file
+        file = os.path.relpath(self.file) if Path(self.file).is_relative_to(Path.cwd()) else self.file
         return f"{file}:{self.line}: {self.text}".removesuffix(": ")
 
     @classmethod
@@ -44,7 +42,7 @@ _OTHERS = tuple(
     str(Path(folder)) + os.sep
     for folder in {
         Path(torch.__file__).parent,
-        Path(wholebatch.__file__).parent,
+        Path(__file__).parents[2],
         *(Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib", "platlib")),
     }
 )
@@ -88,19 +86,20 @@ def division_before(backward: Place | None, fallback: Place | None) -> Place | N
     return backward
 
 
-def first_call(names: Iterable[str], functions: Iterable[Any]) -> Place | None:
+def first_call(names: Iterable[str], functions: Iterable[Any], *, whole_file: bool = True) -> Place | None:
     """Return the first line in the source of some functions, then in their files, that calls one of these names.
 
     Args:
         names: Such as ``"BatchNorm1d"``; a call of ``torch.nn.BatchNorm1d`` counts.
         functions: Functions, classes or objects.
+        whole_file: Whether to look through their files as well.
     """
     wanted = set(names)
 
     def matches(node: ast.AST) -> bool:
         return isinstance(node, ast.Call) and _last_name(node.func) in wanted
 
-    return _first(matches, functions)
+    return _first(matches, functions, whole_file=whole_file)
 
 
 def first_word(words: Iterable[str], functions: Iterable[Any]) -> Place | None:
@@ -158,7 +157,8 @@ def _around(place: Place) -> Iterator[tuple[str, ast.AST]]:
 
 def _start(node: ast.AST) -> int:
     decorators = getattr(node, "decorator_list", [])
-    return min([node.lineno, *(each.lineno for each in decorators)])  # type: ignore[attr-defined]
+    first: int = node.lineno  # type: ignore[attr-defined]
+    return min([first, *(int(each.lineno) for each in decorators)])
 
 
 def _parse(file: str) -> ast.AST:

@@ -5,22 +5,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.causes import Cause, batch_norm_cause, diagnose, random_cause
 from wholebatch.engine.device import input_device, move
-from wholebatch.engine.pieces import Probe
-from wholebatch.evidence.cuts import Cut
-from wholebatch.evidence.habits import Naming, Window, clip_before_the_sum, window
-from wholebatch.evidence.rehearsal import Stage, StepFn
-from wholebatch.evidence.source import Place, definition
-from wholebatch.evidence.trial import Judge, Run, Trial, try_step
-
-LONG = 1024
-"""How many micro-batches a window is imagined to have, to say what becomes of a sum in 16 bits."""
+from wholebatch.engine.pieces import Probe, evaluating
+from wholebatch.evidence.certificate.cuts import Cut
+from wholebatch.evidence.certificate.habits import Naming, Window, clip_before_the_sum, window
+from wholebatch.evidence.certificate.judge import Judge
+from wholebatch.evidence.certificate.rehearsal import Stage, StepFn
+from wholebatch.evidence.certificate.sixteen import LONG, sixteen, stagnation, summed_in_16_bits
+from wholebatch.evidence.certificate.source import definition, first_call, first_word
+from wholebatch.evidence.certificate.trial import Run, Trial, try_step
 
 
 def examine(
@@ -39,22 +37,38 @@ def examine(
         The trial, and the causes, which are none where it is ok.
     """
     with Stage(probe.model, step) as stage:
-        examination = _Examination(stage, probe, rows, cuts, definition(step))
+        examination = _Examination(stage, probe, rows, cuts, step)
         trial = examination.attempt(whole)
+        if (
+            not trial.ok and not examination.sums_in_16_bits() and probe.coarsen(examination.rehearse)
+        ):  # such as autocast in the step
+            trial = examination.attempt(whole)
         return trial, [] if trial.ok else examination.name(trial, whole)
 
 
+CLIPS = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "clamp", "clamp_", "clip", "clip_", "min")
+
+
 class _Examination:
-    def __init__(self, stage: Stage, probe: Probe, rows: LogicalBatch, cuts: Sequence[Cut], here: Place | None) -> None:
+    def __init__(self, stage: Stage, probe: Probe, rows: LogicalBatch, cuts: Sequence[Cut], step: StepFn) -> None:
+        self._step = step
         self._stage = stage
         self._probe = probe
         self._rows = rows
         self._cuts = cuts
-        self._here = here
+        self._here = definition(step)
         self._device = input_device(probe.model)
 
     def attempt(self, whole: Tensor) -> Trial:
         return try_step(self._stage, self._judge(whole), self._rows, self._cuts, self._move)
+
+    def sums_in_16_bits(self) -> bool:
+        """Whether the step rounds a sum of wide gradients to 16 bits, which is no rounding to allow for."""
+        return summed_in_16_bits(self._stage.run(self._take(self._cuts[0]), watch=True))
+
+    def rehearse(self) -> None:
+        """Run the step once."""
+        self._stage.run(self._take(self._cuts[0]))
 
     def name(self, trial: Trial, whole: Tensor) -> list[Cause]:
         """Silence what is known to depend on the cut, one after the other, and look at what is left."""
@@ -88,31 +102,35 @@ class _Examination:
     def _draws(self) -> bool:
         """Whether the same window gives another gradient when it is run again."""
         micro_batches = self._take(self._cuts[0])
-        first, second = (self._stage.run(micro_batches).incoming for _ in range(2))
+        first, second = (self._stage.run(micro_batches, watch=True).incoming for _ in range(2))
         return float((first - second).norm()) > self._probe.tolerance * float(first.norm())
 
     def _habits(self, trial: Trial, judge: Judge) -> list[Cause]:
-        windows = [window(self._probe, run.cut, self._stage.run(self._take(run.cut), watch=True)) for run in trial.runs]
+        windows = [
+            window(self._probe, run.cut, self._stage.run(self._take(run.cut), loud=trial.soft, watch=True))
+            for run in trial.runs
+        ]
+        for each in windows:
+            each.found.gradient /= trial.soft
         naming = Naming(self._probe, judge.whole, windows, self._here)
         causes = naming.counts()
         if any(len(each.found.steps) != 1 for each in windows):
             return causes
-        if not all(judge.right(each.found.gradient) for each in windows) and not trial.clips:
+        if not all(judge.right(each.found.gradient) for each in windows):
             causes += self._of_the_gradient(naming, windows, judge)
-        causes += self._of_one_run(trial, windows, judge) if not causes else []
+        elif not causes:
+            causes += self._of_one_run(trial, windows, judge)
         return causes or [self._unknown()]
 
     def _of_the_gradient(self, naming: Naming, windows: list[Window], judge: Judge) -> list[Cause]:
-        sound = all(judge.right(each.shares @ each.means) for each in windows)
+        narrow = next((each for each in windows if summed_in_16_bits(each.found)), None)
+        if narrow is not None:
+            return [self._stagnation(narrow)]
         named = [] if naming.follows_the_loss() else naming.gradients()
-        if not named:  # what was clipped in the end is looked at as it was before
-            before = [replace(each, found=replace(each.found, gradient=each.found.incoming)) for each in windows]
-            again = Naming(self._probe, judge.whole, before, self._here)
-            if not judge.right(before[-1].found.gradient) and not again.follows_the_loss():
-                named = again.gradients()
-        if sound or any(cause.name == "temperature counted k times" for cause in named):
+        uneven = next((each for each in windows if not judge.right(each.shares @ each.means)), None)
+        if uneven is None or any(cause.name == "temperature counted k times" for cause in named):
             return named
-        of_the_loss = diagnose(self._probe, range(self._rows.rows), windows[-1].cut.parts)
+        of_the_loss = diagnose(self._probe, range(self._rows.rows), uneven.cut.parts)
         names = {cause.name for cause in named}
         return named + [cause for cause in of_the_loss if cause.name not in names]
 
@@ -122,22 +140,27 @@ class _Examination:
         causes = []
         if interrupted.fail_at is not None and not judge.right(interrupted.gradient):
             causes.append(self._retry(interrupted, windows[1], judge))
-        if loud.loud != 1.0 and not judge.right(loud.gradient) and not trial.clips:
-            found = self._stage.run(self._take(loud.cut), loud=loud.loud, watch=True)
-            place = replace(windows[2], found=found).between("scaled", "clamped", "changed")
-            place = place or windows[2].line("added") or self._here
-            causes.append(clip_before_the_sum(str(place) if place is not None else None))
+        if loud.loud != 1.0 and not judge.right(loud.gradient) and loud.clipped is None:
+            causes.append(clip_before_the_sum(self._clip_line(loud, windows[2])))
         if trial.stagnates:
-            causes.append(self._stagnation(windows[0]))
+            causes.append(self._stagnation(windows[trial.runs.index(trial.stagnates[0])]))
         return causes
 
+    def _clip_line(self, loud: Run, held: Window) -> str | None:
+        found = self._stage.run(self._take(loud.cut), loud=loud.loud, watch=True)
+        watched = replace(held, found=found)
+        place = watched.between("scaled", "clamped")
+        place = place or first_call(CLIPS, [self._step], whole_file=False)
+        place = place or watched.between("changed") or held.line("added") or self._here
+        return str(place) if place is not None else None
+
     def _retry(self, run: Run, held: Window, judge: Judge) -> Cause:
-        found = self._stage.run(self._take(run.cut), fail_at=run.fail_at, watch=True)
+        found = self._stage.run(self._take(run.cut), loud=run.loud, fail_at=run.fail_at, watch=True)
         where = str(found.handler or self._here or "") or None
         for place in range(held.number):
             rest = held.shares.clone()
             rest[place] = 0
-            if any(judge.right(run.gradient, part @ held.means) for part in (rest, rest / rest.sum())):
+            if any(judge.same(run.gradient, part @ held.means) for part in (rest, rest / rest.sum())):
                 return Cause(
                     "dropped micro-batches",
                     f"When memory runs out on the way, micro-batch {place + 1} is left out of the update.",
@@ -153,27 +176,17 @@ class _Examination:
         )
 
     def _stagnation(self, held: Window) -> Cause:
-        """Add the gradients that came over and over, in the dtype of the weights, and say what becomes of the sum."""
-        off = exact = 0.0
-        steps = max(2, -(-LONG // max(1, len(held.found.brought))))
-        for parameter, *parts in zip(
-            self._probe.parameters,
-            *(each.split_with_sizes(self._probe.sizes) for each in held.found.brought),
-            strict=True,
-        ):
-            right = torch.stack(parts).sum(0) * steps
-            total = torch.zeros_like(right, dtype=parameter.dtype if not parameter.is_complex() else torch.float32)
-            for _ in range(steps):
-                for part in parts:
-                    total += part.to(total.dtype)
-            off += float((total.double() - right).square().sum())
-            exact += float(right.square().sum())
-        name = str(next(p.dtype for p in self._probe.parameters if p.dtype in (torch.bfloat16, torch.float16)))
-        place = held.line("added") or self._here
+        """What becomes of a sum in 16 bits in a long window of micro-batches like these."""
+        dtypes = {sixteen(parameter.dtype) for parameter in self._probe.parameters}
+        name = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        off = stagnation(held.found.brought, self._probe.parameters, self._probe.sizes)
+        wide = all(parameter.dtype not in dtypes for parameter in self._probe.parameters)
+        place = first_word(("bfloat16", "float16", "half"), [self._step]) if wide else None
+        place = place or held.line("added") or self._here
         return Cause(
             "stagnating bf16 sums",
-            f"Gradients are added up in {name.removeprefix('torch.')}: over {LONG:,} micro-batches like these, the sum "
-            f"would be off by {(off / max(exact, 1e-300)) ** 0.5:.2g} (relative), since it stops growing.",
+            f"Gradients are added up in {name}: over {LONG:,} micro-batches like these, the sum would be off by "
+            f"{off:.2g} (relative), since it stops growing.",
             "add them up in float32, and round once before optimizer.step(); wb.Accumulator does.",
             str(place) if place is not None else None,
         )
@@ -200,13 +213,11 @@ class _Examination:
 @contextmanager
 def quiet(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Put layers into evaluation mode, each by itself, and keep them there also against ``model.train()``."""
-    modes = [(layer, layer.training) for layer in layers]
-    for layer in layers:
-        layer.training = False
-        layer.train = lambda _mode=True, layer=layer: layer  # type: ignore[method-assign, misc]
-    try:
-        yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
-            del layer.train
+    with evaluating(layers):
+        for layer in layers:
+            layer.train = lambda _mode=True, layer=layer: layer  # type: ignore[method-assign, misc]
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.train

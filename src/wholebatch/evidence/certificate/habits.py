@@ -15,10 +15,10 @@ from torch import Tensor
 
 from wholebatch.engine.causes import Cause
 from wholebatch.engine.pieces import Probe, errors, is_rounding
-from wholebatch.evidence.cuts import Cut
-from wholebatch.evidence.lines import Kind
-from wholebatch.evidence.rehearsal import Rehearsal
-from wholebatch.evidence.source import Place, division_before
+from wholebatch.evidence.certificate.cuts import Cut
+from wholebatch.evidence.certificate.lines import Kind
+from wholebatch.evidence.certificate.rehearsal import Rehearsal
+from wholebatch.evidence.certificate.source import Place, division_before
 
 CLOSE = 1e-3
 """How near a factor must come to the one of a habit, relative; with 16-bit weights, half of what counts as rounding."""
@@ -139,7 +139,7 @@ class Naming:
         """Return what is wrong with the gradient that the optimizer is given, if it is a habit of the step."""
         if any(len(each.found.steps) != 1 for each in self._windows):
             return []
-        for look in (self._clip, self._divisor, self._dropped, self._clip_of_parts, self._weights, self._term):
+        for look in (self._divisor, self._dropped, self._weights, self._term):
             cause = look()
             if cause is not None:
                 return [cause]
@@ -148,12 +148,6 @@ class Naming:
     def follows_the_loss(self) -> bool:
         """Whether the step makes what the losses of its micro-batches say, each weighted by its targets."""
         return self._fit([each.shares @ each.means for each in self._windows])
-
-    def _clip(self) -> Cause | None:
-        place = self._between("scaled", "clamped")
-        if place is None:
-            return None
-        return clip_before_the_sum(str(place))
 
     def _divisor(self) -> Cause | None:
         """A factor for each window, before the plain sum of the means or before the right sum."""
@@ -215,7 +209,7 @@ class Naming:
         for each in self._windows:
             missing = self._missing(each)
             if missing:
-                where = each.between("zeroed") or self._between("zeroed") or self._added
+                where = each.between("zeroed") or self._between("zeroed") or each.between("changed") or self._added
                 names = ", ".join(str(place + 1) for place in missing)
                 return Cause(
                     "dropped micro-batches",
@@ -239,25 +233,6 @@ class Naming:
                 if len(kept) < len(held) and self._right(each.found.gradient, factor * right):
                     return [place for place in held if place not in kept]
         return []
-
-    def _clip_of_parts(self) -> Cause | None:
-        """Whether the parts that weigh too little are those with a large gradient, down to one norm."""
-        for each in self._windows:
-            weights = self._solve(each)
-            norms = each.means.norm(dim=1)
-            if weights is None:
-                continue
-            for fair in (each.shares, torch.full_like(each.shares, 1 / each.number), torch.ones_like(each.shares)):
-                ratio = torch.where(each.shares > 0, weights / fair.clamp(min=1e-12), 1.0)
-                clipped = ratio < 1 - 10 * self._near
-                for size in (norms, norms * fair):
-                    kept = (ratio * size)[clipped]
-                    if not bool(clipped.any()) or bool((ratio > 1 + 10 * self._near).any()) or len(kept) < 2:
-                        continue
-                    even = float(kept.max() - kept.min()) <= 10 * self._near * float(kept.max())
-                    if even and bool((size[~clipped] <= kept.max() * (1 + 10 * self._near)).all()):
-                        return clip_before_the_sum(self._say(self._added))
-        return None
 
     def _weights(self) -> Cause | None:
         each = self._windows[-1]
@@ -375,6 +350,11 @@ class Naming:
         return all(abs(one - other) <= self._near * abs(other) for one, other in zip(found, wanted, strict=True))
 
     def _divides(self) -> str | None:
+        """The line that divides: one that was seen to scale the whole sum, or one that is written as a division."""
+        for effect in self._windows[0].found.effects:
+            written = any(mark in effect.place.text for mark in ("/", "div", "*", "mul"))
+            if written and effect.kind == "scaled" and effect.passes == self._windows[0].found.steps[-1]:
+                return str(effect.place)
         return self._say(division_before(self._added, self._here))
 
     def _say(self, place: Place | None) -> str | None:
@@ -386,7 +366,7 @@ def clip_before_the_sum(where: str | None) -> Cause:
     """Return the cause that clipping too early is."""
     return Cause(
         "clipping before the sum",
-        "Gradients are clipped before those of all micro-batches are added up, which turns the direction of the update.",
+        "Gradients are clipped before those of all micro-batches are added up, which turns the update.",
         "clip once, after the last backward pass and before optimizer.step().",
         where,
     )

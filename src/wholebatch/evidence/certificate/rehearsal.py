@@ -10,14 +10,14 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import LRScheduler
 
 from wholebatch.core.errors import ConfigError
 from wholebatch.engine.device import input_device
 from wholebatch.engine.pieces import flat_gradient
 from wholebatch.engine.transaction import Transaction
-from wholebatch.evidence.lines import Effect, LineWatch, PlannedFailureError
-from wholebatch.evidence.source import Place
+from wholebatch.evidence.certificate.lines import Effect, LineWatch, PlannedFailureError
+from wholebatch.evidence.certificate.schedules import Count, Schedule, counted
+from wholebatch.evidence.certificate.source import Place
 
 StepFn: TypeAlias = Callable[..., object]
 """``step(model, optimizer, micro_batches)``, or with a further argument that has ``sched`` in its name."""
@@ -32,21 +32,26 @@ class Rehearsal:
 
     Attributes:
         gradient: What the optimizer was given, added up over its steps. Shape ``[entries]``.
-        incoming: What the backward passes brought, added up in float32 or wider. Shape ``[entries]``.
+        incoming: What the backward passes brought, added up in float32 or wider; of wide weights only if it was
+            watched. Shape ``[entries]``.
+        in_16_bits: The same, rounded to 16 bits after each addition; of wide weights only if it was watched.
+        rounded_once: `incoming`, rounded to 16 bits, beside `in_16_bits`.
         brought: The same for each backward pass, if it was watched.
         passes: Backward passes.
         arrivals: Gradients that arrived at a parameter.
         steps: After how many backward passes the optimizer stepped, for each time.
-        step_places: The line of each of these steps, if it was watched.
-        schedule_steps: How often a schedule was stepped.
+        schedule_steps: How often a schedule was stepped, the one that was stepped most often.
         moved: Whether weights were changed.
         failed: Whether the failure was raised that was planned.
         escaped: The exception that left the step after that, if one did.
         effects: What each line did to the gradients, if it was watched.
+        handler: The line that dealt with the planned failure, if it was watched.
     """
 
     gradient: Tensor
     incoming: Tensor
+    in_16_bits: Tensor | None = None
+    rounded_once: Tensor | None = None
     brought: list[Tensor] = field(default_factory=list)
     passes: int = 0
     arrivals: int = 0
@@ -57,10 +62,6 @@ class Rehearsal:
     escaped: Exception | None = None
     effects: list[Effect] = field(default_factory=list)
     handler: Place | None = None
-
-    def lines(self, kind: str) -> list[Place]:
-        """Return the lines with an effect, the first one first."""
-        return [effect.place for effect in self.effects if effect.kind == kind]
 
 
 class Stage:
@@ -115,11 +116,10 @@ class Stage:
         with ExitStack() as stack:
             stack.callback(self._restore, modes)
             stack.enter_context(recorder.recording())
-            schedule = recorder.schedule
-            stack.enter_context(_standing_in(self._step, schedule))
+            stack.enter_context(counted(recorder.scheduled))
             try:
                 with recorder.watch if recorder.watch is not None else ExitStack():
-                    self._call(list(micro_batches), optimizer, schedule)
+                    self._call(list(micro_batches), optimizer, Schedule(recorder.scheduled, LR))
             except Exception as error:
                 if not recorder.found.failed:
                     raise
@@ -132,11 +132,10 @@ class Stage:
             )
             return recorder.end()
 
-    def _call(self, micro_batches: list[Any], optimizer: SGD, schedule: Any) -> None:
-        given: dict[str, Any] = {"model": self._model, "optimizer": optimizer, "micro_batches": micro_batches}
-        positional = [given[each] for each in ("model", "optimizer", "micro_batches")]
+    def _call(self, micro_batches: list[Any], optimizer: SGD, schedule: Schedule) -> None:
+        more = {self._takes: schedule} if self._takes else {}
         with torch.enable_grad():
-            self._step(*positional, **({self._takes: schedule} if self._takes else {}))
+            self._step(self._model, optimizer, micro_batches, **more)
 
     def _restore(self, modes: list[tuple[nn.Module, bool]]) -> None:
         with torch.no_grad():
@@ -147,22 +146,6 @@ class Stage:
         for module, mode in modes:
             module.training = mode
         self._transaction.roll_back_buffers()  # the random streams go on: other draws show what depends on them
-
-
-class Schedule:
-    """Stands where a schedule of the learning rate would, and counts."""
-
-    def __init__(self, stepped: Callable[[], None]) -> None:
-        self._stepped = stepped
-
-    def step(self, *_arguments: object, **_more: object) -> None:
-        """Count."""
-        self._stepped()
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "get_last_lr":
-            return lambda: [LR]
-        raise AttributeError(name)
 
 
 class _Recorder:
@@ -177,16 +160,20 @@ class _Recorder:
         self._fail_at = fail_at
         self._arrived = [0] * len(parameters)
         self._sums: list[Tensor | None] = [None] * len(parameters)
+        narrow = [_is_narrow(parameter.dtype) for parameter in parameters]
+        self._sixteen = [each or watch for each in narrow] if any(narrow) or watch else []
+        self._narrow_sums: list[Tensor | None] = [None] * len(parameters)
         self._brought: list[list[Tensor | None]] = []
         nothing = torch.zeros(0, dtype=torch.float64)
         self.found = Rehearsal(nothing, nothing)
         self.watch = LineWatch(parameters, lambda: self.found.passes) if watch else None
-        self.schedule = Schedule(self._scheduled)
+        self._schedules = Count()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         handles = [
-            parameter.register_hook(partial(self._arrive, place)) for place, parameter in enumerate(self._parameters)
+            parameter.register_hook(partial(self._arrive, place))  # type: ignore[no-untyped-call]
+            for place, parameter in enumerate(self._parameters)
         ]
         handles.append(self._optimizer.register_step_post_hook(self._stepped))
         try:
@@ -198,8 +185,14 @@ class _Recorder:
     def end(self) -> Rehearsal:
         if not self.found.steps:
             self.found.gradient = torch.zeros_like(flat_gradient(self._parameters))
-        self.found.incoming = self._flat(self._sums)
+        self.found.incoming = self._flat(self._sums) if self._sixteen else torch.zeros(0, dtype=torch.float64)
         self.found.brought = [self._flat(each) for each in self._brought]
+        if self._sixteen:
+            pairs = list(zip(self._sums, self._narrow_sums, strict=True))
+            self.found.in_16_bits = self._flat([wide if narrow is None else narrow for wide, narrow in pairs])
+            self.found.rounded_once = self._flat(
+                [wide if narrow is None or wide is None else wide.to(narrow.dtype) for wide, narrow in pairs]
+            )
         return self.found
 
     def _arrive(self, place: int, gradient: Tensor) -> Tensor | None:
@@ -217,8 +210,13 @@ class _Recorder:
         with torch.no_grad():
             louder = gradient * self._loud if self._loud != 1.0 else gradient
             dense = louder.detach().to_dense() if louder.layout != torch.strided else louder.detach()
-            before = self._sums[place]
-            self._sums[place] = _wide(dense) if before is None else before.add_(dense)
+            if self._sixteen:
+                before = self._sums[place]
+                self._sums[place] = _wide(dense) if before is None else before.add_(dense)
+            if self._sixteen and self._sixteen[place] and not dense.is_complex():
+                term = dense.to(dense.dtype if _is_narrow(dense.dtype) else torch.bfloat16)
+                narrow = self._narrow_sums[place]
+                self._narrow_sums[place] = term.clone() if narrow is None else narrow.add_(term)
             if self.watch is not None:
                 self._brought[self._arrived[place] - 1][place] = _wide(dense)
         return louder if self._loud != 1.0 else None
@@ -230,8 +228,9 @@ class _Recorder:
         if self.watch is not None:
             self.watch.note("stepped")
 
-    def _scheduled(self) -> None:
-        self.found.schedule_steps += 1
+    def scheduled(self, schedule: Any) -> None:
+        self._schedules.add(schedule)
+        self.found.schedule_steps = self._schedules.most
         if self.watch is not None:
             self.watch.note("scheduled")
 
@@ -242,6 +241,10 @@ class _Recorder:
             real = torch.view_as_real(real) if real.is_complex() else real
             flat.append(real.detach().flatten().to("cpu", torch.float64))
         return torch.cat(flat)
+
+
+def _is_narrow(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -265,32 +268,3 @@ def _arguments(step: StepFn) -> str | None:
             hint="write it as def step(model, optimizer, micro_batches), if need be with lr_scheduler after them.",
         ) from error
     return takes
-
-
-@contextmanager
-def _standing_in(step: StepFn, schedule: Schedule) -> Iterator[None]:
-    """Let schedules that a step brings along, from around it or from its object, be counted instead of stepped."""
-    found = [each for each in _at_hand(step) if isinstance(each, LRScheduler)]
-    before = [(each, vars(each).get("step")) for each in found]
-    for each in found:
-        each.step = schedule.step  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for each, old in before:
-            if old is None:
-                del each.step
-            else:
-                each.step = old  # type: ignore[method-assign]
-
-
-def _at_hand(step: StepFn) -> list[Any]:
-    while isinstance(step, partial):
-        step = step.func
-    owner = getattr(step, "__self__", step)
-    found = list(getattr(owner, "__dict__", {}).values())
-    function = step if inspect.isfunction(step) else getattr(step, "__func__", type(step).__call__)
-    if inspect.isfunction(function):
-        around = inspect.getclosurevars(function)
-        found += [*around.nonlocals.values(), *around.globals.values()]
-    return list({id(each): each for each in found}.values())

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from wholebatch.engine.causes import Cause
-from wholebatch.evidence.source import Place, definition, first_call, first_word
+from wholebatch.evidence.certificate.source import Place, definition, first_call, first_word
 
 _DRAWS = ("dropout", "rand", "randn", "rand_like", "randn_like", "randint", "bernoulli", "bernoulli_", "normal_")
 _TERMS = ("balanc", "aux", "router", "gate", "expert")

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from wholebatch.evidence.source import Place, is_users
+from wholebatch.evidence.certificate.source import Place, is_users
 
 Kind = Literal["added", "scaled", "clamped", "zeroed", "changed", "stepped", "scheduled"]
 
@@ -145,9 +145,9 @@ def _kind(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Kind | None:
     if bool(((new - factor * old).abs() <= near).all()):
         return "scaled"
     shrunk = (new - old).abs() > near
-    if bool((new * old >= 0).all()) and bool((new.abs() <= old.abs()).all()):
-        if bool((new[shrunk].abs() >= new.abs().max() * (1 - 2.0**-7)).all()):
-            return "clamped"
+    smaller = bool((new * old >= 0).all()) and bool((new.abs() <= old.abs()).all())
+    if smaller and bool((new[shrunk].abs() >= new.abs().max() * (1 - 2.0**-7)).all()):
+        return "clamped"
     return "changed"
 
 
