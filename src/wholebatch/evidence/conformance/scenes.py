@@ -122,12 +122,16 @@ def _alike() -> list[MicroBatch]:
     return [micro_batch] * 4
 
 
+BALANCE = 0.1
+"""What a balancing loss is multiplied by."""
+
+
 def balance(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
     """Return how unevenly a router sends the tokens of these rows to its experts; shape ``[]``."""
     assert isinstance(model, Routed)
     leanings = model.route(micro_batch["input_ids"]).flatten(0, 1)
     sent = functional.one_hot(leanings.argmax(dim=-1), EXPERTS).to(leanings.dtype)
-    return 0.1 * EXPERTS * (sent.mean(dim=0) * leanings.mean(dim=0)).sum()
+    return BALANCE * EXPERTS * (sent.mean(dim=0) * leanings.mean(dim=0)).sum()
 
 
 def divergence(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
@@ -225,7 +229,6 @@ SCENES: tuple[Scene, ...] = (
         "T9-balancing-loss",
         "the balancing loss of a mixture of experts counts once an update",
         Task(partial(_seeded, Routed), _alike(), of_rows=balance),
-        refusal_will_do=True,  # it is no sum over rows: which rows are together matters, except in these micro-batches
     ),
     Scene(
         "T9-divergence",
@@ -236,7 +239,6 @@ SCENES: tuple[Scene, ...] = (
         "T9-batch-norm",
         "batch norm normalises by the logical batch, and its running statistics move once an update",
         Task(partial(_seeded, Normed), labelled(FULL)),
-        refusal_will_do=True,
     ),
     Scene(
         "T9-clipping",

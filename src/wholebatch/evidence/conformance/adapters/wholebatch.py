@@ -1,4 +1,7 @@
-"""wholebatch: `updates` over a loader of micro-batches, `step` over logical batches, or windows in one's own loop."""
+"""wholebatch: `updates` over a loader of micro-batches, `step` over logical batches, or windows in one's own loop.
+
+Batch norm is made exact, and a balancing loss is that of `wb.losses`, over the whole logical batch.
+"""
 
 from collections.abc import Iterator
 
@@ -9,7 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows
 from wholebatch.engine.accumulator import Accumulator
-from wholebatch.evidence.conformance.scenes import ROWS
+from wholebatch.engine.exactnorm import exact_batch_norm
+from wholebatch.engine.losses import load_balancing
+from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import TERMS, BadSample, MicroBatch, PairTask, Task, Trained, join
 
@@ -20,11 +25,13 @@ def train(task: Task | PairTask) -> Trained:
 
 
 def _train_one(task: Task) -> Trained:
-    model = task.make_model()
+    model = exact_batch_norm(task.make_model())
     optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
 
     def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
         pair = task.loss_sum(model, micro_batch), task.targets(micro_batch)
+        if task.of_rows is balance:
+            return (*pair, BALANCE * load_balancing(model.route(micro_batch["input_ids"])))  # type: ignore[operator]
         return (*pair, task.term(model, micro_batch)) if task.has_term else pair
 
     accumulator = Accumulator(
