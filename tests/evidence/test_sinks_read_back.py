@@ -191,13 +191,12 @@ def test_mlflow_has_metrics_parameters_reasons_and_how_it_ended(tmp_path):
 
 
 WANDB = """
-import pathlib, sys
 import wholebatch as wb
-from test_sinks_read_back import how_it_ended, records, tell
+from test_sinks_read_back import tell, written
 
 tell(wb.sinks.WeightsAndBiases("run"))
-(file,) = pathlib.Path("run/wandb").glob("offline-run-*/*.wandb")
-found = list(records(file))
+found, ends = written("run")
+assert ends == [0], ends
 rows = [{item.key or ".".join(item.nested_key): item.value_json for item in each.history.item}
         for each in found if each.WhichOneof("record_type") == "history"]
 assert [row["update"] for row in rows] == ["1", "2", "3", "3"], rows
@@ -208,14 +207,12 @@ assert float(rows[3]["validation/accuracy"]) == 0.5
 parts = [part for each in found for part in (each.config, each.run.config)]
 settings = {item.key: item.value_json for part in parts for item in part.update}
 assert settings["seed"] == "7", settings
-assert how_it_ended(file) == [0]
 
 try:
     tell(wb.sinks.WeightsAndBiases("broken"), KeyboardInterrupt())
 except KeyboardInterrupt:
     pass
-(file,) = pathlib.Path("broken/wandb").glob("offline-run-*/*.wandb")
-assert how_it_ended(file) == [1]
+assert written("broken")[1] == [1]
 print("read back")
 """
 
@@ -239,13 +236,17 @@ def records(file):
             held = b""
 
 
-def how_it_ended(file, seconds=10):
-    """Return the exit codes of a run. A process beside ours writes them, so that the last may take a moment."""
+def written(folder, seconds=20):
+    """Return the records of the only run in a folder, and its exit codes.
+
+    A process beside ours writes them, so that the last may take a moment after the run is finished.
+    """
     until = time.monotonic() + seconds
     while True:
-        found = [each.exit.exit_code for each in records(file) if each.WhichOneof("record_type") == "exit"]
-        if found or time.monotonic() > until:
-            return found
+        found = [record for file in Path(folder, "wandb").glob("offline-run-*/*.wandb") for record in records(file)]
+        ends = [each.exit.exit_code for each in found if each.WhichOneof("record_type") == "exit"]
+        if ends or time.monotonic() > until:
+            return found, ends
         time.sleep(0.05)
 
 
