@@ -85,6 +85,8 @@ def test_a_key_that_is_like_no_other_gets_the_list():
         ("seed", 2**32),
         ("out", 7),
         ("compare", "yes"),
+        ("sink", "tensorbord"),
+        ("sink", ["wandb", 3]),
     ],
 )
 def test_a_wrong_value_names_the_key_the_value_and_what_is_allowed(key, value):
@@ -109,6 +111,11 @@ def test_all_that_is_wrong_is_said_at_once():
 def test_a_job_without_a_recipe_is_refused():
     with pytest.raises(ConfigError, match="`recipe` is not given"):
         configure([Layer("in job.toml", {"epochs": 1})])
+
+
+@pytest.mark.parametrize("said", ["mlflow", ["mlflow"], ["mlflow", "mlflow"]], ids=str)
+def test_sinks_are_named_alone_or_in_a_list(said):
+    assert configure(layers(file={"sink": said})).sink == ("mlflow",)
 
 
 def test_a_configuration_does_not_change():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import ROWS, Tiny, without
 
-from wholebatch.core.errors import ConfigError
+from wholebatch.core.errors import ConfigError, MissingExtraError
 from wholebatch.evidence.comparison import Comparison
 from wholebatch.evidence.sinks import SinkError
 from wholebatch.recipes.config import TrainConfig
@@ -171,6 +171,26 @@ def test_every_sink_gets_every_event_and_is_closed():
     for sink in sinks:
         assert sink.seen == [event["event"] for event in events()]
         assert sink.closed
+
+
+def test_a_sink_that_is_named_writes_in_the_run_folder():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(sink=("tensorboard",), updates=2)
+    board = EventAccumulator("run/tensorboard")
+    board.Reload()
+    assert [each.step for each in board.Scalars("loss")] == [1, 2]
+    assert [each.value for each in board.Scalars("loss")] == pytest.approx(
+        [event["loss"] for event in of_kind("update")], rel=1e-6
+    )
+    assert of_kind("start")[0]["config"]["logical_batch"] == "16 rows"
+
+
+def test_a_sink_that_is_not_installed_is_refused_before_an_earlier_run_is_replaced(monkeypatch):
+    monkeypatch.setattr("wholebatch.recipes.outlets.find_spec", {}.get)
+    with pytest.raises(MissingExtraError, match=r"pip install 'wholebatch\[wandb\]'"):
+        run(sink=("wandb",))
+    assert not Path("run").exists()
 
 
 def test_a_stated_rate_is_trained_with():

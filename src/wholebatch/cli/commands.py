@@ -80,6 +80,7 @@ def train(
     accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["seed"].help)] = None,
     out: Annotated[str | None, typer.Option(metavar="FOLDER", help=OPTIONS["out"].help)] = None,
+    sink: Annotated[list[str] | None, typer.Option(metavar="NAME", help=OPTIONS["sink"].help)] = None,
     compare: Annotated[bool | None, typer.Option("--compare/--no-compare", help=OPTIONS["compare"].help)] = None,
     list_: Annotated[  # noqa: ARG001 - answered by its callback
         bool, typer.Option("--list", callback=_show_recipes, is_eager=True, help="Print the recipes and stop.")
@@ -98,6 +99,7 @@ def train(
       wholebatch train images --logical-batch '512 rows' --micro-batch '16 rows' --epochs 3
       wholebatch train text --logical-batch '65536 tokens' --micro-batch '4096 tokens' --out runs/first
       wholebatch train my_file.py:recipe --config job.toml --lr 3e-4
+      wholebatch train text --sink tensorboard --sink wandb
 
     \b
     A file job.toml:
@@ -120,6 +122,7 @@ def train(
         "accumulate_in": accumulate_in,
         "seed": seed,
         "out": out,
+        "sink": sink or None,
         "compare": compare,
     }
     with edge(debug=debug):

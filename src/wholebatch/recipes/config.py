@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
@@ -13,6 +13,15 @@ from wholebatch.core.errors import ConfigError
 from wholebatch.recipes.amount import Amount
 from wholebatch.recipes.options import OPTIONS
 from wholebatch.recipes.protocol import Recipe
+
+SinkName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+def _parse_sinks(said: object) -> tuple[str, ...]:
+    names = [said] if isinstance(said, str) else said
+    if not isinstance(names, list | tuple) or not all(name in get_args(SinkName) for name in names):
+        raise ValueError("names of sinks")
+    return tuple(dict.fromkeys(names))
 
 
 def _parse_micro_batch(said: object) -> Amount | Literal["auto"]:
@@ -41,6 +50,7 @@ class TrainConfig(BaseModel):
     accumulate_in: Literal["fp32", "compensated", "weights"] | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     out: str | None = None
+    sink: Annotated[tuple[SinkName, ...], PlainValidator(_parse_sinks)] = ()
     compare: bool = True
 
 

@@ -22,11 +22,13 @@ from wholebatch.engine.device import input_device
 from wholebatch.evidence.comparison import compare
 from wholebatch.evidence.report import REPORT_NAME, write_report
 from wholebatch.evidence.runlog import LOG_NAME
-from wholebatch.evidence.sinks import JsonLines, Sink, SinkError
+from wholebatch.evidence.sinks import JsonLines, Sink, SinkError, Sinks
+from wholebatch.recipes.amount import Amount
 from wholebatch.recipes.config import TrainConfig
 from wholebatch.recipes.finding import find_recipe
 from wholebatch.recipes.ingredients import cut_of, model_of, optimizer_of, rows_of, seed_everything
 from wholebatch.recipes.loader import LogicalBatches
+from wholebatch.recipes.outlets import open_sink, require
 from wholebatch.recipes.protocol import Recipe
 from wholebatch.recipes.summary import Summary
 from wholebatch.recipes.validation import validate
@@ -42,7 +44,8 @@ def train(config: TrainConfig, sinks: Iterable[Sink] = (), *, recipe: Recipe | N
 
     Args:
         config: What was asked for.
-        sinks: Where events go besides the log. They are closed at the end.
+        sinks: Where events go besides the log and what `config.sink` names. They are closed at the end. One that fails
+            is closed with a warning, and the run goes on.
         recipe: What to train, if it was found already; else `config` names it.
 
     Returns:
@@ -62,13 +65,16 @@ def train(config: TrainConfig, sinks: Iterable[Sink] = (), *, recipe: Recipe | N
     recipe = recipe if recipe is not None else find_recipe(config.recipe)
     run = _Run(config, recipe)
     folder = Path(config.out) if config.out is not None else _new_folder(config.recipe)
+    require(config.sink)
     began = time.monotonic()
     log = JsonLines(folder / LOG_NAME)
     (folder / REPORT_NAME).unlink(missing_ok=True)  # of an earlier run in the same place
-    run.sinks = [log, *sinks]
+    run.log, run.others = log, Sinks(*sinks)
     run.summary.folder = folder
     failure = "the run was ended from outside"
     try:
+        if config.sink:
+            run.others = Sinks(*sinks, *(open_sink(name, folder) for name in config.sink))
         run.go()
         run.summary.status = "done"
     except KeyboardInterrupt:
@@ -94,7 +100,8 @@ class _Run:
         self.cut: Rows | Tokens | Literal["auto"] = (
             "auto" if config.micro_batch == "auto" else cut_of(recipe, config.micro_batch)
         )
-        self.sinks: list[Sink] = []
+        self.log: JsonLines
+        self.others = Sinks()
         self.device = torch.device("cpu")
         self.summary = Summary(logical_batch=str(config.logical_batch))
         self.reasons: list[str] = []
@@ -150,21 +157,24 @@ class _Run:
             "summary": summary,
             "reasons": list(self.reasons),
         }
-        for sink in self.sinks:
+        try:
+            self.log.write(event)
+        except SinkError as error:  # the disk is still full; what stands in the log is reported all the same
+            _log.warning(error.found)
+        finally:
+            self.log.close()
             try:
-                sink.write(event)
-            except SinkError as error:  # the disk is still full; what stands in the log is reported all the same
-                _log.warning(error.found)
+                self.others.write(event)
             finally:
-                sink.close()
+                self.others.close()
         try:
             self.summary.report = write_report(self.summary.folder)
         except WholeBatchError as error:
             self.summary.why_no_report = f"{error.found} hint: {error.hint}"
 
     def _write(self, event: Mapping[str, Any]) -> None:
-        for sink in self.sinks:
-            sink.write(event)
+        self.log.write(event)
+        self.others.write(event)
 
     def _start(self, model: nn.Module, *, num_rows: int, planned: int) -> None:
         self._write(
@@ -181,6 +191,7 @@ class _Run:
                 "rows": num_rows,
                 "updates_planned": planned,
                 "budget_bytes": None,
+                "config": {key: str(value) if isinstance(value, Amount) else value for key, value in self.config},
                 "reasons": list(self.reasons),
                 "versions": {
                     "wholebatch": wholebatch.__version__,

@@ -44,6 +44,9 @@ OPTIONS: dict[str, Option] = {
     "out": Option(
         "Where log and report go", "a folder, in which an earlier run is replaced; left out, a new one in runs/"
     ),
+    "sink": Option(
+        "Where the run is shown besides log and report", "'tensorboard', 'wandb' or 'mlflow', or a list of them"
+    ),
     "compare": Option(
         "Whether a batch is compared, at the end, with the undivided one and the plain loop", "true or false"
     ),

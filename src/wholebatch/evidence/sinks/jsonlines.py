@@ -1,75 +1,14 @@
-"""Where do the events of a run go? To a log of JSON lines, to the terminal, or to any function.
-
-An event is a mapping with the key ``"event"``. A sink needs two methods, and no base class:
-
-    class Sink(Protocol):
-        def write(self, event: Mapping[str, Any]) -> None: ...
-        def close(self) -> None: ...
-"""
+"""What does a run leave on disk, whatever happens to it? A log of one JSON object a line."""
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from wholebatch.core.errors import ConfigError, WholeBatchError
-from wholebatch.evidence.progress import ProgressBar
-
-__all__ = ["CallbackSink", "JsonLines", "ProgressBar", "Sink", "SinkError"]
-
-
-class SinkError(WholeBatchError, OSError):
-    """What was written could not be kept: no disk space, a disk that is gone, or a sink that was closed."""
-
-
-class Sink(Protocol):
-    """What takes the events of a run.
-
-    Example:
-        >>> class Count:
-        ...     updates = 0
-        ...     def write(self, event):
-        ...         self.updates += event["event"] == "update"
-        ...     def close(self):
-        ...         print(f"{self.updates} updates")
-        >>> sink: Sink = Count()
-        >>> sink.write({"event": "update", "number": 1, "loss": 2.5})
-        >>> sink.close()
-        1 updates
-    """
-
-    def write(self, event: Mapping[str, Any]) -> None:
-        """Take one event. It belongs to the caller and may be read, not changed."""
-        ...
-
-    def close(self) -> None:
-        """Take no more events, and finish what is under way. Closing twice is closing once."""
-        ...
-
-
-class CallbackSink:
-    """A sink that hands each event to a function, the seam to whatever else shall see it.
-
-    Args:
-        function: Called with each event, in order.
-
-    Example:
-        >>> sink = CallbackSink(lambda event: print(event["number"], event["loss"]))
-        >>> sink.write({"event": "update", "number": 1, "loss": 2.5})
-        1 2.5
-    """
-
-    def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
-        self._function = function
-
-    def write(self, event: Mapping[str, Any]) -> None:
-        """Call the function with the event."""
-        self._function(event)
-
-    def close(self) -> None:
-        """Do nothing: the function belongs to the caller."""
+from wholebatch.core.errors import ConfigError
+from wholebatch.evidence.sinks.seam import SinkError
 
 
 class JsonLines:
@@ -118,7 +57,7 @@ class JsonLines:
                 f"The log {self.path} is closed and takes no {event.get('event')} event.",
                 hint="write every event before close().",
             )
-        line = memoryview((json.dumps(_plain(event), allow_nan=False) + "\n").encode("ascii"))
+        line = memoryview((json.dumps(plain(event), allow_nan=False) + "\n").encode("ascii"))
         begin = self._file.tell()
         try:
             while line:
@@ -143,7 +82,7 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return the same value in the words that JSON has."""
     match value:
         case None | bool() | int() | str():
@@ -151,10 +90,10 @@ def _plain(value: Any) -> Any:
         case float():
             return float(value) if math.isfinite(value) else None
         case Mapping():
-            return {str(key): _plain(item) for key, item in value.items()}
+            return {str(key): plain(item) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [plain(item) for item in value]
     try:
-        return _plain(value.item())  # a number that lives in an array or a tensor
+        return plain(value.item())  # a number that lives in an array or a tensor
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return str(value)

@@ -1,0 +1,58 @@
+"""What is a sink? Two methods, so that anything can be one; a function is one too."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from wholebatch.core.errors import WholeBatchError
+
+
+class SinkError(WholeBatchError, OSError):
+    """What was written could not be kept: no disk space, a disk that is gone, or a sink that was closed."""
+
+
+class Sink(Protocol):
+    """What takes the events of a run.
+
+    Example:
+        >>> class Count:
+        ...     updates = 0
+        ...     def write(self, event):
+        ...         self.updates += event["event"] == "update"
+        ...     def close(self):
+        ...         print(f"{self.updates} updates")
+        >>> sink: Sink = Count()
+        >>> sink.write({"event": "update", "number": 1, "loss": 2.5})
+        >>> sink.close()
+        1 updates
+    """
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Take one event. It belongs to the caller and may be read, not changed."""
+        ...
+
+    def close(self) -> None:
+        """Take no more events, and finish what is under way. Closing twice is closing once."""
+        ...
+
+
+class CallbackSink:
+    """A sink that hands each event to a function, the seam to whatever else shall see it.
+
+    Args:
+        function: Called with each event, in order.
+
+    Example:
+        >>> sink = CallbackSink(lambda event: print(event["number"], event["loss"]))
+        >>> sink.write({"event": "update", "number": 1, "loss": 2.5})
+        1 2.5
+    """
+
+    def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
+        self._function = function
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Call the function with the event."""
+        self._function(event)
+
+    def close(self) -> None:
+        """Do nothing: the function belongs to the caller."""
