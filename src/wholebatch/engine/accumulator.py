@@ -21,10 +21,10 @@ from wholebatch.core.window import group
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.check import check_first
+from wholebatch.engine.company import Again, Company, OneByOne, Scout, Seat, leave, sit_down
 from wholebatch.engine.cutting import Cutting, Place, Shortage
 from wholebatch.engine.device import move
 from wholebatch.engine.lockstep import Execution, Lockstep
-from wholebatch.engine.meeting import Again, Company, OneByOne, Scout, Seat, leave, sit_down
 from wholebatch.engine.objective import LossFn, Objective, Part, TargetsFn, plain_count
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.setup import OnNonFinite, Setup

@@ -18,8 +18,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wholebatch.core.errors import BatchNormError
+from wholebatch.engine.company import Order, here, meet
 from wholebatch.engine.device import modules
-from wholebatch.engine.meeting import Order, here, meet
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -14,7 +14,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from wholebatch.core.split import Indices
 from wholebatch.engine.baton import in_lockstep
-from wholebatch.engine.meeting import Call, Order, combined
+from wholebatch.engine.company import Call, Order, combined
 from wholebatch.engine.recomputing import Minutes
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
+from wholebatch.engine.company import Again, Order, recomputing_with
 from wholebatch.engine.cutting import Place, Say
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.joined import run_joined
-from wholebatch.engine.meeting import Again, Order, recomputing_with
 from wholebatch.engine.replay import Run, run_replayed
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.window import Window

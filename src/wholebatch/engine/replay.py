@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.baton import in_lockstep
-from wholebatch.engine.meeting import Again, Call, Order, among, combined, recomputing_with, without_value
+from wholebatch.engine.company import Again, Call, Order, among, combined, recomputing_with, without_value
 from wholebatch.engine.moments import Moments
 from wholebatch.engine.objective import Part, learns
 from wholebatch.engine.recomputing import Minutes
