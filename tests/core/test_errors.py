@@ -13,6 +13,7 @@ KINDS = {
     errors.WindowError: RuntimeError,
     errors.OptimizerError: ValueError,
     errors.BatchNormError: RuntimeError,
+    errors.MeetingError: RuntimeError,
     errors.NonFiniteError: ArithmeticError,
     errors.VerifyError: AssertionError,
     errors.OutOfMemoryError: MemoryError,

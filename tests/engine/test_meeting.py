@@ -189,6 +189,35 @@ def test_what_all_read_is_not_to_be_changed_in_place(lockstep):
         accumulator.step(pairs(ROWS, torch.float64))
 
 
+def test_what_was_brought_is_not_to_be_changed_in_place_in_a_replay():
+    def loss_fn(model, batch):
+        x = model.encoder(batch["a"])
+        everyone = wb.gather(x)
+        x *= 2
+        return F.cross_entropy(x @ everyone.T, wb.own_rows(x))
+
+    accumulator, model = accumulator_of(loss_fn)
+    with (
+        assert_leaves_no_trace(model),
+        pytest.raises(wb.MeetingError, match="changed in place after it had been") as error,
+    ):
+        accumulator.step(pairs(ROWS, torch.float64))
+    assert "x.clone()" in error.value.hint
+
+
+def test_a_loader_that_looks_at_all_its_rows_is_no_micro_batch():
+    def loader():
+        for _ in range(4):
+            batch = pairs(4, torch.float64)
+            assert wb.gather(batch["a"]) is batch["a"]
+            yield batch
+
+    accumulator, _ = accumulator_of(two_sided)
+    assert [update.micro_batches for update in accumulator.updates(loader(), micro_batches=2)] == [2, 2]
+    accumulator, _ = accumulator_of(lambda model, batch: model(batch["a"]).mean())
+    assert [update.micro_batches for update in accumulator.updates(loader(), micro_batches=2)] == [2, 2]
+
+
 def test_a_second_pass_that_is_not_the_first_one_is_an_error():
     calls = []
 
