@@ -82,16 +82,15 @@ class _Exact(nn.Module):
         if here() is None or not _uses_batch(layer):
             return super().forward(x)  # type: ignore[no-any-return]
         layer._check_input_dim(x)  # type: ignore[no-untyped-call]
-        mean, squares = _Moments.apply(x)  # type: ignore[no-untyped-call]
         moments = meet(
             "exact batch norm",
-            torch.stack([mean, squares]),
+            _Moments.apply(x),  # type: ignore[no-untyped-call]
             _merge,
             beside=(x.numel() // x.shape[1], tuple(x.shape)),
             once=partial(_track, layer),
             of=self,
         )
-        result: Tensor = _Normalize.apply(x, moments[0], moments[1], layer.weight, layer.bias, layer.eps)  # type: ignore[no-untyped-call]
+        result: Tensor = _Normalize.apply(x, moments, layer.weight, layer.bias, layer.eps)  # type: ignore[no-untyped-call]
         return result
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -226,41 +225,46 @@ def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
 
 
 class _Moments(torch.autograd.Function):
-    """Mean, and sum of squared deviations from it, of each channel. Saves its input alone."""
+    """Mean, and sum of squared deviations from it, of each channel; shape ``[2, channels]``. Saves its input alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         wide = _widened(x)
         if x.device.type in ("cpu", "cuda"):  # torch's own kernel; var_mean takes three times as long
             mean, variance = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
         else:
             variance, mean = torch.var_mean(wide, dim=_dims(x), correction=0)
         ctx.save_for_backward(x, mean)
-        return mean, variance * (x.numel() // x.shape[1])
+        return torch.stack([mean, variance * (x.numel() // x.shape[1])])
 
     @staticmethod
-    def backward(ctx: Any, d_mean: Tensor, d_squares: Tensor) -> Tensor:
+    def backward(ctx: Any, d_moments: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        shift = _over(d_mean * (x.shape[1] / x.numel()) - 2 * mean * d_squares, x)
-        return torch.addcmul(shift, _widened(x), _over(2 * d_squares, x)).to(x.dtype)
+        wide = _widened(x)
+        if torch.is_grad_enabled():  # a second derivative is wanted, and the mean depends on x
+            mean = wide.mean(_dims(x))
+        d_mean, d_squares = d_moments
+        slope = 2 * d_squares
+        shift = d_mean * (x.shape[1] / x.numel()) - slope * mean
+        return torch.addcmul(_over(shift, x), wide, _over(slope, x)).to(x.dtype)
 
 
 class _Normalize(torch.autograd.Function):
     """``(x - mean) / sqrt(variance + eps) * weight + bias``, differentiable in all five. Saves its input alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, mean, variance, weight)
+    def forward(ctx: Any, x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        ctx.save_for_backward(x, moments, weight)
         ctx.eps = eps
         ctx.bias_dtype = None if bias is None else bias.dtype
+        mean, variance = moments
         wide_weight, wide_bias = (None if each is None else each.to(mean.dtype) for each in (weight, bias))
         return functional.batch_norm(x, mean, variance, wide_weight, wide_bias, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, variance, weight = ctx.saved_tensors
+        x, moments, weight = ctx.saved_tensors
+        mean, variance = moments
         scale = torch.rsqrt(variance + ctx.eps)
         slope = scale if weight is None else weight.to(scale.dtype) * scale
         if torch.is_grad_enabled():  # a second derivative is wanted
@@ -274,10 +278,9 @@ class _Normalize(torch.autograd.Function):
                 d_y, x, ones, mean, variance, None, None, False, ctx.eps, [True, True, True]
             )
             d_scale = d_weight / scale
-        d_mean = -slope * d_bias
-        d_variance = -0.5 * slope * scale.square() * d_scale
+        d_moments = torch.stack([-slope * d_bias, -0.5 * slope * scale.square() * d_scale])
         d_weight = None if weight is None else (d_scale * scale).to(weight.dtype)
-        return d_x, d_mean, d_variance, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype), None
+        return d_x, d_moments, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype), None
 
 
 def _dims(x: Tensor) -> list[int]:
