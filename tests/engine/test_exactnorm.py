@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 import wholebatch as wb
-from coupled import NORMED, classify, images, length_of, match, normed_mlp, pairs
+from coupled import CUTS, NORMED, classify, images, match, normed_mlp, pairs
 from menagerie import Animal, numbers
 from properties import change, flat, relative_error, sgd, stepped, undivided, updated
 from wholebatch.engine.batchnorm import batch_dependent_layers
@@ -18,12 +18,6 @@ from wholebatch.engine.exactnorm import _Moments, _Normalize, exact_layers
 
 FP64 = 1e-11
 ROWS = 11
-CUTS = {
-    "rows": wb.Rows(4),
-    "single rows": wb.Rows(1),
-    "ragged": wb.Rows(7),
-    "by length": wb.Tokens(18, length=length_of),
-}
 
 
 def exactly(animal):

@@ -8,18 +8,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import wholebatch as wb
-from coupled import FEEDING, MEETING, Towers, length_of, pairs, standardised, two_sided, without_gather
+from coupled import CUTS, FEEDING, MEETING, Towers, pairs, standardised, two_sided, without_gather
 from menagerie import Animal
 from properties import assert_leaves_no_trace, change, gradient_of, relative_error, sgd, stepped, undivided, updated
 
 FP64 = 1e-12
 ROWS = 11
-CUTS = {
-    "rows": wb.Rows(4),
-    "single rows": wb.Rows(1),
-    "ragged": wb.Rows(7),
-    "by length": wb.Tokens(18, length=length_of),
-}
 COUPLED = {**MEETING, **FEEDING}
 
 

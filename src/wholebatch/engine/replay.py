@@ -267,8 +267,8 @@ class _Replay:
         self.minutes.require_unchanged()
         if any(value._version != version for value, version in zip(self.values, self._versions, strict=True)):
             raise MeetingError(
-                "A tensor was changed in place after it had been brought to a meeting, so that the gradient which belongs "
-                "to it would enter at another one.",
+                "A tensor was changed in place after it had been brought to a meeting, and the gradient that goes to it "
+                "would enter at another one.",
                 hint='bring a copy, wb.gather(x.clone()), or pass lockstep="joined".',
             )
 
