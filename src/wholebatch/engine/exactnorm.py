@@ -85,12 +85,12 @@ class _Exact(nn.Module):
         moments = meet(
             "exact batch norm",
             _Moments.apply(x),  # type: ignore[no-untyped-call]
-            _merge,
+            partial(_merge, layer.eps),
             beside=(x.numel() // x.shape[1], tuple(x.shape)),
             once=partial(_track, layer),
             of=self,
         )
-        result: Tensor = _Normalize.apply(x, moments, layer.weight, layer.bias, layer.eps)  # type: ignore[no-untyped-call]
+        result: Tensor = _Normalize.apply(x, moments, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
         return result
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -189,8 +189,8 @@ def _uses_batch(layer: Any) -> bool:
     return bool(layer.training or (layer.running_mean is None and layer.running_var is None))
 
 
-def _merge(values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Tensor:
-    """Return mean and variance of all values from the moments of some of them; shape ``[2, channels]``."""
+def _merge(eps: float, values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Tensor:
+    """Return mean, 1 / deviation and variance of all values from the moments of some; shape ``[3, channels]``."""
     counts = [count for count, _ in beside]
     total = sum(counts)
     if total <= 1:
@@ -204,7 +204,8 @@ def _merge(values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Te
         weights = weights.to(means.device, non_blocking=True).unsqueeze(1)
         mean = (means * (weights / total)).sum(0)
         between = ((means - mean).square() * weights).sum(0)
-    return torch.stack([mean, (squares.sum(0) + between) / total])
+    variance = (squares.sum(0) + between) / total
+    return torch.stack([mean, torch.rsqrt(variance + eps), variance])
 
 
 def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
@@ -217,7 +218,7 @@ def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
         if layer.momentum is None:
             share = 1.0 / layer.num_batches_tracked
     total = sum(count for count, _ in beside)
-    mean, variance = moments.detach()
+    mean, _, variance = moments.detach()
     with torch.no_grad():
         layer.running_mean.mul_(1 - share).add_((mean * share).to(layer.running_mean.dtype))
         unbiased = variance * (total / (total - 1))
@@ -250,37 +251,38 @@ class _Moments(torch.autograd.Function):
 
 
 class _Normalize(torch.autograd.Function):
-    """``(x - mean) / sqrt(variance + eps) * weight + bias``, differentiable in all five. Saves its input alone."""
+    """``(x - mean) * scale * weight + bias``, differentiable in all five. Saves its input alone.
+
+    What belongs to the batch is in `moments`: mean, scale, and the variance, which is not used here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, moments, weight)
-        ctx.eps = eps
         ctx.bias_dtype = None if bias is None else bias.dtype
-        mean, variance = moments
-        wide_weight, wide_bias = (None if each is None else each.to(mean.dtype) for each in (weight, bias))
-        return functional.batch_norm(x, mean, variance, wide_weight, wide_bias, training=False, eps=eps)
+        mean, scale, _ = moments
+        slope = scale if weight is None else scale * weight
+        wide_bias = None if bias is None else bias.to(mean.dtype)
+        return functional.batch_norm(x, mean, torch.ones_like(mean), slope, wide_bias, training=False, eps=0.0)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, moments, weight = ctx.saved_tensors
-        mean, variance = moments
-        scale = torch.rsqrt(variance + ctx.eps)
-        slope = scale if weight is None else weight.to(scale.dtype) * scale
+        mean, scale, _ = moments
+        slope = scale if weight is None else scale * weight
         if torch.is_grad_enabled():  # a second derivative is wanted
             wide = _widened(d_y)
             d_x = (wide * _over(slope, x)).to(x.dtype)
             d_bias = wide.sum(_dims(x))
-            d_scale = (wide * (_widened(x) - _over(mean, x))).sum(_dims(x))
+            d_slope = (wide * (_widened(x) - _over(mean, x))).sum(_dims(x))
         else:
-            ones = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-            d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                d_y, x, ones, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            d_x, d_slope, d_bias = torch.ops.aten.native_batch_norm_backward(
+                d_y, x, slope, mean, torch.ones_like(mean), None, None, False, 0.0, [True, True, True]
             )
-            d_scale = d_weight / scale
-        d_moments = torch.stack([-slope * d_bias, -0.5 * slope * scale.square() * d_scale])
-        d_weight = None if weight is None else (d_scale * scale).to(weight.dtype)
-        return d_x, d_moments, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype), None
+        d_scale = d_slope if weight is None else d_slope * weight
+        d_moments = torch.stack([-slope * d_bias, d_scale, torch.zeros_like(mean)])
+        d_weight = None if weight is None else (d_slope * scale).to(weight.dtype)
+        return d_x, d_moments, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
 
 
 def _dims(x: Tensor) -> list[int]:

@@ -267,7 +267,7 @@ class _Replay:
         self.minutes.require_unchanged()
         if any(value._version != version for value, version in zip(self.values, self._versions, strict=True)):
             raise MeetingError(
-                "A tensor was changed in place after it had been brought to a meeting, and the gradient that goes to it "
+                "A tensor was changed after it had been brought to a meeting, and the gradient that is for it "
                 "would enter at another one.",
                 hint='bring a copy, wb.gather(x.clone()), or pass lockstep="joined".',
             )
