@@ -24,6 +24,15 @@ def length_of(row: dict[str, Tensor]) -> int:
     return int(row["length"])
 
 
+CUTS = {
+    "rows": wb.Rows(4),
+    "single rows": wb.Rows(1),
+    "ragged": wb.Rows(7),
+    "by length": wb.Tokens(18, length=length_of),
+}
+"""Ways to cut a batch of eleven rows."""
+
+
 class Towers(nn.Module):
     """One encoder for both sides, with dropout, and a temperature that learns."""
 

@@ -8,18 +8,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import wholebatch as wb
-from coupled import FEEDING, MEETING, Towers, length_of, pairs, standardised, two_sided, without_gather
+from coupled import CUTS, FEEDING, MEETING, Towers, pairs, standardised, two_sided, without_gather
 from menagerie import Animal
 from properties import assert_leaves_no_trace, change, gradient_of, relative_error, sgd, stepped, undivided, updated
 
 FP64 = 1e-12
 ROWS = 11
-CUTS = {
-    "rows": wb.Rows(4),
-    "single rows": wb.Rows(1),
-    "ragged": wb.Rows(7),
-    "by length": wb.Tokens(18, length=length_of),
-}
 COUPLED = {**MEETING, **FEEDING}
 
 
@@ -101,6 +95,39 @@ def test_under_autocast_and_in_bf16_weights_the_difference_is_rounding(lockstep)
     cut = gradient_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep), batch, **half)
     whole = gradient_of(animal, undivided(animal), batch, **half)
     assert relative_error(cut, whole) <= 8 * eps
+
+
+@pytest.mark.parametrize("accumulate_in", ["fp32", "compensated"])
+@pytest.mark.parametrize("lockstep", ["replay", "joined"])
+def test_sums_of_16_bit_weights_do_not_stagnate_over_256_micro_batches(lockstep, accumulate_in):
+    """1 eps of bfloat16, against the undivided batch; weights summed by autograd in 16 bits are more than 2 off."""
+    animal, eps = MEETING["two-sided"], torch.finfo(torch.bfloat16).eps
+    batch = pairs(512, torch.bfloat16)
+    right = gradient_of(animal, undivided(animal), batch, dtype=torch.bfloat16)
+    way = {"lockstep": lockstep, "accumulate_in": accumulate_in}
+    found = gradient_of(animal, stepped(animal, wb.Rows(2), **way), batch, dtype=torch.bfloat16)
+    assert relative_error(found, right) <= eps
+    if lockstep == "joined":
+        naive = gradient_of(
+            animal, stepped(animal, wb.Rows(2), lockstep=lockstep, accumulate_in="weights"), batch, dtype=torch.bfloat16
+        )
+        assert relative_error(naive, right) > 2 * eps
+
+
+def test_weights_are_back_in_place_after_an_error():
+    model = Towers().bfloat16()
+    weights = dict(model.named_parameters())
+
+    def loss_fn(model, batch):
+        wb.gather(model(batch["a"]))
+        raise RuntimeError("here")
+
+    accumulator = wb.Accumulator(
+        model, sgd(model.parameters()), loss_fn, micro_batch=wb.Rows(4), lockstep="joined", check=None
+    )
+    with pytest.raises(RuntimeError, match="here"):
+        accumulator.step(pairs(ROWS, torch.bfloat16))
+    assert all(each is weights[name] for name, each in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", COUPLED)

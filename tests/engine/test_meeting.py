@@ -189,6 +189,35 @@ def test_what_all_read_is_not_to_be_changed_in_place(lockstep):
         accumulator.step(pairs(ROWS, torch.float64))
 
 
+def test_what_was_brought_is_not_to_be_changed_in_place_in_a_replay():
+    def loss_fn(model, batch):
+        x = model.encoder(batch["a"])
+        everyone = wb.gather(x)
+        x *= 2
+        return F.cross_entropy(x @ everyone.T, wb.own_rows(x))
+
+    accumulator, model = accumulator_of(loss_fn)
+    with (
+        assert_leaves_no_trace(model),
+        pytest.raises(wb.MeetingError, match="A tensor was changed after it had been") as error,
+    ):
+        accumulator.step(pairs(ROWS, torch.float64))
+    assert "x.clone()" in error.value.hint
+
+
+def test_a_loader_that_looks_at_all_its_rows_is_no_micro_batch():
+    def loader():
+        for _ in range(4):
+            batch = pairs(4, torch.float64)
+            assert wb.gather(batch["a"]) is batch["a"]
+            yield batch
+
+    accumulator, _ = accumulator_of(two_sided)
+    assert [update.micro_batches for update in accumulator.updates(loader(), micro_batches=2)] == [2, 2]
+    accumulator, _ = accumulator_of(lambda model, batch: model(batch["a"]).mean())
+    assert [update.micro_batches for update in accumulator.updates(loader(), micro_batches=2)] == [2, 2]
+
+
 def test_a_second_pass_that_is_not_the_first_one_is_an_error():
     calls = []
 
@@ -498,28 +527,42 @@ def test_saved_tensors_wait_in_the_memory_of_the_host(monkeypatch):
 def test_meetings_inside_activation_checkpointing(lockstep):
     """Recomputed parts take what their meeting came to: of two meetings in one line, each its own."""
 
-    def meets(model, left, right):
+    def meets(model, left, right, own):
         x = [model(left), model(right)]
-        everyone = [wb.gather(each) for each in x]
-        own = wb.own_rows(left) if False else None
-        assert own is None
-        return x[0], x[1], everyone[0], everyone[1]
+        lefts, rights = (wb.gather(each) for each in x)
+        return F.cross_entropy(x[0] @ (rights * rights).T, own) + 0.3 * F.cross_entropy(x[1] @ (lefts * lefts).T, own)
 
     def loss_fn(model, batch):
-        own = wb.own_rows(batch["a"])
-        left, right, lefts, rights = checkpoint(meets, model, batch["a"], batch["b"], use_reentrant=False)
-        return F.cross_entropy(left @ rights.T, own) + 0.3 * F.cross_entropy(right @ (lefts * lefts).T, own)
+        return checkpoint(meets, model, batch["a"], batch["b"], wb.own_rows(batch["a"]), use_reentrant=False)
 
     def plain(model, batch):
         left, right = model(batch["a"]), model(batch["b"])
         own = torch.arange(len(left))
-        return F.cross_entropy(left @ right.T, own) + 0.3 * F.cross_entropy(right @ (left * left).T, own)
+        both = F.cross_entropy(left @ (right * right).T, own), F.cross_entropy(right @ (left * left).T, own)
+        return both[0] + 0.3 * both[1]
 
     batch = pairs(ROWS, torch.float64)
     animal, right = Animal(Towers, pairs, loss_fn), Animal(Towers, pairs, plain)
     whole = gradient_of(right, undivided(right), batch, dtype=torch.float64)
     found = gradient_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep), batch, dtype=torch.float64)
     assert relative_error(found, whole) <= FP64
+
+
+@BOTH
+def test_what_knows_its_place_is_not_to_be_recomputed(lockstep):
+    def asks(model, x):
+        x = model(x)
+        return F.cross_entropy((x * x) @ wb.gather(x).square().T, wb.own_rows(x)).square()
+
+    accumulator, model = accumulator_of(
+        lambda model, batch: checkpoint(asks, model, batch["a"], use_reentrant=False), lockstep=lockstep
+    )
+    with (
+        assert_leaves_no_trace(model),
+        pytest.raises(wb.MeetingError, match=r"wb\.own_rows was called in a part") as error,
+    ):
+        accumulator.step(pairs(ROWS, torch.float64))
+    assert "outside of the checkpointed function" in error.value.hint
 
 
 @BOTH
@@ -542,6 +585,30 @@ def test_reentrant_checkpointing_around_a_meeting_is_refused_and_beside_it_is_fi
     batch = pairs(ROWS, torch.float64)
     right = change(animal, undivided(animal), [batch])
     assert relative_error(change(animal, stepped(animal, wb.Rows(4), lockstep=lockstep), [batch]), right) <= FP64
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_in_compiled_parts_a_meeting_breaks_the_graph():
+    class LooksAround(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = self.layer(x)
+            everyone = wb.gather(x)
+            return x + (x @ everyone.T).softmax(1) @ everyone
+
+    found = []
+    for rows in (99, 4):
+        torch.manual_seed(0)
+        model = LooksAround().double()
+        compiled = torch.compile(model, backend="eager") if rows == 4 else model
+        accumulator_of(
+            lambda model, batch: F.mse_loss(model(batch["a"]), batch["b"]), compiled, micro_batch=wb.Rows(rows)
+        )[0].step(pairs(ROWS, torch.float64))
+        found.append(flat(model.parameters()))
+    assert relative_error(found[1], found[0]) <= FP64
 
 
 # The first check, and verify
@@ -584,6 +651,20 @@ def test_a_loss_that_ought_to_meet_is_told_how():
     accumulator = wb.Accumulator(model, sgd(model.parameters()), CONTRASTIVE.loss_fn, micro_batch=wb.Rows(4))
     with pytest.raises(wb.VerifyError, match=r"wb\.gather\(x\) returns the rows of the whole logical batch"):
         accumulator.step(regression(ROWS, torch.float64))
+
+
+def test_a_loop_of_ones_own_in_which_nobody_meets_is_named():
+    def own_step(model, optimizer, micro_batches):
+        optimizer.zero_grad()
+        rows = sum(len(each["a"]) for each in micro_batches)
+        for each in micro_batches:
+            (two_sided(model, each) * len(each["a"]) / rows).backward()
+        optimizer.step()
+
+    found = wb.verify(Towers().double(), two_sided, pairs(12, torch.float64), step=own_step)
+    assert not found.ok
+    assert "each micro-batch is alone" in found.causes[0].found
+    assert "wb.Accumulator" in found.causes[0].hint
 
 
 # Losses

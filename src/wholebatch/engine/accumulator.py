@@ -21,10 +21,10 @@ from wholebatch.core.window import group
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.check import check_first
+from wholebatch.engine.company import Again, Company, OneByOne, Scout, Seat, leave, sit_down
 from wholebatch.engine.cutting import Cutting, Place, Shortage
 from wholebatch.engine.device import move
 from wholebatch.engine.lockstep import Execution, Lockstep
-from wholebatch.engine.meeting import Again, Company, OneByOne, Scout, Seat, leave, sit_down
 from wholebatch.engine.objective import LossFn, Objective, Part, TargetsFn, plain_count
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.setup import OnNonFinite, Setup
@@ -292,23 +292,27 @@ class Accumulator:
         window: Window | None = None
         held: list[Any] | None = None  # the micro-batches of a window that meet
         unlearned: list[Any] = []  # those without targets, that may have to meet others yet
+        scout = Scout() if micro_batches > 1 else None
         try:
             for micro_batch, closes in group(loader, micro_batches):
                 if window is None and held is None:
                     held = [] if micro_batches > 1 and self._lockstep.meets else None
                 if window is None and held is None:
-                    window = self._open(micro_batches=micro_batches, company=Scout() if micro_batches > 1 else None)
+                    window = self._open(micro_batches=micro_batches)
                 if micro_batch is not None:
                     if self._unchecked and micro_batches > 1:
                         self._check_loaded(micro_batch)
                     if window is not None:
+                        seat = sit_down(scout)
                         try:
                             self._pass(window, micro_batch, self._count_rows(micro_batch), None)
-                            if window.is_empty and micro_batches > 1:
+                            if window.is_empty and scout is not None:
                                 unlearned.append(micro_batch)
                         except Again as again:
                             self._require_first(window, again)
                             window, held = None, unlearned
+                        finally:
+                            leave(seat)
                     if held is not None:
                         held.append(micro_batch)
                     del micro_batch

@@ -191,6 +191,17 @@ def batch_norm_cause(layers: Sequence[str]) -> Cause:
     )
 
 
+def meets_nobody_cause() -> Cause:
+    """Return the cause that micro-batches are which would have to meet, in a loop that runs each by itself."""
+    return Cause(
+        "not a sum over rows",
+        "Model or loss look at the rows of the whole logical batch (wb.gather, wb.sum_over_batch, exact batch norm), "
+        "and in a step of your own each micro-batch is alone, so that its rows are all they see.",
+        "let wb.Accumulator run the micro-batches: accumulator.step(batch), or accumulator.updates(loader, "
+        "micro_batches=n).",
+    )
+
+
 def random_cause(model: nn.Module) -> Cause:
     """Return the cause that random numbers are, with the dropout layers of a model by name."""
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -18,8 +18,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wholebatch.core.errors import BatchNormError
+from wholebatch.engine.company import Order, here, meet
 from wholebatch.engine.device import modules
-from wholebatch.engine.meeting import Order, here, meet
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -82,16 +82,15 @@ class _Exact(nn.Module):
         if here() is None or not _uses_batch(layer):
             return super().forward(x)  # type: ignore[no-any-return]
         layer._check_input_dim(x)  # type: ignore[no-untyped-call]
-        mean, squares = _Moments.apply(x)  # type: ignore[no-untyped-call]
         moments = meet(
             "exact batch norm",
-            torch.stack([mean, squares]),
-            _merge,
+            _Moments.apply(x),  # type: ignore[no-untyped-call]
+            partial(_merge, layer.eps),
             beside=(x.numel() // x.shape[1], tuple(x.shape)),
             once=partial(_track, layer),
             of=self,
         )
-        result: Tensor = _Normalize.apply(x, moments[0], moments[1], layer.weight, layer.bias, layer.eps)  # type: ignore[no-untyped-call]
+        result: Tensor = _Normalize.apply(x, moments, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
         return result
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -190,8 +189,8 @@ def _uses_batch(layer: Any) -> bool:
     return bool(layer.training or (layer.running_mean is None and layer.running_var is None))
 
 
-def _merge(values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Tensor:
-    """Return mean and variance of all values from the moments of some of them; shape ``[2, channels]``."""
+def _merge(eps: float, values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Tensor:
+    """Return mean, 1 / deviation and variance of all values from the moments of some; shape ``[3, channels]``."""
     counts = [count for count, _ in beside]
     total = sum(counts)
     if total <= 1:
@@ -205,7 +204,8 @@ def _merge(values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Te
         weights = weights.to(means.device, non_blocking=True).unsqueeze(1)
         mean = (means * (weights / total)).sum(0)
         between = ((means - mean).square() * weights).sum(0)
-    return torch.stack([mean, (squares.sum(0) + between) / total])
+    variance = (squares.sum(0) + between) / total
+    return torch.stack([mean, torch.rsqrt(variance + eps), variance])
 
 
 def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
@@ -218,7 +218,7 @@ def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
         if layer.momentum is None:
             share = 1.0 / layer.num_batches_tracked
     total = sum(count for count, _ in beside)
-    mean, variance = moments.detach()
+    mean, _, variance = moments.detach()
     with torch.no_grad():
         layer.running_mean.mul_(1 - share).add_((mean * share).to(layer.running_mean.dtype))
         unbiased = variance * (total / (total - 1))
@@ -226,58 +226,63 @@ def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
 
 
 class _Moments(torch.autograd.Function):
-    """Mean, and sum of squared deviations from it, of each channel. Saves its input alone."""
+    """Mean, and sum of squared deviations from it, of each channel; shape ``[2, channels]``. Saves its input alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         wide = _widened(x)
         if x.device.type in ("cpu", "cuda"):  # torch's own kernel; var_mean takes three times as long
             mean, variance = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
         else:
             variance, mean = torch.var_mean(wide, dim=_dims(x), correction=0)
         ctx.save_for_backward(x, mean)
-        return mean, variance * (x.numel() // x.shape[1])
+        return torch.stack([mean, variance * (x.numel() // x.shape[1])])
 
     @staticmethod
-    def backward(ctx: Any, d_mean: Tensor, d_squares: Tensor) -> Tensor:
+    def backward(ctx: Any, d_moments: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        shift = _over(d_mean * (x.shape[1] / x.numel()) - 2 * mean * d_squares, x)
-        return torch.addcmul(shift, _widened(x), _over(2 * d_squares, x)).to(x.dtype)
+        wide = _widened(x)
+        if torch.is_grad_enabled():  # a second derivative is wanted, and the mean depends on x
+            mean = wide.mean(_dims(x))
+        d_mean, d_squares = d_moments
+        slope = 2 * d_squares
+        shift = d_mean * (x.shape[1] / x.numel()) - slope * mean
+        return torch.addcmul(_over(shift, x), wide, _over(slope, x)).to(x.dtype)
 
 
 class _Normalize(torch.autograd.Function):
-    """``(x - mean) / sqrt(variance + eps) * weight + bias``, differentiable in all five. Saves its input alone."""
+    """``(x - mean) * scale * weight + bias``, differentiable in all five. Saves its input alone.
+
+    What belongs to the batch is in `moments`: mean, scale, and the variance, which is not used here.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, mean, variance, weight)
-        ctx.eps = eps
+    def forward(ctx: Any, x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, moments, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        wide_weight, wide_bias = (None if each is None else each.to(mean.dtype) for each in (weight, bias))
-        return functional.batch_norm(x, mean, variance, wide_weight, wide_bias, training=False, eps=eps)
+        mean, scale, _ = moments
+        slope = scale if weight is None else scale * weight
+        wide_bias = None if bias is None else bias.to(mean.dtype)
+        return functional.batch_norm(x, mean, torch.ones_like(mean), slope, wide_bias, training=False, eps=0.0)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, variance, weight = ctx.saved_tensors
-        scale = torch.rsqrt(variance + ctx.eps)
-        slope = scale if weight is None else weight.to(scale.dtype) * scale
+        x, moments, weight = ctx.saved_tensors
+        mean, scale, _ = moments
+        slope = scale if weight is None else scale * weight
         if torch.is_grad_enabled():  # a second derivative is wanted
             wide = _widened(d_y)
             d_x = (wide * _over(slope, x)).to(x.dtype)
             d_bias = wide.sum(_dims(x))
-            d_scale = (wide * (_widened(x) - _over(mean, x))).sum(_dims(x))
+            d_slope = (wide * (_widened(x) - _over(mean, x))).sum(_dims(x))
         else:
-            ones = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-            d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                d_y, x, ones, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            d_x, d_slope, d_bias = torch.ops.aten.native_batch_norm_backward(
+                d_y, x, slope, mean, torch.ones_like(mean), None, None, False, 0.0, [True, True, True]
             )
-            d_scale = d_weight / scale
-        d_mean = -slope * d_bias
-        d_variance = -0.5 * slope * scale.square() * d_scale
-        d_weight = None if weight is None else (d_scale * scale).to(weight.dtype)
-        return d_x, d_mean, d_variance, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype), None
+        d_scale = d_slope if weight is None else d_slope * weight
+        d_moments = torch.stack([-slope * d_bias, d_scale, torch.zeros_like(mean)])
+        d_weight = None if weight is None else (d_slope * scale).to(weight.dtype)
+        return d_x, d_moments, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
 
 
 def _dims(x: Tensor) -> list[int]:

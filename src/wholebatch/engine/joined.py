@@ -14,7 +14,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from wholebatch.core.split import Indices
 from wholebatch.engine.baton import in_lockstep
-from wholebatch.engine.meeting import Call, Order, combined
+from wholebatch.engine.company import Call, Order, combined
 from wholebatch.engine.recomputing import Minutes
 
 
@@ -51,13 +51,40 @@ def run_joined(
             result = combined(calls, [call.value for call in calls], order)
         if calls[0].once is not None:
             calls[0].once(result, [call.beside for call in calls])
-        minutes.take(calls, result, lambda call: result if call.with_graph else _detached(result))
-        return [result if call.with_graph else _detached(result) for call in calls]
+        share = _sharing(result)
+        minutes.take(calls, result, share)
+        return [share(call) for call in calls]
 
     rows: Sequence[Indices | None] = order.cut if order.cut is not None else [None] * len(runs)
     in_lockstep(runs, rows, device=device, before=before, meet=meet, finish=results.__setitem__)
     minutes.require_unchanged()
     return results, minutes
+
+
+def _sharing(result: Any) -> Callable[[Call], Any]:
+    """Return what gives each micro-batch the result of a meeting.
+
+    What comes back from all of them is summed by autograd, where 16 bits are too few: so it is summed in 32.
+    """
+    if not isinstance(result, Tensor):
+        return lambda _: result
+    if not result.requires_grad or result.element_size() >= 4 or not result.is_floating_point():
+        return lambda call: result if call.with_graph else result.detach()
+    with torch.enable_grad():
+        wide = result.float()
+    return lambda call: _Narrow.apply(wide, result) if call.with_graph else result.detach()  # type: ignore[no-untyped-call]
+
+
+class _Narrow(torch.autograd.Function):
+    """A tensor of 32 bits as one of 16 that is there already."""
+
+    @staticmethod
+    def forward(_ctx: Any, _wide: Tensor, narrow: Tensor) -> Tensor:
+        return narrow.detach()
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].float(), None
 
 
 _OFFLOADING = {"cuda", "xpu"}
@@ -92,7 +119,3 @@ def offload_hooks(
         return packed if isinstance(packed, Tensor) else pinned.unpack_hook(packed)
 
     return pack, unpack
-
-
-def _detached(result: Any) -> Any:
-    return result.detach() if isinstance(result, Tensor) else result

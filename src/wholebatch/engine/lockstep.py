@@ -9,11 +9,12 @@ from torch import nn
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
+from wholebatch.engine.company import Again, Order, recomputing_with
 from wholebatch.engine.cutting import Place, Say
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.joined import run_joined
-from wholebatch.engine.meeting import Again, Order, recomputing_with
 from wholebatch.engine.replay import Run, run_replayed
+from wholebatch.engine.taps import Taps
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.window import Window
 
@@ -107,7 +108,18 @@ class Lockstep:
             if met and self._execution == "auto":
                 say(f'The micro-batches meet at {met[0]}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)
             return
-        parts, minutes = run_joined(runs, order, device=self._device, before=before, kept=self._model.parameters())
+        taps = Taps(self._model, window.narrow, window.receive)
+
+        def take_turn(number: int) -> None:
+            before(number)
+            taps.take_turn(number)
+
+        try:
+            parts, minutes = run_joined(
+                runs, order, device=self._device, before=take_turn, kept=list(self._model.parameters())
+            )
+        finally:
+            taps.put_back()
         place.rows = None
         with recomputing_with(minutes):
             window.add_together(list(zip(parts, rows, strict=True)))

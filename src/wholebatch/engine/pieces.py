@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.split import Indices
 from wholebatch.core.weights import mean_weights
+from wholebatch.engine.company import Alone, Order, among, recomputing_with
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.joined import run_joined
-from wholebatch.engine.meeting import Alone, Order, among, recomputing_with
 from wholebatch.engine.objective import Objective, Part
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.rounding import CoarsestDtype

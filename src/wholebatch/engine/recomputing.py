@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.meeting import Call
+from wholebatch.engine.company import Call
 
 
 class Minutes:

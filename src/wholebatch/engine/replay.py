@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.baton import in_lockstep
-from wholebatch.engine.meeting import Again, Call, Order, among, combined, recomputing_with, without_value
+from wholebatch.engine.company import Again, Call, Order, among, combined, recomputing_with, without_value
 from wholebatch.engine.moments import Moments
 from wholebatch.engine.objective import Part, learns
 from wholebatch.engine.recomputing import Minutes
@@ -240,6 +240,7 @@ class _Replay:
         self._place = 0
         self.minutes = Minutes()
         self.values: list[Tensor] = []
+        self._versions: list[int] = []
         self.gradients: list[Tensor] = []
 
     def meet(self, call: Call) -> Any:
@@ -251,6 +252,7 @@ class _Replay:
         gradient = meeting.entering(self._number)
         if gradient is not None and call.with_graph and call.value.requires_grad:
             self.values.append(call.value)
+            self._versions.append(call.value._version)
             self.gradients.append(gradient)
         self.minutes.take(meeting.calls, meeting.result, meeting.replayed)
         return meeting.replayed(call)
@@ -259,10 +261,16 @@ class _Replay:
         return self._order.cut[self._number] if self._order.cut is not None else None
 
     def require_end(self) -> None:
-        """Raise an error unless the micro-batch met as often as in the first pass, and left what it got as it was."""
+        """Raise an error unless it met as often as in the first pass, and left what it brought and got as it was."""
         if self._place < len(self._meetings):
             raise self._other("ends", f"at {self._meetings[self._place].calls[0]}")
         self.minutes.require_unchanged()
+        if any(value._version != version for value, version in zip(self.values, self._versions, strict=True)):
+            raise MeetingError(
+                "A tensor was changed after it had been brought to a meeting, and the gradient that is for it "
+                "would enter at another one.",
+                hint='bring a copy, wb.gather(x.clone()), or pass lockstep="joined".',
+            )
 
     def _other(self, now: str, before: str) -> MeetingError:
         return MeetingError(

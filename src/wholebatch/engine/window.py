@@ -3,13 +3,13 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wholebatch.core.errors import LossError, NonFiniteError, WeightError, WindowError
 from wholebatch.core.record import Update
@@ -17,7 +17,7 @@ from wholebatch.core.weights import Count, Reduction
 from wholebatch.core.window import Phase, WindowState
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
-from wholebatch.engine.meeting import OneByOne
+from wholebatch.engine.company import OneByOne
 from wholebatch.engine.objective import Part, learns, part_of
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import OnNonFinite, Setup
@@ -254,6 +254,16 @@ class Window:
         for left_out, rows in parts:
             if left_out is None or not learns(left_out):
                 self._state.leave_out(rows=rows)
+
+    @property
+    def narrow(self) -> Collection[nn.Parameter]:
+        """The weights whose gradients are summed apart, since their own 16 bits are too few."""
+        return cast(Collection[nn.Parameter], self._sums._own.keys())
+
+    def receive(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add the gradient of one of these weights, inside a backward pass of the window."""
+        parameter.grad = gradient
+        self._sums._take(parameter)
 
     def rehearsal(self) -> Weighing:
         """Return what weighs losses as this window does, before the first of them, and notes nothing in it."""

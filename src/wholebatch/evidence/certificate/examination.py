@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.causes import Cause, batch_norm_cause, diagnose, random_cause
+from wholebatch.engine.causes import Cause, batch_norm_cause, diagnose, meets_nobody_cause, random_cause
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.pieces import Probe, evaluating
 from wholebatch.evidence.certificate.cuts import Cut
@@ -73,6 +73,9 @@ class _Examination:
     def name(self, trial: Trial, whole: Tensor) -> list[Cause]:
         """Silence what is known to depend on the cut, one after the other, and look at what is left."""
         model, causes = self._probe.model, []
+        self._probe.run(range(self._rows.rows))
+        if self._probe.meets:
+            return [meets_nobody_cause()]
         layers = batch_dependent_layers(model)
         with quiet([layer for name, layer in model.named_modules() if name in layers]):
             if layers:

@@ -1,0 +1,315 @@
+"""Who else is there, for the micro-batch that runs in this thread?
+
+A meeting does not know how micro-batches are run: alone, in lockstep, in a second pass, or anew in a backward pass. It
+asks the company of its thread.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from types import FrameType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from wholebatch.core.errors import MeetingError
+from wholebatch.core.split import Indices
+
+
+class Site(NamedTuple):
+    """A line of the user's code."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class Order:
+    """Where the rows of each micro-batch stand in the logical batch.
+
+    Args:
+        cut: Rows of each micro-batch, as places in the logical batch; None where nobody knows.
+    """
+
+    def __init__(self, cut: Sequence[Indices] | None) -> None:
+        self.cut = cut
+        self._places: dict[torch.device, Tensor] = {}
+        places = list(chain.from_iterable(cut)) if cut is not None else []
+        self._sorted = places == list(range(len(places)))
+
+    def sort(self, rows: Tensor) -> Tensor:
+        """Return rows that stand micro-batch by micro-batch in the order of the logical batch."""
+        if self._sorted or self.cut is None:
+            return rows
+        if rows.device not in self._places:
+            places = torch.tensor(list(chain.from_iterable(self.cut)), device="cpu").argsort()
+            self._places[rows.device] = places.to(rows.device, non_blocking=True)
+        return rows.index_select(0, self._places[rows.device])
+
+
+Combine = Callable[[Sequence[Any], Sequence[Any], Order], Any]
+"""Makes of the values of all micro-batches, and of what they bring beside them, what each of them gets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a micro-batch brings to a meeting.
+
+    Attributes:
+        kind: What was called, as in ``"wb.gather"``.
+        site: Where.
+        value: A tensor, or a number.
+        combine: Makes the result; a pure function, differentiable in the values.
+        beside: What `combine` gets besides, without a gradient.
+        once: Called once for all micro-batches with the result and what they bring beside.
+        of: The layer that meets, or None.
+        with_graph: Whether gradients are wanted.
+    """
+
+    kind: str
+    site: Site
+    value: Any
+    combine: Combine
+    beside: Any = None
+    once: Callable[[Any, Sequence[Any]], None] | None = None
+    of: object = None
+    with_graph: bool = True
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What must be the same in every micro-batch."""
+        return self.kind, self.site, id(self.of)
+
+    def __str__(self) -> str:
+        return f"{self.site} ({self.kind})"
+
+
+def without_value(call: Call) -> Call:
+    """Return where a micro-batch meets, without what it brings."""
+    return replace(call, value=None, beside=None, once=None)
+
+
+def meet(
+    kind: str,
+    value: Any,
+    combine: Combine,
+    *,
+    beside: Any = None,
+    once: Callable[[Any, Sequence[Any]], None] | None = None,
+    of: object = None,
+) -> Any:
+    """Bring a value to a meeting of all micro-batches, and return what `combine` makes of all values.
+
+    Without company the value is returned as it is. The arguments are those of `Call`.
+    """
+    global _uncompiled
+    if _uncompiled is None and "torch._dynamo" in sys.modules:
+        _uncompiled = torch.compiler.disable(_meet)  # type: ignore[no-untyped-call]  # a compiled model breaks its graph here
+    return (_uncompiled or _meet)(kind, value, combine, beside, once, of)
+
+
+_uncompiled: Callable[..., Any] | None = None
+
+
+def _meet(
+    kind: str,
+    value: Any,
+    combine: Combine,
+    beside: Any,
+    once: Callable[[Any, Sequence[Any]], None] | None,
+    of: object,
+) -> Any:
+    company = here()
+    if company is None:
+        return value
+    return company.meet(Call(kind, _site(), value, combine, beside, once, of, torch.is_grad_enabled()))
+
+
+def combined(calls: Sequence[Call], values: Sequence[Any], order: Order) -> Any:
+    """Return what a meeting makes of some values. The rows of other ranks would join here, and only here."""
+    return calls[0].combine(values, [call.beside for call in calls], order)
+
+
+class Company(Protocol):
+    """Who else is there, for the micro-batch that runs in this thread."""
+
+    def meet(self, call: Call) -> Any:
+        """Return what a meeting makes of what this micro-batch and all others bring."""
+        ...
+
+    def own_rows(self) -> Indices | None:
+        """Where the rows of this micro-batch stand among all; None: they are all."""
+        ...
+
+
+class Again(BaseException):
+    """Ends an attempt at a window that has to be made in another way. It leaves no accumulator.
+
+    Args:
+        why: What was found, as a sentence.
+        joined: Whether the graphs of the micro-batches have to be joined.
+    """
+
+    def __init__(self, why: str, *, joined: bool = False) -> None:
+        super().__init__(why)
+        self.why = why
+        self.joined = joined
+
+
+@dataclass(slots=True)
+class Alone:
+    """Nobody else: the rows that are here are all. It is noted where somebody would have met."""
+
+    met: list[Call] = field(default_factory=list)
+
+    def meet(self, call: Call) -> Any:
+        self.met.append(call)
+        result = combined([call], [call.value], Order(None))
+        if call.once is not None:
+            call.once(result, [call.beside])
+        return result
+
+    def own_rows(self) -> Indices | None:
+        return None
+
+
+@dataclass(slots=True)
+class Scout:
+    """The first of several micro-batches that run as if they were alone: it ends where they would have to meet."""
+
+    ended: Again | None = None
+
+    def meet(self, call: Call) -> Any:
+        self.ended = Again(f"The micro-batches meet at {call}")
+        raise self.ended
+
+    def own_rows(self) -> Indices | None:
+        self.ended = Again("The micro-batches ask for the places of their rows")
+        raise self.ended
+
+    def require_alone(self) -> None:
+        """Raise what has ended the micro-batch, if the user's code has caught it."""
+        if self.ended is not None:
+            raise self.ended
+
+
+@dataclass(slots=True)
+class OneByOne:
+    """A window whose micro-batches come one by one, so that only a single one is its whole batch."""
+
+    micro_batches: int = 0
+    _met: Call | None = None
+
+    def meet(self, call: Call) -> Any:
+        if not call.with_graph:  # an evaluation inside an open window
+            return Alone().meet(call)
+        self._met = call
+        self._require_one()
+        return Alone().meet(call)
+
+    def own_rows(self) -> Indices | None:
+        return None
+
+    def take_one(self) -> None:
+        """Count a micro-batch.
+
+        Raises:
+            MeetingError: It is the second one, and they would have had to meet.
+        """
+        self._require_one()
+        self.micro_batches += 1
+
+    def _require_one(self) -> None:
+        if self._met is not None and self.micro_batches > 0:
+            raise MeetingError(
+                f"The micro-batches of this window would have to meet at {self._met}, and they come one by one: each "
+                "is gone before the next one runs.",
+                hint="hand the logical batch to accumulator.step(batch), or the loader to accumulator.updates(loader, "
+                "micro_batches=n); a window of your own can meet only in a single micro-batch.",
+            )
+
+
+class Seat:
+    """Some company, from when it comes until it leaves."""
+
+    __slots__ = ("company",)
+
+    def __init__(self, company: Company | None) -> None:
+        self.company: Company | Literal["left"] | None = company
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.seats: list[Seat] = []
+
+
+_here = _Here()
+_in_backward: list[Company] = []
+"""Whom a recomputation meets that a backward pass starts, in whichever thread; at most one."""
+
+
+def here() -> Company | None:
+    """Return who else is there for the micro-batch that runs in this thread, or None outside of any."""
+    seats = _here.seats
+    while seats and seats[-1].company == "left":
+        seats.pop()
+    company = seats[-1].company if seats else None
+    if company is None and _in_backward and torch._C._current_graph_task_id() != -1:
+        return _in_backward[0]
+    return company  # type: ignore[return-value]
+
+
+def sit_down(company: Company | None) -> Seat:
+    """Say who else is there from now on, in this thread, until `leave`."""
+    seat = Seat(company)
+    _here.seats.append(seat)
+    return seat
+
+
+def leave(seat: Seat) -> None:
+    """Let company go, in whatever order it came."""
+    seat.company = "left"
+    seats = _here.seats
+    while seats and seats[-1].company == "left":
+        seats.pop()
+
+
+@contextmanager
+def among(company: Company | None) -> Iterator[None]:
+    """Run a block in some company."""
+    seat = sit_down(company)
+    try:
+        yield
+    finally:
+        leave(seat)
+
+
+@contextmanager
+def recomputing_with(company: Company) -> Iterator[None]:
+    """Run backward passes in which activation checkpointing may run parts of the model anew, in some company."""
+    _in_backward.append(company)
+    try:
+        with among(None):
+            yield
+    finally:
+        _in_backward.remove(company)
+
+
+_WITHIN = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))  # noqa: PTH118, PTH120
+
+
+def _site() -> Site:
+    """The line of the user's code that called, below all frames of the engine and of PyTorch."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_WITHIN):
+        frame = frame.f_back
+    if frame is None:
+        return Site("<unknown>", 0)
+    return Site(frame.f_code.co_filename, frame.f_lineno)
