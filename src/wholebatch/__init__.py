@@ -31,12 +31,15 @@ if TYPE_CHECKING:
         WholeBatchError,
         WindowError,
     )
+    from wholebatch.core.plan import Plan
     from wholebatch.core.record import Update
     from wholebatch.core.split import Rows, Tokens
     from wholebatch.core.weights import mean_weights
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
+    from wholebatch.engine.checkpointing import checkpoint_blocks, uncheckpoint_blocks
+    from wholebatch.engine.planning import plan
     from wholebatch.engine.window import Window
     from wholebatch.evidence import sinks
     from wholebatch.evidence.verify import Verification, verify
@@ -52,6 +55,7 @@ _HOMES = {
     "NonFiniteError": "core.errors",
     "OptimizerError": "core.errors",
     "OutOfMemoryError": "core.errors",
+    "Plan": "core.plan",
     "Rows": "core.split",
     "SplitError": "core.errors",
     "Tokens": "core.split",
@@ -62,11 +66,14 @@ _HOMES = {
     "WholeBatchError": "core.errors",
     "Window": "engine.window",
     "WindowError": "core.errors",
+    "checkpoint_blocks": "engine.checkpointing",
     "convert_batch_norm": "engine.batchnorm",
     "freeze_batch_norm": "engine.batchnorm",
     "losses": "engine.losses",
     "mean_weights": "core.weights",
+    "plan": "engine.planning",
     "sinks": "evidence.sinks",
+    "uncheckpoint_blocks": "engine.checkpointing",
     "verify": "evidence.verify",
 }
 
@@ -79,6 +86,7 @@ __all__ = [
     "NonFiniteError",
     "OptimizerError",
     "OutOfMemoryError",
+    "Plan",
     "Rows",
     "SplitError",
     "Tokens",
@@ -90,11 +98,14 @@ __all__ = [
     "Window",
     "WindowError",
     "__version__",
+    "checkpoint_blocks",
     "convert_batch_norm",
     "freeze_batch_norm",
     "losses",
     "mean_weights",
+    "plan",
     "sinks",
+    "uncheckpoint_blocks",
     "verify",
 ]
 

@@ -1,0 +1,190 @@
+"""How many rows of this logical batch fit at once? Asked once for each kind of batch, answered from its own rows."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.budget import say_bytes
+from wholebatch.core.errors import OutOfMemoryError
+from wholebatch.core.need import Need, Passes
+from wholebatch.core.planner import candidates, evened, fastest, largest_rows, usable
+from wholebatch.core.tree import flatten
+from wholebatch.engine import memory
+from wholebatch.engine.objective import Objective
+from wholebatch.engine.precision import Precision
+from wholebatch.engine.probe import Probe, Sample
+from wholebatch.engine.rowsize import largest_row, row_size
+from wholebatch.engine.setup import Setup
+from wholebatch.engine.sums import SumIn
+from wholebatch.engine.timeline import OverBudget
+
+Say: TypeAlias = Callable[[str, int], None]
+"""Takes the reason of an automatic choice, and its level of logging."""
+
+LOOK = 4
+"""Real rows of the first batch are looked at by so many, and by twice as many."""
+
+CLOSE = 0.7
+"""Kernels with memory of their own are measured where a plan comes closer to the budget than this share of it."""
+
+
+@dataclass
+class Fitting:
+    """Knows how many rows of a logical batch fit into a budget.
+
+    Attributes:
+        setup, objective, precision, sum_in: What is trained, and how.
+        budget: Unit: bytes; None: what the device has free.
+        collate, whole, dims: As for `wb.Accumulator`.
+    """
+
+    setup: Setup
+    objective: Objective
+    precision: Precision
+    sum_in: SumIn
+    budget: int | None
+    collate: Callable[[list[Any]], Any] | None = None
+    whole: Iterable[str] = ()
+    dims: int | Mapping[str, int] | None = None
+
+    def kind(self, rows: LogicalBatch) -> tuple[object, int]:
+        """Return what a batch has in common with others that take as much a row, and how much its largest row holds.
+
+        Batches of tensors are of one kind if their shapes differ in the rows only. Batches of a list are of one kind if
+        their largest rows hold about as much, within a factor of the square root of two.
+        """
+        if self.collate is not None:
+            largest = max((row_size(row) for row in rows.given), default=0)
+            return math.ceil(2 * math.log2(max(1, largest))), largest
+        one = rows.take(range(1))
+        shapes = [
+            (path, tuple(leaf.shape), leaf.dtype) for path, leaf, _ in flatten(one)[0] if isinstance(leaf, Tensor)
+        ]
+        return tuple(shapes), 0
+
+    def largest(self, rows: LogicalBatch, say: Say, *, timed: bool = True) -> int:
+        """Return how many rows of a logical batch are to be taken at once.
+
+        Args:
+            rows: The logical batch. A few of its rows are run, and leave no trace.
+            say: Takes the reasons.
+            timed: Whether the fastest of the sizes that fit is looked for.
+
+        Raises:
+            OutOfMemoryError: The budget that was given does not hold one row.
+        """
+        probe = Probe(
+            self.setup,
+            self.objective,
+            self.precision,
+            self.sum_in,
+            Sample(rows.given, self.collate, self.whole, self.dims),
+        )
+        budget, whose = self._budget(probe)
+        row = largest_row(probe.sample)
+        try:
+            need = self._need(probe, rows.rows, row, budget)
+        except OverBudget:
+            self._refuse(probe, row, budget, say)
+            return 1
+        most = largest_rows(need, budget, rows.rows)
+        for reason in probe.reasons:
+            say(reason, logging.INFO)
+        if most >= rows.rows:
+            say(
+                f'micro_batch="auto": the whole batch of {rows.rows} rows takes '
+                f"{say_bytes(need.peak(rows.rows, alone=True))} of the {say_bytes(budget)} {whose}, so it is not cut.",
+                logging.INFO,
+            )
+            return rows.rows
+        if most == 0:
+            self._refuse(probe, row, budget, say, need)
+            return 1
+        chosen, why = self._choose(probe, evened(rows.rows, most), rows.rows, row) if timed else (most, "")
+        say(
+            f'micro_batch="auto": the whole batch of {rows.rows} rows would take '
+            f"{say_bytes(need.peak(rows.rows, alone=True))} of the {say_bytes(budget)} {whose}; it is cut into "
+            f"micro-batches of {chosen} rows, which take {say_bytes(need.peak(chosen))}{why}.",
+            logging.INFO,
+        )
+        return chosen
+
+    def peak(self, rows: LogicalBatch, at_once: int) -> tuple[int, int]:
+        """Return what micro-batches of so many rows take, and the budget. Unit: bytes."""
+        sample = Sample(rows.given, self.collate, self.whole, self.dims)
+        probe = Probe(self.setup, self.objective, self.precision, self.sum_in, sample)
+        budget, _ = self._budget(probe)
+        need = self._need(probe, rows.rows, largest_row(sample), None)
+        return need.peak(at_once, alone=at_once >= rows.rows), budget
+
+    def _budget(self, probe: Probe) -> tuple[int, str]:
+        if self.budget is not None:
+            return self.budget, "of the budget"
+        return probe.held_bytes + memory.available_bytes(self.setup.device), "that are free"
+
+    def _need(self, probe: Probe, rows: int, row: int, budget: int | None) -> Need:
+        """What training takes, from a few real rows.
+
+        Raises:
+            OverBudget: Not even one row stays within the budget.
+        """
+        resident, step = probe.beside()
+        room = None if budget is None else budget - sum(resident.values())
+        if room is not None and room < 0:
+            raise OverBudget
+        each = max(1, min(LOOK, rows // 16))
+        while True:
+            try:
+                traces, hidden = probe.real_traces([(each, 0), (2 * each, 0)], {0: row}, limit=room)
+                break
+            except OverBudget:
+                if each == 1:  # two rows are too much; then what one takes is counted twice
+                    traces, hidden = probe.real_traces([(1, 0)], {0: row}, limit=room)
+                    traces[2, 0] = traces[1, 0].doubled()
+                    break
+                each = 1
+        need = Need(resident, Passes.of(traces), step)
+        if budget is None or not hidden:
+            return need
+        if need.peak(rows, alone=True) <= CLOSE * usable(need, budget):
+            return need
+        measured = probe.measure((each, 2 * each), row)
+        return need if measured is None else replace(need, measured=measured)
+
+    def _choose(self, probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
+        """The fastest of some sizes that fit."""
+        sizes = candidates(most)
+        if len(sizes) == 1:
+            return most, ""
+        probe.seconds(sizes[0], row)
+        seconds = {size: probe.seconds(size, row) for size in sizes}
+        chosen = evened(rows, fastest(seconds))
+        said = ", ".join(f"{size / each:,.4g} with {size}" for size, each in seconds.items() if each > 0)
+        return chosen, f" (rows a second: {said})"
+
+    def _refuse(self, probe: Probe, row: int, budget: int, say: Say, need: Need | None = None) -> None:
+        """Say that one row is too much, as an error where a budget was given."""
+        if need is None:
+            try:
+                need = probe.need([(1, 0), (2, 0)], {0: row})
+            except Exception:  # then it is known only that it is more than the budget
+                need = None
+        takes = f"{say_bytes(need.peak(1))}" if need is not None else f"more than {say_bytes(budget)}"
+        beside = f", of which {say_bytes(need.floor_bytes)} are weights, gradients and optimizer" if need else ""
+        if self.budget is None:
+            say(
+                f'micro_batch="auto": a single row takes {takes}{beside}, and {say_bytes(budget)} are free by a '
+                "careful count; it is tried row by row.",
+                logging.WARNING,
+            )
+            return
+        raise OutOfMemoryError(
+            f"The budget of {say_bytes(budget)} does not hold one row: training takes {takes}{beside}.",
+            hint=f'give more than {takes}, or take less: precision="bf16", wb.checkpoint_blocks(model), shorter rows, '
+            "or an optimizer with less state; wb.plan shows what each would give. Nothing was trained.",
+        )
