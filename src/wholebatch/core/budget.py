@@ -67,3 +67,13 @@ def say_bytes(value: float) -> str:
             return f"{value:.3g} {unit}"
         value /= 1024
     return f"{value:,.3g} TiB" if abs(value) < 1000 else f"{value:,.0f} TiB"
+
+
+def say_rows(rows: int) -> str:
+    """Return a number of rows in words.
+
+    Example:
+        >>> say_rows(1), say_rows(1200)
+        ('1 row', '1,200 rows')
+    """
+    return f"{rows:,} row" if rows == 1 else f"{rows:,} rows"

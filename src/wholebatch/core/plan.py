@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from wholebatch.core.budget import say_bytes
+from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.need import Need
 from wholebatch.core.split import Rows, Tokens
 
@@ -173,7 +173,9 @@ class Plan:
         if not self.fits:
             return f"It does not fit: {say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)} for a single row."
         parts = (
-            "nothing is cut" if self.micro_batches == 1 else f"{self.micro_batches} micro-batches of {self.micro_batch}"
+            "nothing is cut"
+            if self.micro_batches == 1
+            else f"{self.micro_batches} micro-batches of {_amount(self.micro_batch)}"
         )
         speed = f", {self.rows_per_second:,.3g} rows a second" if self.rows_per_second else ""
         return (
@@ -237,8 +239,12 @@ def _text(x: float, y: float, said: str) -> str:
     return f'<text x="{x:g}" y="{y:.1f}" font-size="11" font-family="sans-serif">{html.escape(said)}</text>'
 
 
+def _amount(micro_batch: Rows | Tokens) -> str:
+    return say_rows(micro_batch.rows) if isinstance(micro_batch, Rows) else str(micro_batch)
+
+
 def _rows(alternative: Alternative) -> str:
-    held = f"at most {alternative.largest_rows} rows at once" if alternative.largest_rows else "not even one row"
+    held = f"at most {say_rows(alternative.largest_rows)} at once" if alternative.largest_rows else "not even one row"
     return held + (f", {alternative.slower:.2f} times as long" if alternative.slower > 1 else "")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from wholebatch.core.budget import say_bytes
+from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.need import Need
 from wholebatch.core.plan import Alternative, Plan
 from wholebatch.core.split import Rows, Tokens
@@ -20,6 +20,9 @@ NEARLY = 0.02
 
 KNOWN, GUESSED = 0.005, 0.04
 """The share of a budget that is left free: where every moment is known by itself, and where peaks are extrapolated."""
+
+SLACK = 1 << 14
+"""What is left free beside that where kernels take memory for themselves: the least that they take. Unit: bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,9 @@ class Task:
 def usable(need: Need, budget: int) -> int:
     """Return what of a budget may be planned for: the rest is for what cannot be known. Unit: bytes."""
     known = need.passes.exact and (need.measured is None or need.measured.exact)
-    loose = not known or abs(need.scratch(*_top(need))) > 0.02 * need.passes.peak(*_top(need))
-    return math.floor(budget * (1 - (GUESSED if loose else KNOWN)))
+    scratch = abs(need.scratch(*_top(need)))
+    loose = not known or scratch > 0.02 * need.passes.peak(*_top(need))
+    return math.floor(budget * (1 - (GUESSED if loose else KNOWN))) - (SLACK if scratch else 0)
 
 
 def _top(need: Need) -> tuple[int, int]:
@@ -196,7 +200,7 @@ class Planner:
         """Return the plan."""
         task, plain = self.task, self.ways[0]
         way = plain
-        if largest_rows(plain.need, task.budget, 1, task.longest) == 0:
+        if self._most(plain) == 0:
             way = next((each for each in self.ways if each.blocks and self._most(each) > 0), plain)
             if way is not plain:
                 self._say(
@@ -255,7 +259,7 @@ class Planner:
             self._say(
                 f"The whole logical batch of {task.rows} rows would take "
                 f"{say_bytes(need.peak(task.rows, task.longest, alone=True))} of {say_bytes(task.budget)}; "
-                f"at most {most} rows fit at once{', of the longest' if task.longest else ''}."
+                f"at most {say_rows(most)} at once{', of the longest' if task.longest else ''}."
             )
             rows = most = evened(task.rows, most)
             if self.clock is not None and not way.blocks:
@@ -280,7 +284,7 @@ class Planner:
         chosen = fastest(seconds)
         speeds = ", ".join(f"{size / time:,.4g} with {size}" for size, time in sorted(seconds.items()) if time > 0)
         if chosen < rows:
-            self._say(f"A micro-batch of {chosen} rows is as fast as any that fits (rows a second: {speeds}).")
+            self._say(f"A micro-batch of {say_rows(chosen)} is as fast as any that fits (rows a second: {speeds}).")
         else:
             self._say(f"The largest that fits is the fastest (rows a second: {speeds}).")
         return evened(self.task.rows, chosen)
@@ -319,8 +323,7 @@ class Planner:
         by_kind = need.by_kind(*shape, alone=parts == 1)
         window = None
         if seconds:
-            once, each = line(seconds)
-            window = (once * parts + each * task.rows) * way.slower
+            window = self._seconds(seconds, micro_batch) * way.slower
         others = [self._alternative(each) for each in self.ways if each is not way]
         if need.passes.traces:
             others.append(self._folded(way))
@@ -343,6 +346,19 @@ class Planner:
             reasons=(*self._reasons, *self.notes),
             need=need,
         )
+
+    def _seconds(self, seconds: Mapping[int, float], micro_batch: Rows | Tokens) -> float:
+        """How long a window takes: what was timed, times how often, or by the padded tokens where lengths vary."""
+        once, each = line(seconds)
+        if isinstance(micro_batch, Rows):
+            own = seconds.get(micro_batch.rows)
+            if own is not None:
+                return own * self.task.rows / micro_batch.rows
+            return once * math.ceil(self.task.rows / micro_batch.rows) + each * self.task.rows
+        lengths = self.task.lengths or ()
+        cut = micro_batch.cut(lengths)
+        padded = sum(len(part) * max(lengths[row] for row in part) for part in cut)
+        return once * len(cut) + each * padded / max(1, self.task.longest)
 
     def _shape(self, tokens: Tokens, need: Need) -> tuple[int, int]:
         """The rows and the length of the micro-batch that takes most."""
@@ -368,7 +384,7 @@ class Planner:
         for each in others:
             if each.name in ("bf16", "fp16") and each.largest_rows > plain and plain < self.task.rows:
                 self._say(
-                    f"precision={each.name!r} would hold {each.largest_rows} rows at once instead of {plain}; it "
+                    f"precision={each.name!r} would hold {say_rows(each.largest_rows)} at once instead of {plain}; it "
                     "changes numbers, so it is proposed and not chosen."
                 )
 

@@ -68,8 +68,12 @@ class Fakes:
                 names.update(before)
 
 
-def stand_in(optimizer: Optimizer) -> Optimizer:
+def stand_in(optimizer: Optimizer, only: Tensor | None = None) -> Optimizer:
     """Return an optimizer of the same kind, settings and state, whose tensors are on the device ``meta``.
+
+    Args:
+        optimizer: Stays as it is.
+        only: One of its parameters: then the other is made for it alone, on real zeros, which can be read.
 
     Raises:
         TypeError: It holds another optimizer, which would be the real one.
@@ -82,7 +86,8 @@ def stand_in(optimizer: Optimizer) -> Optimizer:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:  # counters are read, so they stay
             return leaf.clone() if isinstance(leaf, Tensor) else leaf
         if id(leaf) not in known:
-            known[id(leaf)] = torch.empty_like(leaf, device="meta", requires_grad=leaf.requires_grad)
+            new = torch.empty_like(leaf, device="meta") if only is None else torch.zeros_like(leaf)
+            known[id(leaf)] = new.requires_grad_(leaf.requires_grad)
         return known[id(leaf)]
 
     other: Optimizer = object.__new__(type(optimizer))
@@ -91,15 +96,18 @@ def stand_in(optimizer: Optimizer) -> Optimizer:
         if isinstance(value, OrderedDict):  # hooks are the user's, and have nothing to do with a stand-in
             other.__dict__[name] = OrderedDict()
     other.param_groups = [
-        {**group, "params": [of(each) for each in group["params"]]} for group in optimizer.param_groups
+        {**group, "params": [of(each) for each in group["params"] if only is None or each is only]}
+        for group in optimizer.param_groups
     ]
-    for group in other.param_groups:
+    for group in other.param_groups if only is None else ():
         if group.get("fused"):  # takes nothing for a moment, and no other device has it
             group.update(fused=False, foreach=False)
         elif group.get("foreach", 0) is None and optimizer.param_groups[0]["params"][0].device.type != "cpu":
             group["foreach"] = True  # what PyTorch chooses there
     other.state = defaultdict(dict)
     for parameter, state in optimizer.state.items():
+        if only is not None and parameter is not only:
+            continue
         other.state[of(parameter)] = {name: map_leaves(of, value) for name, value in state.items()}
     return other
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.core.budget import say_bytes
+from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.core.need import Need, Passes
 from wholebatch.core.planner import candidates, evened, fastest, largest_rows, usable
@@ -109,7 +109,7 @@ class Fitting:
         say(
             f'micro_batch="auto": the whole batch of {rows.rows} rows would take '
             f"{say_bytes(need.peak(rows.rows, alone=True))} of the {say_bytes(budget)} {whose}; it is cut into "
-            f"micro-batches of {chosen} rows, which take {say_bytes(need.peak(chosen))}{why}.",
+            f"micro-batches of {say_rows(chosen)}, which take {say_bytes(need.peak(chosen))}{why}.",
             logging.INFO,
         )
         return chosen
@@ -137,7 +137,7 @@ class Fitting:
         room = None if budget is None else budget - sum(resident.values())
         if room is not None and room < 0:
             raise OverBudget
-        each = max(1, min(LOOK, rows // 16))
+        each = max(1, min(LOOK, rows // 8))
         while True:
             try:
                 traces, hidden = probe.real_traces([(each, 0), (2 * each, 0)], {0: row}, limit=room)
@@ -153,7 +153,10 @@ class Fitting:
             return need
         if need.peak(rows, alone=True) <= CLOSE * usable(need, budget):
             return need
-        measured = probe.measure((each, 2 * each), row)
+        # Kernels choose by size, so they are measured not far below what will be run.
+        most = largest_rows(need, budget, rows)
+        each = max(each, most // 4)
+        measured = probe.measure((each, 2 * each), row) if most > 1 else None
         return need if measured is None else replace(need, measured=measured)
 
     def _choose(self, probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:

@@ -314,12 +314,16 @@ def _machine_bytes() -> int | None:
     return None
 
 
+GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Where the limit of a control group and its use are told, in either version."""
+
+
 def _group_bytes() -> int | None:
     """What the control group of this process leaves, in either version; None: no limit, or no control groups."""
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for limit, usage in GROUP_FILES:
         try:
             said = Path(limit).read_text(encoding="ascii").strip()
             used = int(Path(usage).read_text(encoding="ascii"))
@@ -341,24 +345,22 @@ def _address_bytes() -> int | None:
     return limit - used
 
 
-def is_thrashing(device: torch.device, before: int = 0) -> int | None:
-    """Return how often an allocator had to give everything back and ask the device again, since a count of before.
+def allocation_retries(device: torch.device) -> int | None:
+    """Return how often an allocator had to give everything back and ask the device again, since the process began.
 
     A few at the start are usual. One in every window says that the micro-batch fits only just: each costs a wait for
     the device.
 
     Args:
         device: Where the weights live.
-        before: What this function returned then with ``before=0``.
 
     Returns:
         None where the device keeps no count.
 
     Example:
-        >>> is_thrashing(torch.device("cpu")) is None
+        >>> allocation_retries(torch.device("cpu")) is None
         True
     """
     if device.type not in ("cuda", "xpu"):
         return None
-    stats = torch.get_device_module(device).memory_stats(device)
-    return int(stats.get("num_alloc_retries", 0)) - before
+    return int(torch.get_device_module(device).memory_stats(device).get("num_alloc_retries", 0))

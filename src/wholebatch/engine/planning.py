@@ -11,7 +11,7 @@ from wholebatch.core.budget import parse_bytes, say_bytes
 from wholebatch.core.errors import ConfigError, LossError, SplitError
 from wholebatch.core.need import Need, Size
 from wholebatch.core.plan import Plan
-from wholebatch.core.planner import Planner, Task, Way
+from wholebatch.core.planner import Planner, Task, Way, largest_rows
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
 from wholebatch.engine import memory as device_memory
@@ -22,6 +22,9 @@ from wholebatch.engine.probe import Probe, Sample
 from wholebatch.engine.rowsize import largest_row
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import SumIn, check_sum_in
+
+MEASURED = 32
+"""Real runs are made with at most so many rows, and with twice as many."""
 
 PATIENCE = 20.0
 """No pass is timed that would take longer. Unit: seconds."""
@@ -183,7 +186,8 @@ class Planning:
     def _measured(self, need: Need, budget: int) -> Need:
         """Add what two small real runs take beyond what the tensors explain, where two small runs fit."""
         longest = max(self._rows_of)
-        each = max(1, min(16, self._rows // 12))
+        most = largest_rows(need, budget, self._rows, longest)
+        each = max(4, min(MEASURED, most // 4))  # kernels choose by size: not far below what will be run
         room = min(budget, device_memory.available_bytes(self._probe.device) + need.resident_bytes)
         while each > 1 and need.peak(2 * each, longest) > room / 2:
             each //= 2

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.errors import LossError
@@ -274,34 +275,53 @@ class Probe:
         gradients = _bytes(learning, device)
         sums = GradientSum(self.setup.parameters, [], self.sum_in).own_bytes
         largest = max((each.numel() * each.element_size() for each in learning), default=0)
-        try:
-            state, temporary = self._meta_step()
-        except Exception as error:
-            state, temporary = state_bytes(self.setup.optimizers, device.type), gradients
-            told = "as it is"
-            if not state:
-                state, told = 2 * gradients, "as two numbers a weight, like Adam's"
-            self.reasons.append(
-                f"The optimizer's state was counted {told}, and its step as one gradient more, since it cannot be "
-                f"followed without its tensors ({_in_a_line(error)})."
-            )
+        state, temporary = self._step(gradients)
         resident = {"weights": weights, "buffers": buffers, "optimizer state": state}
         return resident, max(gradients + temporary, sums + largest if sums else 0)
 
-    def _meta_step(self) -> tuple[int, int]:
+    def _step(self, gradients: int) -> tuple[int, int]:
         """What the optimizers keep on the device, and what a step takes for a moment."""
+        try:
+            return self._meta_step()
+        except Exception as error:
+            said = _in_a_line(error)
+        try:
+            found = self._single_steps()
+        except Exception as error:
+            state, told = state_bytes(self.setup.optimizers, self.device.type), "as it is"
+            if not state:
+                state, told = 2 * gradients, "as two numbers a weight, like Adam's"
+            self.reasons.append(
+                f"The optimizer's state was counted {told}, and its step as one gradient more, since a copy of it "
+                f"could not be stepped ({_in_a_line(error)})."
+            )
+            return state, gradients
+        self.reasons.append(
+            f"The optimizer's step was looked at weight by weight, on zeros, since it reads numbers ({said})."
+        )
+        return found
+
+    def _meta_step(self) -> tuple[int, int]:
+        """The same from stand-ins without memory."""
         state, most = 0, 0
         for real in self.setup.optimizers:
             optimizer = stand_in(real)
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            for _ in range(2):  # the first makes the state
-                with Timeline(torch.device("meta")) as timeline:
-                    type(optimizer).step(optimizer)
-            most = max(most, timeline.peak_bytes)
+            peak = _step_twice(optimizer, torch.device("meta"))
+            if not all(group.get("fused") for group in real.param_groups):
+                most = max(most, peak)
             state += state_bytes([optimizer], "meta")
             state += state_bytes([optimizer], "cpu") if self.device.type == "cpu" else 0  # counters
+        return state, most
+
+    def _single_steps(self) -> tuple[int, int]:
+        """The same from one weight after the other, on zeros."""
+        state, most = 0, 0
+        for real in self.setup.optimizers:
+            for group in real.param_groups:
+                for parameter in group["params"]:
+                    optimizer = stand_in(real, only=parameter)
+                    most = max(most, _step_twice(optimizer, self.device))
+                    state += state_bytes([optimizer], self.device.type)
         return state, most
 
     @contextmanager
@@ -322,6 +342,20 @@ class Probe:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             transaction.roll_back()
+
+
+def _step_twice(optimizer: Optimizer, device: torch.device) -> int:
+    """Step a stand-in and return what the second step takes for a moment; the first makes the state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    peak = 0
+    for _ in range(2):
+        timeline = Timeline(device)
+        with timeline:
+            type(optimizer).step(optimizer)
+        peak = timeline.peak_bytes
+    return peak
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
