@@ -66,7 +66,7 @@ def test_the_look_ahead_keeps_to_the_budget_as_well():
 
 def test_planning_changes_no_update():
     """Dropout masks, buffers and weights are those of a run that was told the micro-batch."""
-    rows = torch.randn(256, 16)
+    rows = torch.randn(512, 16)
 
     def run(**options):
         model = nn.Sequential(network(), nn.Dropout(0.5), nn.BatchNorm1d(16))
@@ -75,8 +75,8 @@ def test_planning_changes_no_update():
         updates = [accumulator.step(rows) for _ in range(2)]
         return copy.deepcopy(model.state_dict()), updates
 
-    planned, updates = run(memory="1300kB")
-    at_once = -(-256 // updates[0].micro_batches)
+    planned, updates = run(memory="1600kB")
+    at_once = -(-512 // updates[0].micro_batches)
     assert updates[0].micro_batches > 1
     told, _ = run(micro_batch=wb.Rows(at_once))
     assert all(torch.equal(planned[name], told[name]) for name in planned)
@@ -106,6 +106,13 @@ def test_activations_of_one_row_may_be_too_much():
     )
     with pytest.raises(wb.OutOfMemoryError, match="does not hold one row"):
         accumulator.step(torch.randn(2, 5000, 4))
+
+
+def test_what_is_too_much_in_parts_may_fit_as_a_whole():
+    """The second micro-batch of a window meets the gradient of the first; a single one does not."""
+    model = network()
+    accumulator = accumulator_of(model, memory="1300kB")
+    assert accumulator.step(torch.randn(32, 16)).micro_batches == 1
 
 
 def test_the_budget_holds_exactly_one_row():

@@ -11,7 +11,7 @@ from torch import Tensor
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.errors import OutOfMemoryError
-from wholebatch.core.need import Need, Passes
+from wholebatch.core.need import Need, Passes, Trace
 from wholebatch.core.planner import candidates, evened, fastest, largest_rows, usable
 from wholebatch.core.tree import flatten
 from wholebatch.engine import memory
@@ -87,10 +87,13 @@ class Fitting:
         )
         budget, whose = self._budget(probe)
         row = largest_row(probe.sample)
+        need: Need | None
         try:
             need = self._need(probe, rows.rows, row, budget)
-        except OverBudget:
-            self._refuse(probe, row, budget, say)
+        except OverBudget:  # perhaps one micro-batch fits, which leaves no gradient to a next one
+            need = self._fake_need(probe, row)
+        if need is None:
+            self._refuse(None, budget, say)
             return 1
         most = largest_rows(need, budget, rows.rows)
         for reason in probe.reasons:
@@ -103,7 +106,7 @@ class Fitting:
             )
             return rows.rows
         if most == 0:
-            self._refuse(probe, row, budget, say, need)
+            self._refuse(need, budget, say)
             return 1
         chosen, why = self._choose(probe, evened(rows.rows, most), rows.rows, row) if timed else (most, "")
         say(
@@ -138,16 +141,7 @@ class Fitting:
         if room is not None and room < 0:
             raise OverBudget
         each = max(1, min(LOOK, rows // 8))
-        while True:
-            try:
-                traces, hidden = probe.real_traces([(each, 0), (2 * each, 0)], {0: row}, limit=room)
-                break
-            except OverBudget:
-                if each == 1:  # two rows are too much; then what one takes is counted twice
-                    traces, hidden = probe.real_traces([(1, 0)], {0: row}, limit=room)
-                    traces[2, 0] = traces[1, 0].doubled()
-                    break
-                each = 1
+        traces, hidden = self._traces(probe, each, row, room)
         need = Need(resident, Passes.of(traces), step)
         if budget is None or not hidden:
             return need
@@ -155,9 +149,29 @@ class Fitting:
             return need
         # Kernels choose by size, so they are measured not far below what will be run.
         most = largest_rows(need, budget, rows)
-        each = max(each, most // 4)
-        measured = probe.measure((each, 2 * each), row) if most > 1 else None
+        if most == 0:
+            return need
+        if most == 1:  # two are too much; then what one takes is counted twice
+            found = probe.measure((1,), row)
+            one = found.traces[1, 0] if found is not None else None
+            measured = Passes.of({(1, 0): one, (2, 0): one.doubled()}) if one is not None else None
+        else:
+            each = max(1, most // 4)
+            measured = probe.measure((each, 2 * each), row)
         return need if measured is None else replace(need, measured=measured)
+
+    def _traces(
+        self, probe: Probe, each: int, row: int, room: int | None
+    ) -> tuple[dict[tuple[int, int], Trace], set[str]]:
+        """What came and went with some rows and with twice as many, as many as stay within what there is."""
+        for rows in sorted({each, min(each, 2), 1}, reverse=True):
+            try:
+                return probe.real_traces([(rows, 0), (2 * rows, 0)], {0: row}, limit=room)
+            except OverBudget:
+                continue
+        traces, hidden = probe.real_traces([(1, 0)], {0: row}, limit=room)
+        traces[2, 0] = traces[1, 0].doubled()
+        return traces, hidden
 
     def _choose(self, probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
         """The fastest of some sizes that fit."""
@@ -170,13 +184,15 @@ class Fitting:
         said = ", ".join(f"{size / each:,.4g} with {size}" for size, each in seconds.items() if each > 0)
         return chosen, f" (rows a second: {said})"
 
-    def _refuse(self, probe: Probe, row: int, budget: int, say: Say, need: Need | None = None) -> None:
+    def _fake_need(self, probe: Probe, row: int) -> Need | None:
+        """What training takes, without any real row; None where nobody can tell."""
+        try:
+            return probe.need([(2, 0), (4, 0)], {0: row}, limit=0)
+        except Exception:
+            return None
+
+    def _refuse(self, need: Need | None, budget: int, say: Say) -> None:
         """Say that one row is too much, as an error where a budget was given."""
-        if need is None:
-            try:
-                need = probe.need([(1, 0), (2, 0)], {0: row})
-            except Exception:  # then it is known only that it is more than the budget
-                need = None
         takes = f"{say_bytes(need.peak(1))}" if need is not None else f"more than {say_bytes(budget)}"
         beside = f", of which {say_bytes(need.floor_bytes)} are weights, gradients and optimizer" if need else ""
         if self.budget is None:
