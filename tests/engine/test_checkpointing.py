@@ -132,13 +132,17 @@ def test_a_model_that_recomputes_can_be_copied_saved_and_taken_back():
 
 
 def test_blocks_are_repeated_siblings_that_learn():
-    frozen = nn.ModuleList(nn.Linear(2, 2) for _ in range(2)).requires_grad_(False)
+    def block():
+        return nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+
+    frozen = nn.ModuleList(block() for _ in range(2)).requires_grad_(False)
     model = nn.ModuleDict(
         {
             "frozen": frozen,
-            "single": nn.Sequential(nn.Linear(2, 2), nn.Tanh()),
+            "single": block(),
+            "layers": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
             "deep": nn.Sequential(Stack(blocks=2), nn.Tanh()),
-            "lists": nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(2)) for _ in range(2)),
+            "lists": nn.ModuleList(nn.ModuleList(block() for _ in range(2)) for _ in range(2)),
         }
     )
     assert find_blocks(model) == ["deep.0.blocks.0", "deep.0.blocks.1", *(f"lists.{a}.{b}" for a in "01" for b in "01")]

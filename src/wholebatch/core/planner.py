@@ -373,19 +373,18 @@ class Planner:
 
     def _folded(self, way: Way) -> Alternative:
         """With an optimizer that folds gradients in as they come, none lives from one micro-batch to the next."""
-        most = self._most(way)
-        at = min(max(1, most), self.task.rows)
-        whole = at >= self.task.rows
-        saved = 0 if whole else way.need.gradient_bytes
-        return Alternative("AdamA", most, way.need.peak(at, self.task.longest, alone=whole) - saved, 1.0)
+        task, saved = self.task, way.need.gradient_bytes
+        most = largest_rows(way.need, task.budget + saved, task.rows, task.longest)
+        at = min(max(1, most), task.rows)
+        return Alternative("AdamA", most, way.need.peak(at, task.longest) - saved, 1.0)
 
     def _propose(self, others: Sequence[Alternative]) -> None:
         plain = self._most(self.ways[0])
         for each in others:
             if each.name in ("bf16", "fp16") and each.largest_rows > plain and plain < self.task.rows:
                 self._say(
-                    f"precision={each.name!r} would hold {say_rows(each.largest_rows)} at once instead of {plain}; it "
-                    "changes numbers, so it is proposed and not chosen."
+                    f"precision={each.name!r} would hold {say_rows(each.largest_rows)} at once instead of {plain:,}; "
+                    "it changes numbers, so it is proposed and not chosen."
                 )
 
     def _say(self, reason: str) -> None:

@@ -30,7 +30,7 @@ def checkpoint_blocks(model: nn.Module, blocks: Iterable[str] | None = None) -> 
         ConfigError: The model has no such submodule, or no repeated blocks.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Tanh())
+        >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(2)])
         >>> checkpoint_blocks(model)
         ('0', '1')
     """
@@ -59,8 +59,8 @@ def uncheckpoint_blocks(model: nn.Module) -> None:
     """Take back what `checkpoint_blocks` did.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        >>> names = checkpoint_blocks(model)
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+        >>> names = checkpoint_blocks(model, ["0"])
         >>> uncheckpoint_blocks(model)
         >>> "forward" in vars(model[0])
         False
@@ -73,10 +73,13 @@ def uncheckpoint_blocks(model: nn.Module) -> None:
 def find_blocks(model: nn.Module) -> list[str]:
     """Return the names of repeated blocks: two or more of a kind, side by side in a Sequential or a ModuleList.
 
-    Only the outermost are named, and only those that learn. A block that recomputes already is none.
+    Only the outermost are named, and only those that learn and are made of several modules: a single layer keeps little
+    beside its input. A block that recomputes already is none.
 
     Example:
-        >>> find_blocks(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4)))
+        >>> def block():
+        ...     return nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> find_blocks(nn.ModuleList([nn.Embedding(5, 4), block(), block()]))
         ['1', '2']
     """
     found: list[str] = []
@@ -88,7 +91,7 @@ def find_blocks(model: nn.Module) -> list[str]:
             siblings = isinstance(module, nn.Sequential | nn.ModuleList) and kinds.count(type(child)) > 1
             learns = any(parameter.requires_grad for parameter in child.parameters())
             is_list = isinstance(child, nn.ModuleList | nn.ModuleDict)
-            if siblings and learns and not is_list:
+            if siblings and learns and child._modules and not is_list:
                 if not isinstance(child.__dict__.get("forward"), _Recomputed):
                     found.append(name)
             else:
