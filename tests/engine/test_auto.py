@@ -10,6 +10,7 @@ from torch import nn
 
 import wholebatch as wb
 from wholebatch.engine import memory
+from wholebatch.engine.rowsize import row_size
 
 
 def network(width=32):
@@ -250,6 +251,36 @@ def test_a_cut_that_was_asked_for_is_held_against_the_budget(micro_batch, memory
     (reason,) = accumulator.reasons
     assert said in reason
     assert (caplog.records[0].levelno == logging.WARNING) == ("more" in said)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_what_recurrent_kernels_take_for_themselves_is_kept_within_the_budget(kind):
+    """No operation tells of it: twice what its tensors take."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.head = kind(16, 32, 2, batch_first=True), nn.Linear(32, 8)
+
+        def forward(self, x):
+            return self.head(self.layers(x)[0])
+
+    for budget in (600_000, 1_200_000, 2_400_000):
+        torch.manual_seed(0)
+        model = Recurrent()
+        accumulator = accumulator_of(model, memory=budget)
+        rows = torch.randn(64, 20, 16)
+        accumulator.step(rows)
+        before = resident(model, accumulator)
+        with memory.tensor_peak() as peak:
+            accumulator.step(rows)
+        assert before + peak.peak_bytes <= budget
+
+
+def test_the_size_of_a_row_is_told_from_the_row():
+    row = {"a": torch.ones(2, 3), "b": [b"abc", ("de", 1)], "c": range(4), "d": None}
+    assert row_size(row) == 6 + 3 + 2 + 1 + 4 + 1
+    assert row_size(torch.ones(3).numpy()) == 3
 
 
 def test_planning_holds_on_to_nothing():

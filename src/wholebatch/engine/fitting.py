@@ -29,8 +29,9 @@ Say: TypeAlias = Callable[[str, int], None]
 LOOK = 4
 """Real rows of the first batch are looked at by so many, and by twice as many."""
 
-CLOSE = 0.7
-"""Kernels with memory of their own are measured where a plan comes closer to the budget than this share of it."""
+FAR, CLOSE = 0.1, 0.5
+"""Kernels with memory of their own are measured where a plan takes more than the first share of the budget, and where
+it takes more than the second, not far below the size that will be run."""
 
 
 @dataclass
@@ -145,7 +146,8 @@ class Fitting:
         need = Need(resident, Passes.of(traces), step)
         if budget is None or not hidden:
             return need
-        if need.peak(rows, alone=True) <= CLOSE * usable(need, budget):
+        share = need.peak(rows, alone=True) / max(1, usable(need, budget))
+        if share <= FAR:
             return need
         # Kernels choose by size, so they are measured not far below what will be run.
         most = largest_rows(need, budget, rows)
@@ -156,7 +158,7 @@ class Fitting:
             one = found.traces[1, 0] if found is not None else None
             measured = Passes.of({(1, 0): one, (2, 0): one.doubled()}) if one is not None else None
         else:
-            each = max(1, most // 4)
+            each = max(1, most // 4) if share > CLOSE else each
             measured = probe.measure((each, 2 * each), row)
         return need if measured is None else replace(need, measured=measured)
 

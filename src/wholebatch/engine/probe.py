@@ -332,7 +332,6 @@ class Probe:
         transaction = Transaction(self.setup.model, self.device)
         transaction.begin()
         collecting = gc.isenabled()
-        gc.collect()
         gc.disable()  # a collection in the middle would move a release to another moment
         try:
             yield

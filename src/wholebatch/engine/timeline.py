@@ -1,14 +1,13 @@
 """Which tensors are live when? Every storage that an operation makes, from its first tensor to its last."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from wholebatch.core.need import Kind, Trace
 from wholebatch.core.tree import flatten
@@ -105,14 +104,14 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        for tensor in tree_iter((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._ignore(tensor)
+        for tensor in _among(args):
+            self._ignore(tensor)
+        for tensor in _among(tuple(kwargs.values())):
+            self._ignore(tensor)
         result = func(*args, **kwargs)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
-        if _HIDDEN.intersection(func._schema.name.replace("::", "_").split("_")) or _narrow_product(func, args):  # type: ignore[attr-defined]
+        for tensor in _among((result,)):
+            self._see(tensor)
+        if _takes_more(func) or _narrow_product(func, args):
             self.hidden.add(func._schema.name)  # type: ignore[attr-defined]
         return result
 
@@ -156,6 +155,13 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 _HIDDEN = {"convolution", "mkldnn", "cudnn", "miopen", "rnn", "lstm", "gru", "fft", "linalg"}
 """Parts of the names of operations that are known to take memory within themselves."""
 
+
+@cache
+def _takes_more(func: Any) -> bool:
+    """Whether an operation is known to take memory within itself."""
+    return bool(_HIDDEN.intersection(func._schema.name.replace("::", "_").split("_")))
+
+
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
 
 
@@ -164,6 +170,15 @@ def _narrow_product(func: Any, args: tuple[Any, ...]) -> bool:
     return func._schema.name in _PRODUCTS and any(
         isinstance(each, Tensor) and each.element_size() == 2 and each.device.type == "cpu" for each in args
     )
+
+
+def _among(values: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of an operation: themselves, or in a list."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _among(value)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
