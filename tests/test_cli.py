@@ -19,7 +19,7 @@ from wholebatch.core import errors
 from wholebatch.recipes.finding import BUILT_IN
 from wholebatch.recipes.options import OPTIONS
 
-COMMANDS = ["train", "verify", "report", "doctor"]
+COMMANDS = ["train", "plan", "verify", "report", "doctor"]
 MY_FILE = '''
 """The least that a recipe has to say."""
 
@@ -214,6 +214,10 @@ def test_a_full_disk_is_a_sentence_and_a_failed_run(folder, capsys):
         (["train", "my_file.py:Broken", "--out", "run"], 1, "LookupError: nobody knows the loss", "--debug"),
         (["verify", "txt"], 2, "There is no recipe 'txt'.", "did you mean 'text'?"),
         (["verify", "my_file.py:recipe", "--micro-batch", "x"], 2, "`--micro-batch` is 'x'", "'16 rows'"),
+        (["plan", "txt"], 2, "There is no recipe 'txt'.", "did you mean 'text'?"),
+        (["plan", "my_file.py:recipe", "--memory", "8"], 2, "`--memory` is '8'", "'8GiB'"),
+        (["plan", "my_file.py:recipe", "--logical-batch", "9 tokens"], 2, "9 tokens was asked for", "length(row)"),
+        (["train", "my_file.py:recipe", "--memory", "much"], 2, "`--memory` is 'much'", "'500MB'"),
         (["report", "nowhere"], 2, "There is no run folder nowhere", "wholebatch train"),
         (["report", "."], 2, "holds no log.jsonl", "wholebatch train"),
     ],
@@ -307,6 +311,36 @@ def test_verify_refuses_a_file_that_cannot_be_written(folder, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "nowhere" in captured.err
+
+
+def test_a_plan_says_what_fits_and_ends_with_0(folder, capsys):
+    assert run("plan", "my_file.py:recipe", "--memory", "1GiB", "--no-time") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("It fits: 16 rows, nothing is cut, fp32, ")
+    assert "\n- " in out
+
+
+def test_a_plan_that_does_not_fit_ends_with_1_and_can_be_read_by_programs(folder, capsys):
+    assert run("plan", "my_file.py:recipe", "--memory", "1kB", "--no-time", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["reasons"]
+
+
+def test_a_plan_in_tokens_and_a_micro_batch_of_ones_own(capsys):
+    assert run("plan", "text", "--logical-batch", "4000 tokens", "--memory", "60MB", "--no-time", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["micro_batch"].keys() == {"tokens"}
+    assert found["peak_bytes"] <= 60_000_000
+    assert run("plan", "images", "--memory", "1GiB", "--micro-batch", "16 rows", "--no-time", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["micro_batch"] == {"rows": 16}
+
+
+def test_a_run_keeps_to_a_budget(folder, capsys):
+    assert run("train", "my_file.py:recipe", "--memory", "1GiB", "--micro-batch", "auto", "--out", "run") == 0
+    assert any("of the budget, so it is not cut" in reason for reason in events("run")[-1]["reasons"])
+    assert run("train", "my_file.py:recipe", "--memory", "2kB", "--micro-batch", "auto", "--out", "run") == 1
+    assert "does not hold one row" in capsys.readouterr().err
 
 
 def test_the_recipes_are_listed(capsys):

@@ -118,6 +118,22 @@ def rows_that_meet(model: nn.Module, batch: Batch) -> Tensor:
     return loss + wb.losses.load_balancing(queries.softmax(-1), mask=batch["mask"])
 
 
+def will_it_fit(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    plan = wb.plan(
+        model, optimizer, mean_loss, rows, logical_batch=512, memory="8GiB", collate=pad, length=length_of_row
+    )
+    assert_type(plan, wb.Plan)
+    assert_type(plan.fits, bool)
+    assert_type(plan.micro_batch, wb.Rows | wb.Tokens)
+    assert_type(plan.peak_bytes, int)
+    assert_type(plan.epoch_seconds(10_000), float | None)
+    assert_type(wb.checkpoint_blocks(model, plan.checkpointing), tuple[str, ...])
+    wb.uncheckpoint_blocks(model)
+    wb.Accumulator(model, optimizer, mean_loss, micro_batch=plan.micro_batch, collate=pad)
+    wb.Accumulator(model, optimizer, mean_loss, memory="2GiB")
+
+
 def evidence(model: nn.Module, batch: Batch) -> None:
     found = wb.verify(model, mean_loss, batch, targets=count_targets, micro_batch=wb.Rows(2))
     print(found)

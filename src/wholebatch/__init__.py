@@ -32,14 +32,17 @@ if TYPE_CHECKING:
         WholeBatchError,
         WindowError,
     )
+    from wholebatch.core.plan import Plan
     from wholebatch.core.record import Update
     from wholebatch.core.split import Rows, Tokens
     from wholebatch.core.weights import mean_weights
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
+    from wholebatch.engine.checkpointing import checkpoint_blocks, uncheckpoint_blocks
     from wholebatch.engine.exactnorm import exact_batch_norm
     from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
+    from wholebatch.engine.planning import plan
     from wholebatch.engine.window import Window
     from wholebatch.evidence import sinks
     from wholebatch.evidence.verify import Verification, verify
@@ -56,6 +59,7 @@ _HOMES = {
     "NonFiniteError": "core.errors",
     "OptimizerError": "core.errors",
     "OutOfMemoryError": "core.errors",
+    "Plan": "core.plan",
     "Rows": "core.split",
     "SplitError": "core.errors",
     "Tokens": "core.split",
@@ -66,6 +70,7 @@ _HOMES = {
     "WholeBatchError": "core.errors",
     "Window": "engine.window",
     "WindowError": "core.errors",
+    "checkpoint_blocks": "engine.checkpointing",
     "convert_batch_norm": "engine.batchnorm",
     "exact_batch_norm": "engine.exactnorm",
     "freeze_batch_norm": "engine.batchnorm",
@@ -73,8 +78,10 @@ _HOMES = {
     "losses": "engine.losses",
     "mean_weights": "core.weights",
     "own_rows": "engine.meeting",
+    "plan": "engine.planning",
     "sinks": "evidence.sinks",
     "sum_over_batch": "engine.meeting",
+    "uncheckpoint_blocks": "engine.checkpointing",
     "verify": "evidence.verify",
 }
 
@@ -88,6 +95,7 @@ __all__ = [
     "NonFiniteError",
     "OptimizerError",
     "OutOfMemoryError",
+    "Plan",
     "Rows",
     "SplitError",
     "Tokens",
@@ -99,6 +107,7 @@ __all__ = [
     "Window",
     "WindowError",
     "__version__",
+    "checkpoint_blocks",
     "convert_batch_norm",
     "exact_batch_norm",
     "freeze_batch_norm",
@@ -106,8 +115,10 @@ __all__ = [
     "losses",
     "mean_weights",
     "own_rows",
+    "plan",
     "sinks",
     "sum_over_batch",
+    "uncheckpoint_blocks",
     "verify",
 ]
 

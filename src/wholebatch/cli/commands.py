@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from wholebatch.cli import plan as _plan
 from wholebatch.cli.conformance import conformance
 from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, edge, say
 from wholebatch.core.errors import ConfigError
@@ -50,6 +51,7 @@ def _command(
     \b
     Examples:
       wholebatch train text
+      wholebatch plan text --memory 500MB
       wholebatch verify my_file.py:recipe
       wholebatch report runs/text
       wholebatch conformance
@@ -72,6 +74,7 @@ def train(
     ] = None,
     logical_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["logical_batch"].help)] = None,
     micro_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["micro_batch"].help)] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help=OPTIONS["memory"].help)] = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["epochs"].help)] = None,
     updates: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["updates"].help)] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["lr"].help)] = None,
@@ -114,6 +117,7 @@ def train(
         "recipe": recipe,
         "logical_batch": logical_batch,
         "micro_batch": micro_batch,
+        "memory": memory,
         "epochs": epochs,
         "updates": updates,
         "lr": lr,
@@ -186,6 +190,9 @@ def _listening() -> Iterator[None]:
     finally:
         log.removeHandler(talk)
         log.level, log.propagate = before
+
+
+app.command()(_plan.plan)
 
 
 @app.command()

@@ -60,6 +60,11 @@ class LogicalBatch:
                 for axis in [self._axis(path, leaf)]
             ]
 
+    @property
+    def given(self) -> Any:
+        """The logical batch as it was handed in."""
+        return self._batch
+
     def take(self, rows: Indices) -> Any:
         """Return a micro-batch of these rows: views where they stand side by side, copies elsewhere."""
         if self._collate is not None:

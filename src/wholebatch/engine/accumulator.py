@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wholebatch.core.batch import LogicalBatch, count_rows
+from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError, MeetingError, OutOfMemoryError, SplitError, WindowError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Indices, Rows, Tokens, side_by_side
@@ -24,6 +25,7 @@ from wholebatch.engine.check import check_first
 from wholebatch.engine.company import Again, Company, OneByOne, Scout, Seat, leave, sit_down
 from wholebatch.engine.cutting import Cutting, Place, Shortage
 from wholebatch.engine.device import move
+from wholebatch.engine.fitting import Fitting
 from wholebatch.engine.lockstep import Execution, Lockstep
 from wholebatch.engine.objective import LossFn, Objective, Part, TargetsFn, plain_count
 from wholebatch.engine.precision import Format, Precision
@@ -54,9 +56,9 @@ class Accumulator:
         targets: ``targets(micro_batch)`` counts what the loss averages over, such as unmasked tokens. Default: its
             rows.
         reduction: What `loss_fn` returns: ``"mean"`` over its targets, or their ``"sum"``.
-        micro_batch: ``wb.Rows(8)``, ``wb.Tokens(4096, length=...)``, or ``"auto"``: the whole batch at once, halved
-            when memory runs out.
-        memory: A budget for ``"auto"``. Not enforced yet; the reasons say so.
+        micro_batch: ``wb.Rows(8)``, ``wb.Tokens(4096, length=...)``, or ``"auto"``: the whole batch if it fits, else
+            the fastest that does, planned from a few rows of the first batch.
+        memory: What training may take in all, such as ``"2GiB"``, or a number of bytes. None: what the device has free.
         collate: Turns a list of rows into a micro-batch; with it a logical batch is a list of rows.
         whole: Paths of tensors that each micro-batch gets as a whole, such as ``["image"]``.
         dims: The dimension on which rows lie, for all tensors or by path, such as ``{"image": 1}``. Default 0.
@@ -144,11 +146,15 @@ class Accumulator:
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
         )
-        self._cutting = Cutting(micro_batch, memory)
         self._lockstep = Lockstep(lockstep, model, self._setup.device)
         self._collate = collate
         self._whole = tuple(whole)
         self._dims = dims
+        budget = parse_bytes(memory) if memory is not None else None
+        fitting = Fitting(
+            self._setup, self._objective, self._precision, self._sum_in, budget, collate, self._whole, dims
+        )
+        self._cutting = Cutting(micro_batch, fitting)
         self._accelerated = self._setup.device.type != "cpu"
         self._unchecked = check == "first"
         self._window: Window | None = None
@@ -174,8 +180,9 @@ class Accumulator:
             SplitError: The batch is empty, or its parts disagree on how many rows there are.
             BatchNormError: The batch is cut, and a layer in training mode computes over the rows that it sees.
             VerifyError: The first batch shows that the cut changes the gradient.
-            OutOfMemoryError: A single row does not fit, or memory ran out when a part of the weights had moved. Where
-                several rows do not fit together, the same logical batch is cut finer and tried again.
+            OutOfMemoryError: A single row does not fit, or not into the budget (then nothing was tried), or memory ran
+                out when a part of the weights had moved. Where several rows do not fit together, the same logical
+                batch is cut finer and tried again.
             LossError, WeightError, NonFiniteError, WindowError: See `Window.close`.
             Exception: What the loss function raised, as it is. In every case weights, gradients, buffers and random
                 state are those of before.

@@ -1,16 +1,23 @@
-"""How is a logical batch cut, and how after memory ran out? The rule that the user gave, or a finer one."""
+"""How is a logical batch cut, and how after memory ran out? The rule that the user gave, the plan's, or a finer one."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.budget import say_bytes
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.core.split import Indices, Rows, Tokens, padding
+from wholebatch.engine import memory as device_memory
+from wholebatch.engine.fitting import Fitting
 
 Say: TypeAlias = Callable[[str, int], None]
 """Takes the reason of an automatic choice, and its level of logging."""
+
+CLEAN = 8
+"""After so many logical batches without a shortage, twice the rows are tried again."""
 
 
 @dataclass(slots=True)
@@ -37,20 +44,72 @@ class Shortage:
     rows: int | None
 
 
+@dataclass(slots=True)
+class Share:
+    """How many rows of one kind of batch are taken at once.
+
+    Attributes:
+        asked: Rows of the batch for which it was planned.
+        planned: As planned; None: nobody could, so all of them.
+        holds: How much the largest row held then.
+        rows: Now: as planned, or fewer after a shortage.
+        clean: Logical batches since the last shortage or growth.
+        shortages: How often memory ran out, by rows at once.
+    """
+
+    asked: int
+    planned: int | None
+    holds: int
+    rows: int
+    clean: int = 0
+    shortages: Counter[int] = field(default_factory=Counter)
+
+    def speaks_for(self, rows: int, holds: int) -> bool:
+        """Whether what is known holds for a batch of so many rows, the largest of which holds so much."""
+        return self.planned is None or (holds <= self.holds and (self.planned < self.asked or rows <= self.asked))
+
+    def grow(self) -> bool:
+        """Take twice the rows again when a shortage seems to have passed; return whether that was so.
+
+        A number of rows that ran out twice is not tried again, nor are more.
+        """
+        goal = self.asked if self.planned is None else self.planned
+        if self.rows >= goal:
+            return False
+        self.clean += 1
+        more = min(2 * self.rows, goal)
+        barred = any(times > 1 and rows <= more for rows, times in self.shortages.items())
+        if self.clean <= CLEAN or barred:
+            return False
+        self.clean, self.rows = 0, more
+        return True
+
+    def shrink(self, at_once: int, finer: int) -> None:
+        """Take fewer rows: memory ran out with so many at once."""
+        self.shortages[at_once] += 1
+        self.clean, self.rows = 0, finer
+
+
 class Cutting:
-    """The rule by which logical batches are cut. It becomes finer when memory runs out, and stays so.
+    """The rule by which logical batches are cut.
+
+    A rule that was given becomes finer when memory runs out, and stays so. ``"auto"`` is planned for each kind of
+    batch, becomes finer when memory runs out, and grows again towards the plan when that has passed.
 
     Args:
         micro_batch: As for `wb.Accumulator`.
-        memory: The same.
+        fitting: Knows how many rows fit.
 
     Attributes:
         micro_batch: The rule in force.
     """
 
-    def __init__(self, micro_batch: Literal["auto"] | Rows | Tokens, memory: str | int | None) -> None:
+    def __init__(self, micro_batch: Literal["auto"] | Rows | Tokens, fitting: Fitting) -> None:
         self.micro_batch = micro_batch
-        self._memory = memory
+        self._fitting = fitting
+        self._shares: dict[object, Share] = {}
+        self._kind: object = None
+        self._unsaid = micro_batch != "auto" and fitting.budget is not None
 
     def cut(self, rows: LogicalBatch, say: Say) -> tuple[list[Indices], float | None]:
         """Return the micro-batches of a logical batch, and the share of padding where lengths are known.
@@ -58,21 +117,28 @@ class Cutting:
         Args:
             rows: The logical batch.
             say: Takes the reason of an automatic choice.
+
+        Raises:
+            OutOfMemoryError: A budget was given that does not hold one row.
         """
         if isinstance(self.micro_batch, Tokens):
             lengths = rows.lengths(self.micro_batch.length)
             cut = self.micro_batch.cut(lengths)
+            if self._unsaid:
+                self._say_whether_it_fits(rows, max(map(len, cut)), say)
             return cut, padding(lengths, cut)
         if isinstance(self.micro_batch, Rows):
+            if self._unsaid:
+                self._say_whether_it_fits(rows, min(self.micro_batch.rows, rows.rows), say)
             return self.micro_batch.cut(rows.rows), None
-        budget = "" if self._memory is None else f", and the budget of {self._memory} is not enforced"
-        say(
-            f'micro_batch="auto" takes the whole batch of {rows.rows} rows at once and cuts it when memory runs out, '
-            f"since planning from memory is not there yet{budget}; say wb.Rows(n) or wb.Tokens(n, length=...) to cut "
-            "it.",
-            logging.WARNING,
-        )
-        return [range(rows.rows)], None
+        share = self._share(rows, say)
+        if share.grow():
+            say(
+                f"{CLEAN} logical batches went by without a shortage: micro-batches of {share.rows} rows are tried "
+                "again.",
+                logging.INFO,
+            )
+        return Rows(min(share.rows, rows.rows)).cut(rows.rows), None
 
     def take_finer(self, rows: LogicalBatch, cut: Sequence[Indices], shortage: Shortage, say: Say) -> None:
         """Make the rule finer, for this logical batch and for those that follow.
@@ -95,15 +161,63 @@ class Cutting:
                 "less state; weights are as before.",
             )
         before = self.micro_batch
+        finer: Rows | Tokens
         if isinstance(before, Tokens):
             lengths = rows.lengths(before.length)
             largest = max(len(part) * max(lengths[row] for row in part) for part in several)
-            self.micro_batch = Tokens(max(1, min(before.tokens, largest)), before.length).halved()
+            finer = self.micro_batch = Tokens(max(1, min(before.tokens, largest)), before.length).halved()
         else:
-            self.micro_batch = Rows(max(map(len, several))).halved()
-        was = "the whole batch" if before == "auto" else str(before)
+            at_once = max(map(len, several))
+            finer = Rows(at_once).halved()
+            if before == "auto":
+                self._shares[self._kind].shrink(at_once, finer.rows)
+            else:
+                self.micro_batch = finer
+        was = "the whole batch" if before == "auto" and len(cut) == 1 else f"{max(map(len, several))} rows"
+        was = str(before) if isinstance(before, Tokens) else was
         say(
             f"Memory ran out with {was} at once ({shortage.said}): this logical batch and those that follow are cut "
-            f"into micro-batches of {self.micro_batch}.",
+            f"into micro-batches of {finer}.",
             logging.WARNING,
+        )
+
+    def _share(self, rows: LogicalBatch, say: Say) -> Share:
+        """How many rows of a batch like this are taken at once; planned when the first of its kind comes by."""
+        self._kind, holds = self._fitting.kind(rows)
+        known = self._shares.get(self._kind)
+        if known is not None and known.speaks_for(rows.rows, holds):
+            return known
+        planned: int | None = None
+        try:
+            planned = self._fitting.largest(rows, say, timed=not self._shares)
+        except OutOfMemoryError:
+            raise
+        except Exception as error:
+            if device_memory.is_out_of_memory(error):
+                device_memory.free_cached(self._fitting.setup.device)
+            said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            say(
+                f'micro_batch="auto" takes the whole batch of {rows.rows} rows at once and halves it when memory runs '
+                f"out, since a few rows could not be run to plan it ({type(error).__name__}: {said}).",
+                logging.WARNING,
+            )
+        self._shares[self._kind] = Share(rows.rows, planned, holds, rows.rows if planned is None else planned)
+        return self._shares[self._kind]
+
+    def _say_whether_it_fits(self, rows: LogicalBatch, at_once: int, say: Say) -> None:
+        self._unsaid = False
+        try:
+            takes, budget = self._fitting.peak(rows, at_once)
+        except Exception as error:
+            say(f"Whether the micro-batch fits was not found out: {type(error).__name__}.", logging.INFO)
+            return
+        fits = takes <= budget
+        say(
+            f"Micro-batches of {self.micro_batch} take {say_bytes(takes)}, "
+            + (
+                f"within the {say_bytes(budget)} of the budget."
+                if fits
+                else f'more than the {say_bytes(budget)} of the budget; micro_batch="auto" would keep to it.'
+            ),
+            logging.INFO if fits else logging.WARNING,
         )

@@ -5,12 +5,16 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from wholebatch.core.need import Kind, Trace
 
 if sys.platform == "linux":
     import resource
@@ -189,10 +193,174 @@ def tensor_peak() -> Iterator[TensorPeak]:
         (8000, 8000)
     """
     peak = TensorPeak()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _profile() as profile:
         yield peak
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    for _, change in changes:
+    for _, change, _ in _changes(profile):
         peak.left_bytes += change
         peak.peak_bytes = max(peak.peak_bytes, peak.left_bytes)
+
+
+_BETWEEN = "wholebatch: between"
+_SCRATCH: Kind = "scratch"
+
+
+def trace_peaks(device: torch.device, run: Callable[[Callable[[], None]], None]) -> Trace | None:
+    """Return what came and went while something ran, everything included that kernels take for themselves.
+
+    Args:
+        device: Where the weights live. On a CPU every change is told, on CUDA and XPU the peak of each half.
+        run: Takes a function that it calls between its two halves.
+
+    Returns:
+        None where the device does not tell, or where a profile is under way already. What was taken is of the kind
+        ``"scratch"``.
+    """
+    if device.type in ("cuda", "xpu"):
+        return _peaks_of_halves(device, run)
+    if device.type != "cpu" or torch._C._autograd._profiler_enabled():
+        return None
+
+    def between() -> None:
+        with torch.profiler.record_function(_BETWEEN):
+            pass
+
+    with _profile() as profile:
+        run(between)
+    changes: list[int] = []
+    second: int | None = None
+    for _, change, name in _changes(profile):
+        if name == _BETWEEN:
+            second = len(changes)
+        elif change:
+            changes.append(change)
+    return Trace(tuple(changes), (_SCRATCH,) * len(changes), len(changes) if second is None else second)
+
+
+def _peaks_of_halves(device: torch.device, run: Callable[[Callable[[], None]], None]) -> Trace:
+    """The same of a device that keeps a high-water mark."""
+    before = torch.get_device_module(device).memory_allocated(device)
+    peaks: list[int] = []
+
+    def between() -> None:
+        peaks.append((peak_bytes(device) or 0) - before)
+        reset_peak(device)
+
+    reset_peak(device)
+    run(between)
+    between()
+    changes = [change for peak in peaks for change in (peak, -peak)]
+    return Trace(tuple(changes), (_SCRATCH,) * len(changes), 2)
+
+
+def _profile() -> Any:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
+def _changes(profile: Any) -> list[tuple[int, int, str]]:
+    """When memory was taken or given back, how much of it, and the marks between, in order."""
+    events = profile.profiler.kineto_results.events()
+    return sorted(
+        (
+            (event.start_ns(), event.nbytes(), event.name())
+            for event in events
+            if event.name() in ("[memory]", _BETWEEN)
+        ),
+        key=lambda each: each[0],
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was told; a CPU has."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(*(() if device.type == "mps" else (device,)))
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return what a device leaves to this process, beyond what it holds already; careful on a CPU.
+
+    Args:
+        device: Where the weights live. On a CPU it is four fifths of the least that the machine, the control group and
+            the limit of the address space leave; half of the last, since allocators reserve more than they use.
+
+    Returns:
+        Unit: bytes.
+
+    Example:
+        >>> available_bytes(torch.device("cpu")) > 0
+        True
+    """
+    if device.type in ("cuda", "xpu"):
+        module = torch.get_device_module(device)
+        free, _ = module.mem_get_info(device)
+        kept: int = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(0.95 * (free + kept))
+    if device.type == "mps":
+        return int(0.8 * (torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()))
+    left = [int(0.8 * each) for each in (_machine_bytes(), _group_bytes()) if each is not None]
+    address = _address_bytes()
+    left += [address // 2] if address is not None else []
+    return max(0, min(left)) if left else 1 << 32
+
+
+def _machine_bytes() -> int | None:
+    """What the machine has free, caches included."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - read at every plan
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Where the limit of a control group and its use are told, in either version."""
+
+
+def _group_bytes() -> int | None:
+    """What the control group of this process leaves, in either version; None: no limit, or no control groups."""
+    for limit, usage in GROUP_FILES:
+        try:
+            said = Path(limit).read_text(encoding="ascii").strip()
+            used = int(Path(usage).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue
+        if said.isdigit() and int(said) < 1 << 60:
+            return int(said) - used
+    return None
+
+
+def _address_bytes() -> int | None:
+    """What the limit of the address space leaves; None: no limit."""
+    if sys.platform != "linux":
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    return limit - used
+
+
+def allocation_retries(device: torch.device) -> int | None:
+    """Return how often an allocator had to give everything back and ask the device again, since the process began.
+
+    A few at the start are usual. One in every window says that the micro-batch fits only just: each costs a wait for
+    the device.
+
+    Args:
+        device: Where the weights live.
+
+    Returns:
+        None where the device keeps no count.
+
+    Example:
+        >>> allocation_retries(torch.device("cpu")) is None
+        True
+    """
+    if device.type not in ("cuda", "xpu"):
+        return None
+    return int(torch.get_device_module(device).memory_stats(device).get("num_alloc_retries", 0))

@@ -122,6 +122,15 @@ class GradientSum:
         """Whether no gradient has arrived."""
         return all(p.grad is None for p in self.parameters) and not any(own.holds for own in self._own.values())
 
+    def own_tensors(self) -> list[Tensor]:
+        """Return what sums of its own are kept in, for those who count memory."""
+        return [tensor for own in self._own.values() for tensor in vars(own).values() if tensor is not None]
+
+    @property
+    def own_bytes(self) -> int:
+        """What sums of its own take once every gradient has arrived. Unit: bytes."""
+        return sum(own.bytes_each * parameter.numel() for parameter, own in self._own.items())
+
     def norms(self) -> list[Tensor]:
         """Return 2-norms whose own 2-norm is that of the sum, still on their devices. Each of shape ``[]``."""
         grads = [grad for p in self.parameters if (grad := p.grad) is not None]
@@ -192,6 +201,8 @@ class GradientSum:
 class _Fp32Sum:
     """Sums 16-bit gradients in 32 bits: four bytes a weight."""
 
+    bytes_each = 4
+
     def __init__(self) -> None:
         self._sum: Tensor | None = None
 
@@ -219,6 +230,8 @@ class _CompensatedSum:
     The error of one addition is 2**-17 of the sum, 256 times less than in bfloat16. A float32 is made of one
     parameter at a time, and the three bytes are its upper ones.
     """
+
+    bytes_each = 3
 
     def __init__(self) -> None:
         self._high: Tensor | None = None

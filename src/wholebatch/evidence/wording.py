@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from wholebatch.core.budget import say_bytes as say_bytes
+
 Event: TypeAlias = Mapping[str, Any]
 
 # Beyond float32's largest value there is no measurement left to show, and plots overflow on the way there.
@@ -45,20 +47,6 @@ def text(event: Event, name: str) -> str:
 def one_line(value: str) -> str:
     """Return text with white space as single spaces and every other unprintable character as a question mark."""
     return "".join(character if character.isprintable() else "?" for character in " ".join(value.split()))
-
-
-def say_bytes(value: float) -> str:
-    """Return a size in the binary unit that fits it.
-
-    Example:
-        >>> say_bytes(1_300_000_000), say_bytes(12)
-        ('1.21 GiB', '12 B')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:,.3g} TiB" if abs(value) < 1000 else f"{value:,.0f} TiB"
 
 
 def say_count(value: float, thing: str) -> str:

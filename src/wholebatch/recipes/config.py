@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
+from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError
 from wholebatch.recipes.amount import Amount
 from wholebatch.recipes.options import OPTIONS
@@ -28,6 +29,13 @@ def _parse_micro_batch(said: object) -> Amount | Literal["auto"]:
     return "auto" if said == "auto" else Amount.parse(said)
 
 
+def _parse_memory(said: object) -> int | None:
+    try:
+        return None if said is None else parse_bytes(said)
+    except ConfigError as error:
+        raise ValueError(error.found) from error
+
+
 class TrainConfig(BaseModel):
     """Everything that is stated about a run. `OPTIONS` says what each key takes.
 
@@ -42,6 +50,7 @@ class TrainConfig(BaseModel):
     recipe: str
     logical_batch: Annotated[Amount, PlainValidator(Amount.parse)] = Amount(512, "rows")
     micro_batch: Annotated[Amount | Literal["auto"], PlainValidator(_parse_micro_batch)] = "auto"
+    memory: Annotated[int | None, PlainValidator(_parse_memory)] = None
     epochs: int | None = Field(default=None, ge=1)
     updates: int | None = Field(default=None, ge=1)
     lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)

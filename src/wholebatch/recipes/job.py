@@ -123,6 +123,7 @@ class _Run:
             targets=self.recipe.targets,
             reduction=self.recipe.reduction,
             micro_batch=self.cut,
+            memory=self.config.memory,
             collate=self._collate,
             precision=self.config.precision,
             accumulate_in=self.config.accumulate_in,

@@ -32,6 +32,9 @@ OPTIONS: dict[str, Option] = {
     "micro_batch": Option(
         "What is in memory at once", "'auto' (the default), rows or tokens, such as '16 rows' or '4096 tokens'"
     ),
+    "memory": Option(
+        "What training may take in all", "a size such as '8GiB' or '500MB'; left out, what the device has free"
+    ),
     "epochs": Option("How often the rows are gone through", "a whole number of at least 1, 1 by default"),
     "updates": Option("When the run ends, in place of epochs", "a whole number of at least 1"),
     "lr": Option(

@@ -1,0 +1,62 @@
+"""``wholebatch plan``: will it fit, and how is the logical batch best cut?"""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from wholebatch.cli.edge import DONE, FAILED, edge
+from wholebatch.recipes.finding import BUILT_IN
+from wholebatch.recipes.options import OPTIONS
+
+
+def plan(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help=f"{', '.join(BUILT_IN)}, my_file.py:recipe or package.module:recipe."),
+    ],
+    logical_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["logical_batch"].help)] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help=OPTIONS["memory"].help)] = None,
+    micro_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["micro_batch"].help)] = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
+    accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["seed"].help)] = None,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Time a few passes, to choose the fastest.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Say whether a recipe fits into memory, where that goes, and how its logical batch is best cut.
+
+    Nothing is trained. What a flag leaves open, the recipe says; without a micro-batch the plan chooses it. Ends with 0
+    when it fits, and with 1 when it does not.
+
+    \b
+    Examples:
+      wholebatch plan text --logical-batch '512 rows' --memory 500MB
+      wholebatch plan images --memory 64MiB --no-time
+      wholebatch plan my_file.py:recipe --memory 8GiB --precision bf16
+      wholebatch plan my_file.py:recipe --memory 8GiB --json | jq .reasons
+    """
+    flags = {
+        "recipe": recipe,
+        "logical_batch": logical_batch,
+        "memory": memory,
+        "precision": precision,
+        "accumulate_in": accumulate_in,
+        "seed": seed,
+        "micro_batch": micro_batch or "auto",
+    }
+    with edge(debug=debug):
+        from wholebatch.recipes.config import Layer, configure, defaults_of
+
+        layer = Layer("on the command line", {key: value for key, value in flags.items() if value is not None}, "--{}")
+        configure([layer])  # a wrong value is said before anything slow is loaded
+
+        from wholebatch.recipes.finding import find_recipe
+        from wholebatch.recipes.planning import plan_recipe
+
+        found = find_recipe(recipe)
+        made = plan_recipe(found, configure([defaults_of(found), layer]), timed=timed)
+        print(json.dumps(made.to_dict(), indent=2) if as_json else made)
+        sys.exit(DONE if made.fits else FAILED)

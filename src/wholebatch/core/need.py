@@ -1,0 +1,248 @@
+"""How much memory does a micro-batch take? From the comings and goings of tensors at a few sizes to any size.
+
+A window is a sequence of moments at which memory is taken or given back. Run with twice the rows, it is the same
+sequence with other sizes; each size is a line in the rows, and, where rows have a length, a polynomial of second degree
+in the length (attention that is not fused). So a few small runs say what every moment takes at any size, and the most
+that is live at once is the largest of them. Which moment that is may change with the size, so that the peak itself is
+no line: it is the upper envelope of many.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal, TypeAlias
+
+Kind: TypeAlias = Literal["data", "activations", "gradients", "running sum", "temporary", "scratch"]
+"""What a piece of memory is there for, while a window runs."""
+
+Size: TypeAlias = tuple[int, int]
+"""The rows of a micro-batch, and their length. Where rows have no length it is 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What came and went in a window of two micro-batches, and what the step took.
+
+    Attributes:
+        changes: Bytes that were taken (above 0) or given back (below 0), in order. Unit: bytes.
+        kinds: What each was there for; as long as `changes`.
+        second: Where the second micro-batch begins.
+    """
+
+    changes: tuple[int, ...]
+    kinds: tuple[Kind, ...]
+    second: int
+
+    def like(self, other: "Trace") -> bool:
+        """Whether another run was the same sequence of moments, with other sizes."""
+        return (
+            self.second == other.second
+            and self.kinds == other.kinds
+            and all((one > 0) == (two > 0) for one, two in zip(self.changes, other.changes, strict=True))
+        )
+
+    def doubled(self) -> "Trace":
+        """Return what twice the rows would take at most: all but what is there once, twice."""
+        once = ("gradients", "running sum")
+        pairs = zip(self.changes, self.kinds, strict=True)
+        return Trace(tuple(each if kind in once else 2 * each for each, kind in pairs), self.kinds, self.second)
+
+    def collapsed(self) -> "Trace":
+        """Return a trace with one moment for each micro-batch: its own peak. Any two of these are alike.
+
+        Example:
+            >>> trace = Trace((5, 8, -8, 3, -3), ("gradients", "temporary", "temporary", "temporary", "temporary"), 3)
+            >>> trace.collapsed().changes[:6]
+            (0, 0, 5, 0, 8, 0)
+        """
+        changes: list[int] = []
+        for end in (self.second, len(self.changes)):
+            live = list(accumulate(self.changes[:end], initial=0))
+            at = max(range(len(live)), key=live.__getitem__)
+            held = dict.fromkeys(_KINDS, 0)
+            for change, kind in zip(self.changes[:at], self.kinds, strict=False):
+                held[kind] += change
+            changes += held.values()
+            changes += [-size for size in held.values()]
+        return Trace(tuple(changes), _KINDS * 4, 2 * len(_KINDS))
+
+
+_KINDS: tuple[Kind, ...] = ("data", "activations", "gradients", "running sum", "temporary", "scratch")
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """What the forward and backward passes of a window take, at any size.
+
+    Attributes:
+        rows: The two numbers of rows that were looked at.
+        lengths: The lengths that were looked at: one, or up to three.
+        traces: By size; every pair of the above.
+        exact: Whether all traces were alike, so that each moment is known by itself.
+    """
+
+    rows: tuple[int, int]
+    lengths: tuple[int, ...]
+    traces: Mapping[Size, Trace]
+    exact: bool = True
+    _cache: dict[tuple[Size, bool], dict[Kind, int]] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, traces: Mapping[Size, Trace]) -> "Passes":
+        """Return what a few runs say about all sizes.
+
+        Args:
+            traces: By size: two numbers of rows (or only one), each with the same lengths.
+
+        Example:
+            >>> def run(rows):
+            ...     return Trace((100, 10 * rows, -10 * rows), ("gradients", "activations", "activations"), 3)
+            >>> Passes.of({(2, 0): run(2), (4, 0): run(4)}).peak(100)
+            1100
+        """
+        rows = sorted({each for each, _ in traces})
+        lengths = tuple(sorted({each for _, each in traces}))
+        first = next(iter(traces.values()))
+        exact = all(first.like(trace) for trace in traces.values() if trace is not first)
+        held = traces if exact else {size: trace.collapsed() for size, trace in traces.items()}
+        return cls((rows[0], rows[-1]), lengths, dict(held), exact)
+
+    def peak(self, rows: int, length: int = 0, *, alone: bool = False) -> int:
+        """Return the most that is live at once above what is there before the window.
+
+        Args:
+            rows: Of a micro-batch.
+            length: Of each of these rows, padded; 0 where rows have no length.
+            alone: Whether it is the only micro-batch of its window, so that no earlier one has left a gradient.
+        """
+        return sum(self.held(rows, length, alone=alone).values())
+
+    def held(self, rows: int, length: int = 0, *, alone: bool = False) -> dict[Kind, int]:
+        """Return what is live at the highest moment, by kind."""
+        key = ((rows, length), alone)
+        if key not in self._cache:
+            self._cache[key] = self._held(rows, length, alone)
+        return self._cache[key]
+
+    def _held(self, rows: int, length: int, alone: bool) -> dict[Kind, int]:
+        one = next(iter(self.traces.values()))
+        changes = self._changes(rows, length)
+        if alone:
+            changes = changes[: one.second]
+        live = list(accumulate(changes, initial=0.0))
+        at = max(range(len(live)), key=live.__getitem__)
+        sums: dict[Kind, float] = {}
+        for change, kind in zip(changes[:at], one.kinds, strict=False):
+            sums[kind] = sums.get(kind, 0.0) + change
+        return {kind: max(0, round(size)) for kind, size in sums.items()}
+
+    def _changes(self, rows: int, length: int) -> list[float]:
+        """What each moment takes at a size: a line in the rows, a polynomial in the length."""
+        low, high = self.rows
+        share = (rows - low) / (high - low) if high > low else 0.0
+        weights = lagrange(self.lengths, length if len(self.lengths) > 1 else self.lengths[0])
+        total: list[float] = []
+        for at, weight in zip(self.lengths, weights, strict=True):
+            if weight == 0.0:
+                continue
+            less, more = self.traces[low, at].changes, self.traces[high, at].changes
+            own = [weight * (one + share * (two - one)) for one, two in zip(less, more, strict=True)]
+            total = [one + two for one, two in zip(total, own, strict=True)] if total else own
+        return total
+
+
+def lagrange(places: Sequence[int], at: float) -> list[float]:
+    """Return the weights with which values at some places give the value of their polynomial at another.
+
+    Example:
+        >>> lagrange([1, 2, 4], 2), lagrange([0, 10], 5)
+        ([0.0, 1.0, 0.0], [0.5, 0.5])
+    """
+    weights = []
+    for place in places:
+        weight = 1.0
+        for other in places:
+            if other != place:
+                weight *= (at - other) / (place - other)
+        weights.append(weight + 0.0)
+    return weights
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What training takes, at any size of the micro-batch.
+
+    Attributes:
+        resident: What is there all the time, by name: weights, buffers, optimizer state. Unit: bytes.
+        passes: What forward and backward passes take above that.
+        step_bytes: What the end of a window takes above `resident` at most: gradients, and what the optimizer needs
+            for a moment. Unit: bytes.
+        measured: The same passes as `passes`, small and real, with everything that kernels take for themselves;
+            None: not measured.
+        at: The length of the rows that `measured` ran on.
+    """
+
+    resident: Mapping[str, int]
+    passes: Passes
+    step_bytes: int = 0
+    measured: Passes | None = None
+    at: int = 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is there all the time. Unit: bytes."""
+        return sum(self.resident.values())
+
+    @property
+    def floor_bytes(self) -> int:
+        """What no cut can save: `resident`, gradients and the step. Unit: bytes."""
+        return self.resident_bytes + self.step_bytes
+
+    def peak(self, rows: int, length: int = 0, *, alone: bool = False) -> int:
+        """Return the most that training takes at once, as for `Passes.peak`. Unit: bytes."""
+        held = self.passes.peak(rows, length, alone=alone) + self.scratch(rows, length, alone=alone)
+        return self.resident_bytes + max(held, self.step_bytes)
+
+    def scratch(self, rows: int, length: int = 0, *, alone: bool = False) -> int:
+        """Return what the measured runs took more than what the tensors of the model explain. Unit: bytes."""
+        if self.measured is None:
+            return 0
+        alike = max(1, round(rows * length / self.at)) if length and self.at else rows
+        least = self.measured.rows[0]
+        found = self._scratch(alike, alone)
+        # Below what was measured it is no more than there: small products take none.
+        return found if alike >= least else min(found, self._scratch(least, alone))
+
+    def _scratch(self, rows: int, alone: bool) -> int:
+        assert self.measured is not None
+        return self.measured.peak(rows, alone=alone) - self.passes.peak(rows, self.at, alone=alone)
+
+    def by_kind(self, rows: int, length: int = 0, *, alone: bool = False) -> dict[str, int]:
+        """Return what is live at the highest moment, by kind; the values add up to `peak`. Unit: bytes."""
+        held = self.passes.held(rows, length, alone=alone)
+        scratch = self.scratch(rows, length, alone=alone)
+        kinds: dict[str, int] = dict(self.resident)
+        if sum(held.values()) + scratch >= self.step_bytes:
+            kinds |= {kind: held.get(kind, 0) for kind in _KINDS}
+            kinds["scratch"] += max(0, scratch)
+            for kind in ("temporary", "activations"):  # kernels may also take less than their operations say
+                saved = min(kinds[kind], -min(0, scratch))
+                kinds[kind] -= saved
+                scratch += saved
+        else:
+            gradients = min(self.step_bytes, self.gradient_bytes)
+            kinds |= {"gradients": gradients, "temporary": self.step_bytes - gradients}
+        return {kind: size for kind, size in kinds.items() if size}
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What gradients take when a micro-batch begins that is not the first. Unit: bytes."""
+        trace = next(iter(self.passes.traces.values()))
+        kept = zip(trace.changes[: trace.second], trace.kinds, strict=False)
+        return sum(change for change, kind in kept if kind in ("gradients", "running sum"))
+
+    def per_row(self, length: int = 0) -> float:
+        """Return the activations that one row more keeps until its backward pass. Unit: bytes."""
+        high = 4 * self.passes.rows[1]
+        more, less = self.passes.held(high, length), self.passes.held(high - 1, length)
+        return float(more.get("activations", 0) - less.get("activations", 0))

@@ -1,0 +1,253 @@
+"""What was planned? The record of a plan, as an object, a table, JSON and a picture."""
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from wholebatch.core.budget import say_bytes, say_rows
+from wholebatch.core.need import Need
+from wholebatch.core.split import Rows, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """What another way to train would take.
+
+    Attributes:
+        name: ``"bf16"``, ``"checkpointing"`` or ``"AdamA"``.
+        largest_rows: The most rows that would fit at once; 0: none.
+        peak_bytes: What training would take with that many. Unit: bytes.
+        slower: By what a pass would take longer, about, as a factor.
+    """
+
+    name: str
+    largest_rows: int
+    peak_bytes: int
+    slower: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a logical batch is trained within a budget of memory, and why so. Made by `wb.plan`.
+
+    Attributes:
+        fits: Whether it can be trained within the budget at all.
+        micro_batch: What is in memory at once.
+        micro_batches: How many make a logical batch.
+        peak_bytes: What training will take at most. Unit: bytes.
+        budget_bytes: What there is. Unit: bytes.
+        logical_batch: Rows of a logical batch.
+        longest: Tokens of the longest row; 0 where rows have no length.
+        precision: In which forward passes run.
+        checkpointing: Which blocks must recompute their activations, for `wb.checkpoint_blocks`; empty: none.
+        memory: What is live at the highest moment, by kind; adds up to `peak_bytes`. Unit: bytes.
+        bytes_per_row: What one row more keeps until its backward pass. Unit: bytes.
+        seconds: Time of a window without its step, where passes were timed. Unit: seconds.
+        timed: Time of a pass by its rows, where passes were timed. Unit: seconds.
+        alternatives: What other ways to train would take.
+        reasons: Why it is planned so, and how it is known; one sentence each.
+        need: What training takes at any size.
+
+    Example:
+        >>> from wholebatch.core.need import Passes, Trace
+        >>> from wholebatch.core.planner import Planner, Task, Way
+        >>> def run(rows):
+        ...     kinds = ("activations", "gradients", "activations", "activations", "activations")
+        ...     return Trace((50 * rows, 100, -50 * rows, 50 * rows, -50 * rows), kinds, 3)
+        >>> need = Need({"weights": 100}, Passes.of({(2, 0): run(2), (4, 0): run(4)}), 100)
+        >>> plan = Planner(Task(rows=64, budget=1000), [Way("as it is", need)]).plan()
+        >>> plan.micro_batch, plan.micro_batches, plan.peak_bytes, plan.largest(), plan.peak_at(64)
+        (Rows(rows=13), 5, 850, 16, 3400)
+    """
+
+    fits: bool
+    micro_batch: Rows | Tokens
+    micro_batches: int
+    peak_bytes: int
+    budget_bytes: int
+    logical_batch: int
+    longest: int
+    precision: str
+    checkpointing: tuple[str, ...]
+    memory: Mapping[str, int]
+    bytes_per_row: float
+    seconds: float | None
+    timed: Mapping[int, float]
+    alternatives: tuple[Alternative, ...]
+    reasons: tuple[str, ...]
+    need: Need = field(repr=False)
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """What one token more keeps until its backward pass, at the longest row; None where rows have no length."""
+        return self.bytes_per_row / self.longest if self.longest else None
+
+    @property
+    def rows_per_second(self) -> float | None:
+        """The speed of forward and backward passes, where they were timed. Unit: rows a second."""
+        return self.logical_batch / self.seconds if self.seconds else None
+
+    def peak_at(self, rows: int, length: int | None = None) -> int:
+        """Return what training would take with another micro-batch.
+
+        Args:
+            rows: Of a micro-batch; with all rows of the logical batch nothing is cut.
+            length: Of each row, padded; None: the longest.
+
+        Returns:
+            Unit: bytes.
+        """
+        return self.need.peak(rows, self.longest if length is None else length, alone=rows >= self.logical_batch)
+
+    def fits_at(self, rows: int, length: int | None = None) -> bool:
+        """Return whether a micro-batch of so many rows stays within the budget."""
+        return self.peak_at(rows, length) <= self.budget_bytes
+
+    def largest(self) -> int:
+        """Return the most rows that stay within the budget at once; 0: not even one."""
+        low, high = 0, self.logical_batch
+        if self.fits_at(high):
+            return high
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fits_at(middle) else (low, middle - 1)
+        return low
+
+    def epoch_seconds(self, rows: int) -> float | None:
+        """Return how long an epoch takes, without its steps.
+
+        Args:
+            rows: Of the epoch.
+
+        Returns:
+            None where passes were not timed. Unit: seconds.
+        """
+        return self.seconds * rows / self.logical_batch if self.seconds is not None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything that JSON can hold."""
+        amount: dict[str, int] = (
+            {"rows": self.micro_batch.rows}
+            if isinstance(self.micro_batch, Rows)
+            else {"tokens": self.micro_batch.tokens}
+        )
+        return {
+            "fits": self.fits,
+            "micro_batch": amount,
+            "micro_batches": self.micro_batches,
+            "logical_batch": self.logical_batch,
+            "longest": self.longest,
+            "peak_bytes": self.peak_bytes,
+            "budget_bytes": self.budget_bytes,
+            "largest_rows": self.largest(),
+            "memory": dict(self.memory),
+            "bytes_per_row": self.bytes_per_row,
+            "bytes_per_token": self.bytes_per_token,
+            "precision": self.precision,
+            "checkpointing": list(self.checkpointing),
+            "seconds": self.seconds,
+            "rows_per_second": self.rows_per_second,
+            "timed": {str(rows): seconds for rows, seconds in self.timed.items()},
+            "alternatives": [
+                {
+                    "name": each.name,
+                    "largest_rows": each.largest_rows,
+                    "peak_bytes": each.peak_bytes,
+                    "slower": each.slower,
+                }
+                for each in self.alternatives
+            ],
+            "reasons": list(self.reasons),
+        }
+
+    def __str__(self) -> str:
+        lines = [self._headline(), ""]
+        lines += _columns([(name, value, "") for name, value in self._kinds()])
+        lines += ["", "Another way:"] if self.alternatives else []
+        lines += _columns([(each.name, say_bytes(each.peak_bytes), _rows(each)) for each in self.alternatives])
+        lines += ["", *(f"- {reason}" for reason in self.reasons)]
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        if not self.fits:
+            return f"It does not fit: {say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)} for a single row."
+        parts = (
+            "nothing is cut"
+            if self.micro_batches == 1
+            else f"{self.micro_batches} micro-batches of {_amount(self.micro_batch)}"
+        )
+        speed = f", {self.rows_per_second:,.3g} rows a second" if self.rows_per_second else ""
+        return (
+            f"It fits: {self.logical_batch} rows, {parts}, {self.precision}, "
+            f"{say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)}{speed}."
+        )
+
+    def _kinds(self) -> list[tuple[str, str]]:
+        kinds = [(name, say_bytes(size)) for name, size in self.memory.items()]
+        kinds += [("in all", say_bytes(self.peak_bytes)), ("a row more", say_bytes(self.bytes_per_row))]
+        if self.bytes_per_token is not None:
+            kinds.append(("a token more", say_bytes(self.bytes_per_token)))
+        return kinds
+
+    def _repr_html_(self) -> str:
+        """A table and a picture, for notebooks."""
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td style='text-align:right'>{html.escape(value)}</td></tr>"
+            for name, value in self._kinds()
+        )
+        reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
+        return (
+            f"<div><p><b>{html.escape(self._headline())}</b></p><table>{rows}</table>"
+            f"{self.to_svg()}<ul>{reasons}</ul></div>"
+        )
+
+    def to_svg(self) -> str:
+        """Return a picture of memory against the micro-batch, with the budget as a line."""
+        width, height, left, bottom = 480, 220, 70, 30
+        most = max(2, min(self.logical_batch, 2 * max(1, self.largest())))
+        sizes = sorted({max(1, round(most * step / 24)) for step in range(25)})
+        peaks = [self.peak_at(rows) for rows in sizes]
+        top = 1.1 * max(*peaks, self.budget_bytes if self.budget_bytes < 4 * max(peaks) else 0)
+
+        def place(rows: float, size: float) -> str:
+            x = left + (width - left - 10) * (rows - sizes[0]) / max(1, sizes[-1] - sizes[0])
+            return f"{x:.1f},{(height - bottom) * (1 - size / top) + 5:.1f}"
+
+        curve = " ".join(place(rows, size) for rows, size in zip(sizes, peaks, strict=True))
+        parts = [
+            f'<polyline points="{curve}" fill="none" stroke="#00796b" stroke-width="2"/>',
+            _text(left, height - 8, f"{sizes[0]} row"),
+            _text(width - 70, height - 8, f"{sizes[-1]} rows"),
+            _text(2, 15, say_bytes(top)),
+            _text(2, height - bottom + 5, "0"),
+        ]
+        if self.budget_bytes <= top:
+            ends = place(sizes[0], self.budget_bytes), place(sizes[-1], self.budget_bytes)
+            parts.append(f'<polyline points="{ends[0]} {ends[1]}" stroke="#c62828" stroke-dasharray="6 4"/>')
+            parts.append(_text(left + 5, float(ends[0].split(",")[1]) - 4, f"budget {say_bytes(self.budget_bytes)}"))
+        if isinstance(self.micro_batch, Rows) and self.micro_batch.rows <= sizes[-1]:
+            x, y = place(self.micro_batch.rows, self.peak_at(self.micro_batch.rows)).split(",")
+            parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="#00796b"/>')
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" role="img" aria-label="memory against the micro-batch">{"".join(parts)}</svg>'
+        )
+
+
+def _text(x: float, y: float, said: str) -> str:
+    return f'<text x="{x:g}" y="{y:.1f}" font-size="11" font-family="sans-serif">{html.escape(said)}</text>'
+
+
+def _amount(micro_batch: Rows | Tokens) -> str:
+    return say_rows(micro_batch.rows) if isinstance(micro_batch, Rows) else str(micro_batch)
+
+
+def _rows(alternative: Alternative) -> str:
+    held = f"at most {say_rows(alternative.largest_rows)} at once" if alternative.largest_rows else "not even one row"
+    return held + (f", {alternative.slower:.2f} times as long" if alternative.slower > 1 else "")
+
+
+def _columns(rows: list[tuple[str, str, str]]) -> list[str]:
+    names, values = (max((len(row[at]) for row in rows), default=0) for at in (0, 1))
+    return [f"  {name:<{names}}  {value:>{values}}  {more}".rstrip() for name, value, more in rows]

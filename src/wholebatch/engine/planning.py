@@ -1,0 +1,269 @@
+"""Will it fit, and how? From a model and a few rows to a plan."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from wholebatch.core.budget import parse_bytes, say_bytes
+from wholebatch.core.errors import ConfigError, LossError, SplitError
+from wholebatch.core.need import Need, Size
+from wholebatch.core.plan import Plan
+from wholebatch.core.planner import Planner, Task, Way, largest_rows
+from wholebatch.core.split import Rows, Tokens
+from wholebatch.core.weights import Reduction
+from wholebatch.engine import memory as device_memory
+from wholebatch.engine.checkpointing import checkpoint_blocks, find_blocks, uncheckpoint_blocks
+from wholebatch.engine.objective import LossFn, Objective, TargetsFn
+from wholebatch.engine.precision import Format, Precision
+from wholebatch.engine.probe import Probe, Sample
+from wholebatch.engine.rowsize import largest_row
+from wholebatch.engine.setup import Setup
+from wholebatch.engine.sums import SumIn, check_sum_in
+
+MEASURED = 32
+"""Real runs are made with at most so many rows, and with twice as many."""
+
+PATIENCE = 20.0
+"""No pass is timed that would take longer. Unit: seconds."""
+
+
+def plan(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    loss_fn: LossFn,
+    rows: Any,
+    logical_batch: int | None = None,
+    memory: str | int | None = None,
+    *,
+    targets: TargetsFn | None = None,
+    reduction: Reduction = "mean",
+    micro_batch: Any = "auto",
+    collate: Callable[[list[Any]], Any] | None = None,
+    whole: Iterable[str] = (),
+    dims: int | Mapping[str, int] | None = None,
+    length: Callable[[Any], int] | None = None,
+    precision: Format = "fp32",
+    accumulate_in: SumIn | None = None,
+    timed: bool = True,
+) -> Plan:
+    """Say before training whether it fits into memory, how the logical batch is best cut, and why.
+
+    The model runs on fake tensors, which have shapes and take neither memory nor time, and on a few real rows for what
+    those cannot show; then some sizes are timed. Nothing is trained: weights, gradients, buffers, random state and
+    optimizer are left as they were. A batch that fits is not cut; 16 bits are proposed and never chosen; activations
+    are recomputed only if a single row would not fit; and of the micro-batches that fit the smallest is taken that is
+    within 2 % of the fastest.
+
+    Args:
+        model: The module that is to be trained, on the device where it will be.
+        optimizer: As for `wb.Accumulator`.
+        loss_fn: The same.
+        rows: A sample like the rows of training: a list of rows with `collate`, or a pytree of tensors. Where lengths
+            vary it should hold the longest there is.
+        logical_batch: Rows of a logical batch; None: as many as the sample holds. Unit: rows.
+        memory: What there is, such as ``"8GiB"``, or a number of bytes; None: what the device has free.
+        targets: As for `wb.Accumulator`.
+        reduction: The same.
+        micro_batch: ``"auto"``, or `wb.Rows` or `wb.Tokens` whose need is wanted.
+        collate: As for `wb.Accumulator`.
+        whole: The same.
+        dims: The same.
+        length: Says how long a row is, as for `wb.Tokens`; then the micro-batch is planned in tokens.
+        precision: As for `wb.Accumulator`.
+        accumulate_in: The same.
+        timed: Whether passes are timed, which takes less than two windows.
+
+    Returns:
+        The plan; ``print`` shows it.
+
+    Raises:
+        ConfigError: `memory` is no size, or `logical_batch` no number of rows.
+        OptimizerError, WeightError, LossError, SplitError: As for `wb.Accumulator`.
+
+    Example:
+        >>> import torch
+        >>> import wholebatch as wb
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))
+        >>> plan = wb.plan(
+        ...     model,
+        ...     torch.optim.AdamW(model.parameters()),
+        ...     lambda model, x: torch.nn.functional.mse_loss(model(x), x),
+        ...     torch.randn(8, 64),
+        ...     logical_batch=4096,
+        ...     memory="2MB",
+        ...     timed=False,
+        ... )
+        >>> plan.fits, plan.micro_batches > 1, plan.peak_bytes < 2_000_000
+        (True, True, True)
+    """
+    if isinstance(micro_batch, Tokens) and length is None:
+        length = micro_batch.length
+    budget = parse_bytes(memory) if memory is not None else None
+    sample = Sample(rows, collate, tuple(whole), dims, copied=length is not None)
+    count = sample.rows.rows
+    if count == 0:
+        raise SplitError("The sample holds no rows.", hint="pass a few rows like those that will be trained on.")
+    if not _is_number_of_rows(logical_batch):
+        raise ConfigError(f"logical_batch={logical_batch!r} is no number of rows.", hint="pass 1 or more, such as 512.")
+    if not callable(loss_fn):
+        raise LossError(
+            f"The loss function is a {type(loss_fn).__name__}.", hint="pass the one that will be trained on."
+        )
+    setup = Setup.of(model, optimizer, None)
+    job = Probe(
+        setup,
+        Objective(loss_fn, targets, reduction),
+        Precision(precision, setup.device),
+        check_sum_in(accumulate_in),
+        sample,
+    )
+    return Planning(job, logical_batch or count, budget, length, precision).plan(micro_batch, timed=timed)
+
+
+def _is_number_of_rows(said: object) -> bool:
+    return said is None or (isinstance(said, int) and not isinstance(said, bool) and said >= 1)
+
+
+class Planning:
+    """One plan in the making.
+
+    Args:
+        probe: Looks at what the job takes.
+        rows: Of a logical batch.
+        budget: What there is; None: what the device has free. Unit: bytes.
+        length: Says how long a row is, or None.
+        precision: In which forward passes run.
+    """
+
+    def __init__(
+        self, probe: Probe, rows: int, budget: int | None, length: Callable[[Any], int] | None, precision: Format
+    ) -> None:
+        self._probe = probe
+        self._rows = rows
+        self._budget = budget
+        self._length = length
+        self._precision = precision
+        self._lengths: list[int] | None = None
+        sample = probe.sample.rows
+        if length is not None:
+            self._lengths = sample.lengths(length)
+            by_length = sorted(range(sample.rows), key=self._lengths.__getitem__)
+            three = [by_length[0], by_length[len(by_length) // 2], by_length[-1]]
+            self._rows_of = {self._lengths[row]: row for row in three}
+        else:
+            self._rows_of = {0: largest_row(probe.sample)}
+
+    def plan(self, micro_batch: Any, *, timed: bool) -> Plan:
+        """Measure, choose and return the plan."""
+        probe = self._probe
+        need = self._look(probe)
+        budget = self._budget
+        if budget is None:
+            budget = device_memory.available_bytes(probe.device) + probe.held_bytes
+            probe.reasons.append(f"No budget was given: {say_bytes(budget)} is what this machine leaves to training.")
+        need = self._measured(need, budget)
+        task = Task(self._rows, budget, self._all_lengths(), self._length, self._precision)
+        ways = [Way("as it is", need), *self._others()]
+        clock = self._clock if timed else None
+        planner = Planner(task, ways, clock, tuple(probe.reasons))
+        if micro_batch == "auto":
+            return planner.plan()
+        if not isinstance(micro_batch, Rows | Tokens):
+            raise ConfigError(
+                f"micro_batch={micro_batch!r} says nothing about which rows go together.",
+                hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
+            )
+        return planner.stated(micro_batch)
+
+    def _look(self, probe: Probe) -> Need:
+        each = max(1, min(8, self._rows // 4))
+        sizes: list[Size] = [(rows, length) for length in self._rows_of for rows in (each, 2 * each)]
+        return probe.need(sizes, self._rows_of, limit=self._budget)
+
+    def _measured(self, need: Need, budget: int) -> Need:
+        """Add what two small real runs take beyond what the tensors explain, where two small runs fit."""
+        longest = max(self._rows_of)
+        most = largest_rows(need, budget, self._rows, longest)
+        each = max(4, min(MEASURED, most // 4))  # kernels choose by size: not far below what will be run
+        room = min(budget, device_memory.available_bytes(self._probe.device) + need.resident_bytes)
+        while each > 1 and need.peak(2 * each, longest) > room / 2:
+            each //= 2
+        if need.peak(2 * each, longest) > room:
+            self._probe.reasons.append("No real row was run: even two would not fit.")
+            return need
+        try:
+            found = self._probe.measure((each, 2 * each), self._rows_of[longest])
+        except Exception as error:
+            if not device_memory.is_out_of_memory(error):
+                raise
+            self._probe.reasons.append("A small real run ran out of memory, so the plan is that of the tensors alone.")
+            return need
+        if found is None:
+            self._probe.reasons.append("What kernels take for themselves was not measured: nobody can tell here.")
+            return need
+        made = Need(need.resident, need.passes, need.step_bytes, found, longest)
+        off = made.scratch(2 * each, longest) / max(1, made.peak(2 * each, longest))
+        told = "agree with it to the byte" if off == 0 else f"took {100 * off:+.2g} % of it, which is added"
+        self._probe.reasons.append(
+            f"The model was followed tensor by tensor, and real runs with {each} and {2 * each} rows {told}."
+        )
+        return made
+
+    def _others(self) -> list[Way]:
+        """The other ways to train that are compared, as far as they can be followed."""
+        probe = self._probe
+        ways: list[Way | None] = []
+        if self._precision == "fp32" and self._lowers():
+            other = self._like(Precision("bf16", probe.device))
+            ways.append(self._way("bf16", other, ()))
+        blocks = find_blocks(probe.setup.model)
+        if blocks:
+            checkpoint_blocks(probe.setup.model, blocks)
+            try:
+                ways.append(self._way("checkpointing", self._like(probe.precision), tuple(blocks)))
+            finally:
+                for name, module in probe.setup.model.named_modules():
+                    if name in blocks:
+                        uncheckpoint_blocks(module)
+        return [each for each in ways if each is not None]
+
+    def _lowers(self) -> bool:
+        return any(parameter.element_size() == 4 for parameter in self._probe.setup.model.parameters())
+
+    def _like(self, precision: Precision) -> Probe:
+        probe = self._probe
+        return Probe(probe.setup, probe.objective, precision, probe.sum_in, probe.sample)
+
+    def _way(self, name: str, probe: Probe, blocks: tuple[str, ...]) -> Way | None:
+        try:
+            need = self._look(probe)
+        except Exception:  # a way that cannot be followed is not offered
+            return None
+        return Way(name, need, blocks, 4 / 3 if blocks else 1.0) if need.passes.exact else None
+
+    def _all_lengths(self) -> tuple[int, ...] | None:
+        """The lengths of a logical batch, as the sample has them."""
+        if self._lengths is None:
+            return None
+        times = math.ceil(self._rows / len(self._lengths))
+        return tuple(sorted(self._lengths * times, reverse=True)[:: max(1, times * len(self._lengths) // self._rows)])[
+            : self._rows
+        ]
+
+    def _clock(self, sizes: Sequence[int]) -> dict[int, float]:
+        """Time passes, from small to large, as long as the next one is not too long."""
+        row = self._rows_of[max(self._rows_of)]
+        seconds: dict[int, float] = {}
+        try:
+            self._probe.seconds(min(sizes), row)  # the first pass of all compiles and allocates
+            for rows in sorted(sizes):
+                if seconds and max(seconds.values()) * rows / max(seconds) > PATIENCE:
+                    break
+                seconds[rows] = self._probe.seconds(rows, row, times=2 if rows * 4 <= max(sizes) else 1)
+        except Exception as error:
+            if not device_memory.is_out_of_memory(error):
+                raise
+        return seconds

@@ -1,0 +1,309 @@
+"""``micro_batch="auto"``: the whole batch where it fits, else what fits, within the budget that was given."""
+
+import copy
+import gc
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import wholebatch as wb
+from wholebatch.engine import memory
+from wholebatch.engine.rowsize import row_size
+
+
+def network(width=32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 8 * width), nn.Tanh(), nn.Linear(8 * width, 8 * width), nn.Linear(8 * width, 16))
+
+
+def squares(model, x):
+    return model(x).square().mean()
+
+
+def accumulator_of(model, loss_fn=squares, **options):
+    return wb.Accumulator(model, torch.optim.AdamW(model.parameters(), fused=True), loss_fn, check=None, **options)
+
+
+def resident(model, accumulator):
+    (optimizer,) = accumulator._setup.optimizers
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(each.numel() * each.element_size() for each in [*model.parameters(), *states])
+
+
+def test_a_batch_that_fits_is_taken_as_a_whole():
+    accumulator = accumulator_of(network(), memory="1GiB")
+    update = accumulator.step(torch.randn(64, 16))
+    assert update.micro_batches == 1
+    (reason,) = accumulator.reasons
+    assert "of the 1 GiB of the budget, so it is not cut" in reason
+
+
+@pytest.mark.parametrize("budget", ["1700kB", "2MB", "3MB"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_budget_is_kept_and_used(budget, precision, monkeypatch):
+    monkeypatch.setattr("wholebatch.engine.fitting.fastest", max)  # the clock of a busy machine is no judge
+    model = network()
+    accumulator = accumulator_of(model, memory=budget, precision=precision)
+    rows = torch.randn(1024, 16)
+    update = accumulator.step(rows)
+    assert 1 < update.micro_batches < 512
+    before = resident(model, accumulator)
+    with memory.tensor_peak() as peak:
+        accumulator.step(rows)
+    limit = wb.core.budget.parse_bytes(budget)
+    assert 0.8 * limit < before + peak.peak_bytes <= limit
+
+
+def test_the_look_ahead_keeps_to_the_budget_as_well():
+    model = network()
+    accumulator = accumulator_of(model, memory="1500kB")
+    before = sum(each.numel() * 4 for each in model.parameters())
+    with memory.tensor_peak() as peak:
+        accumulator.step(torch.randn(512, 16))
+    assert before + peak.peak_bytes <= 1_500_000 + 20_000
+
+
+def test_planning_changes_no_update():
+    """Dropout masks, buffers and weights are those of a run that was told the micro-batch."""
+    rows = torch.randn(512, 16)
+
+    def run(**options):
+        model = nn.Sequential(network(), nn.Dropout(0.5), nn.BatchNorm1d(16))
+        torch.manual_seed(5)
+        accumulator = accumulator_of(model, batch_norm="per_micro_batch", **options)
+        updates = [accumulator.step(rows) for _ in range(2)]
+        return copy.deepcopy(model.state_dict()), updates
+
+    planned, updates = run(memory="1600kB")
+    at_once = -(-512 // updates[0].micro_batches)
+    assert updates[0].micro_batches > 1
+    told, _ = run(micro_batch=wb.Rows(at_once))
+    assert all(torch.equal(planned[name], told[name]) for name in planned)
+
+
+def test_a_budget_that_holds_no_row_is_an_error_before_anything_is_trained():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    accumulator = accumulator_of(model, memory="1200kB")
+    with pytest.raises(wb.OutOfMemoryError, match="does not hold one row: training takes") as error:
+        accumulator.step(torch.randn(64, 16))
+    assert isinstance(error.value, MemoryError)
+    assert "weights, gradients and optimizer" in str(error.value)
+    assert "checkpoint_blocks" in error.value.hint
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert accumulator.open_window is None
+
+
+def test_activations_of_one_row_may_be_too_much():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    accumulator = accumulator_of(model, memory="100kB")
+    with pytest.raises(wb.OutOfMemoryError, match=r"does not hold one row: training takes [0-9.]+ KiB"):
+        accumulator.step(torch.randn(2, 5000, 4))
+    accumulator = accumulator_of(
+        model, lambda model, x: model(x).square().sum() / x.numel() * x.sum().item(), memory="1kB"
+    )
+    with pytest.raises(wb.OutOfMemoryError, match="does not hold one row"):
+        accumulator.step(torch.randn(2, 5000, 4))
+
+
+def test_what_is_too_much_in_parts_may_fit_as_a_whole():
+    """The second micro-batch of a window meets the gradient of the first; a single one does not."""
+    model = network()
+    accumulator = accumulator_of(model, memory="1300kB")
+    assert accumulator.step(torch.randn(32, 16)).micro_batches == 1
+
+
+def test_the_budget_holds_exactly_one_row():
+    model = nn.Linear(4, 4)
+    plan = wb.plan(
+        model, torch.optim.AdamW(model.parameters()), squares, torch.randn(2, 500, 4), 8, "1GiB", timed=False
+    )
+    accumulator = accumulator_of(model, memory=int(1.02 * plan.peak_at(1)))
+    assert accumulator.step(torch.randn(8, 500, 4)).micro_batches == 8
+
+
+@pytest.mark.parametrize("said", ["8 GB of RAM", "lots", 0, -1, 1.5])
+def test_a_budget_that_is_no_size_is_refused_at_once(said):
+    with pytest.raises(wb.ConfigError, match="memory="):
+        accumulator_of(network(), memory=said)
+
+
+def test_long_rows_are_cut_finer_than_short_ones(monkeypatch):
+    monkeypatch.setattr("wholebatch.engine.fitting.fastest", max)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
+    pad = lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True)  # noqa: E731
+    accumulator = accumulator_of(model, memory="400kB", collate=pad)
+    long, short = [torch.randn(40, 8)] * 32, [torch.randn(4, 8)] * 32
+    first, second = accumulator.step(long), accumulator.step(short)
+    assert first.micro_batches > 2 * second.micro_batches
+    planned = len(accumulator.reasons)
+    assert accumulator.step(long).micro_batches == first.micro_batches
+    assert accumulator.step(short).micro_batches == second.micro_batches
+    assert len(accumulator.reasons) == planned  # both kinds are known
+    longer = accumulator.step([torch.randn(44, 8), *short])  # of the kind of the long ones, and longer than they were
+    assert longer.micro_batches > second.micro_batches
+
+
+def test_shapes_of_tensors_are_kinds_of_their_own():
+    torch.manual_seed(0)
+    accumulator = accumulator_of(nn.Linear(8, 8), memory="60kB")
+    wide, narrow = accumulator.step(torch.randn(32, 40, 8)), accumulator.step(torch.randn(32, 2, 8))
+    assert wide.micro_batches > narrow.micro_batches
+
+
+def test_a_larger_batch_than_the_one_that_fitted_is_planned_anew():
+    accumulator = accumulator_of(network(), memory="1500kB")
+    assert accumulator.step(torch.randn(16, 16)).micro_batches == 1
+    assert accumulator.step(torch.randn(12, 16)).micro_batches == 1
+    assert accumulator.step(torch.randn(512, 16)).micro_batches > 1
+    assert len(accumulator.reasons) == 2
+
+
+class Neighbour:
+    """Takes memory away: as long as it is there, no more than some rows pass."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __call__(self, model, x):
+        if self.rows is not None and len(x) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return squares(model, x)
+
+
+def sizes(accumulator, windows, rows=64):
+    batch = torch.randn(rows, 16)
+    made = [accumulator.step(batch) for _ in range(windows)]
+    return [-(-rows // update.micro_batches) for update in made], sum(update.retries for update in made)
+
+
+def test_it_grows_again_when_a_shortage_has_passed():
+    neighbour = Neighbour(None)
+    accumulator = accumulator_of(network(), neighbour, memory="1GiB")
+    assert sizes(accumulator, 2) == ([64, 64], 0)
+    neighbour.rows = 16
+    assert sizes(accumulator, 2) == ([16, 16], 2)
+    neighbour.rows = None
+    seen, retries = sizes(accumulator, 20)
+    assert retries == 0
+    assert seen == [16] * 6 + [32] * 9 + [64] * 5
+    assert sum("without a shortage" in reason for reason in accumulator.reasons) == 2
+
+
+def test_it_never_swings_for_good():
+    """Under a neighbour that stays, each size is tried twice in all, and then no more."""
+    neighbour = Neighbour(None)
+    accumulator = accumulator_of(network(), neighbour, memory="1GiB")
+    accumulator.step(torch.randn(64, 16))
+    neighbour.rows = 16
+    _, early = sizes(accumulator, 30)
+    assert early == 3  # 64 and 32 once, and 32 once more
+    assert sizes(accumulator, 60) == ([16] * 60, 0)
+
+
+def test_running_out_under_auto_keeps_the_update():
+    clean_model = network()
+    clean = accumulator_of(clean_model, micro_batch=wb.Rows(16))
+    model = network()
+    accumulator = accumulator_of(model, Neighbour(16), memory="1GiB")
+    rows = torch.randn(64, 16)
+    assert accumulator.step(rows).retries >= 1
+    assert accumulator.step(rows).micro_batches == 4
+    for _ in range(2):
+        clean.step(rows)
+    for one, other in zip(clean_model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_where_a_few_rows_cannot_be_run_the_whole_batch_is_tried():
+    model = network()
+
+    def whole_only(model, x):
+        if len(x) < 64:
+            raise ValueError("needs all rows")
+        return squares(model, x)
+
+    accumulator = accumulator_of(model, whole_only, memory="1GiB")
+    update = accumulator.step(torch.randn(64, 16))
+    assert (update.micro_batches, update.retries) == (1, 0)
+    (reason,) = accumulator.reasons
+    assert "could not be run to plan it (ValueError: needs all rows)" in reason
+
+
+def test_without_a_budget_one_row_that_seems_too_much_is_still_tried(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda _: 1000)
+    accumulator = accumulator_of(network())
+    assert accumulator.step(torch.randn(6, 16)).micro_batches == 6
+    assert any("it is tried row by row" in reason for reason in accumulator.reasons)
+
+
+@pytest.mark.parametrize(("memory", "said"), [("1GiB", "within the 1 GiB"), ("1200kB", "more than the 1.14 MiB")])
+@pytest.mark.parametrize("micro_batch", [wb.Rows(32), wb.Tokens(512, length=len)], ids=str)
+def test_a_cut_that_was_asked_for_is_held_against_the_budget(micro_batch, memory, said, caplog):
+    accumulator = accumulator_of(network(), micro_batch=micro_batch, memory=memory)
+    with caplog.at_level(logging.INFO, "wholebatch"):
+        for _ in range(2):
+            assert accumulator.step(torch.randn(64, 16)).micro_batches in (2, 4)
+    (reason,) = accumulator.reasons
+    assert said in reason
+    assert (caplog.records[0].levelno == logging.WARNING) == ("more" in said)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_what_recurrent_kernels_take_for_themselves_is_kept_within_the_budget(kind):
+    """No operation tells of it: twice what its tensors take."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.head = kind(16, 32, 2, batch_first=True), nn.Linear(32, 8)
+
+        def forward(self, x):
+            return self.head(self.layers(x)[0])
+
+    for budget in (600_000, 1_200_000, 2_400_000):
+        torch.manual_seed(0)
+        model = Recurrent()
+        accumulator = accumulator_of(model, memory=budget)
+        rows = torch.randn(64, 20, 16)
+        accumulator.step(rows)
+        before = resident(model, accumulator)
+        with memory.tensor_peak() as peak:
+            accumulator.step(rows)
+        assert before + peak.peak_bytes <= budget
+
+
+def test_the_size_of_a_row_is_told_from_the_row():
+    row = {"a": torch.ones(2, 3), "b": [b"abc", ("de", 1)], "c": range(4), "d": None}
+    assert row_size(row) == 6 + 3 + 2 + 1 + 4 + 1
+    assert row_size(torch.ones(3).numpy()) == 3
+
+
+def test_planning_holds_on_to_nothing():
+    model = network()
+    accumulator = accumulator_of(model, memory="3MB")
+    rows = torch.randn(64, 16)
+    accumulator.step(rows)
+    gc.collect()
+    with memory.tensor_peak() as peak:
+        accumulator.step(rows)
+    assert peak.left_bytes < 20_000
+    assert all(each.grad is None for each in model.parameters())
+
+
+def test_looking_ahead_costs_less_than_two_windows():
+    """Counted in rows that pass through the model, which no other process can disturb."""
+    seen = []
+
+    def loss_fn(model, x):
+        seen.append(len(x))
+        return squares(model, x)
+
+    accumulator = accumulator_of(network(), loss_fn, memory="1500kB")
+    update = accumulator.step(torch.randn(256, 16))
+    assert update.micro_batches > 1
+    assert sum(seen) < 3 * 256
