@@ -307,3 +307,25 @@ def test_looking_ahead_costs_less_than_two_windows():
     update = accumulator.step(torch.randn(256, 16))
     assert update.micro_batches > 1
     assert sum(seen) < 3 * 256
+
+
+def normed():
+    return wb.exact_batch_norm(nn.Sequential(nn.Linear(16, 256), nn.BatchNorm1d(256), nn.Tanh(), nn.Linear(256, 16)))
+
+
+def test_exact_batch_norm_is_not_cut_for_a_budget_that_no_cut_can_keep(monkeypatch):
+    model = normed()
+    before = copy.deepcopy(model.state_dict())
+    accumulator = accumulator_of(model, memory="2MiB")
+    with pytest.raises(wb.OutOfMemoryError, match=r"Batch norm is exact in 1, .* however it is cut") as error:
+        accumulator.step(torch.randn(2048, 16))
+    assert "convert_batch_norm" in error.value.hint
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    monkeypatch.setattr(memory, "available_bytes", lambda _device: 2 << 20)
+    accumulator = accumulator_of(model)
+    assert accumulator.step(torch.randn(2048, 16)).micro_batches == 1
+    assert "are free by a careful count" in accumulator.reasons[0]
+
+
+def test_exact_batch_norm_within_its_budget_is_taken_as_a_whole():
+    assert accumulator_of(normed(), memory="1GiB").step(torch.randn(64, 16)).micro_batches == 1

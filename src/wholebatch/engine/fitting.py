@@ -15,6 +15,7 @@ from wholebatch.core.need import Need, Passes, Trace
 from wholebatch.core.planner import candidates, evened, fastest, largest_rows, usable
 from wholebatch.core.tree import flatten
 from wholebatch.engine import memory
+from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.probe import Probe, Sample
@@ -109,6 +110,9 @@ class Fitting:
         if most == 0:
             self._refuse(need, budget, say)
             return 1
+        layers = exact_layers(self.setup.model)
+        if layers and self.setup.device.type == "cpu":
+            return self._join(need, rows.rows, budget, layers[0], say)
         chosen, why = self._choose(probe, evened(rows.rows, most), rows.rows, row) if timed else (most, "")
         say(
             f'micro_batch="auto": the whole batch of {rows.rows} rows would take '
@@ -192,6 +196,25 @@ class Fitting:
             return probe.need([(2, 0), (4, 0)], {0: row}, limit=0)
         except Exception:
             return None
+
+    def _join(self, need: Need, rows: int, budget: int, layer: str, say: Say) -> int:
+        """Take all rows, since on a CPU graphs that are joined take as much however they are cut.
+
+        Raises:
+            OutOfMemoryError: That is more than the budget that was given.
+        """
+        found = (
+            f"batch norm is exact in {layer}, so the graphs of all micro-batches are joined, and the logical batch of "
+            f"{rows} rows takes {say_bytes(need.peak(rows, alone=True))} however it is cut; "
+        )
+        if self.budget is None:
+            say(f'micro_batch="auto": {found}{say_bytes(budget)} are free by a careful count.', logging.WARNING)
+            return rows
+        raise OutOfMemoryError(
+            f"{found[0].upper()}{found[1:]}the budget is {say_bytes(budget)}.",
+            hint="take fewer rows, wb.checkpoint_blocks(model), or a norm that looks at one row at a time: "
+            'wb.convert_batch_norm(model, to="group"). Nothing was trained.',
+        )
 
     def _refuse(self, need: Need | None, budget: int, say: Say) -> None:
         """Say that one row is too much, as an error where a budget was given."""
