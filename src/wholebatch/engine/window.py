@@ -231,18 +231,21 @@ class Window:
             )
         if read.targets == 0:
             return self._skip(_NOTHING, loss=math.nan, norm=None)
-        self._rules.precision.settle(read.scaled_norm)
         if not (math.isfinite(read.norm) and math.isfinite(read.loss)):
+            self._rules.precision.settle(read.scaled_norm)
             return self._refuse_nonfinite(read.loss, read.norm)
         clip = 1.0 if self._rules.clip_norm is None else min(1.0, self._rules.clip_norm / (read.norm + 1e-6))
         self._sums.deliver(read.factor * clip)
         lr = self._rules.setup.lr
         with uninterrupted():
-            self._rules.setup.step()
+            with self._rules.precision.settling(read.scaled_norm):
+                late = self._rules.setup.step()
             self._sums.commit()
             self._end(Phase.CLOSED)
             self._update = self._record(loss=read.loss, norm=read.norm, lr=lr, skipped=None)
             self._rules.setup.schedule(read.loss)
+        if late is not None:
+            raise late
         return self._update
 
     def _refuse_nonfinite(self, loss: float, norm: float) -> Update:
