@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
+    from wholebatch.engine.optimizers import AdamA
     from wholebatch.engine.window import Window
     from wholebatch.evidence import sinks
     from wholebatch.evidence.verify import Verification, verify
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Accumulator": "engine.accumulator",
+    "AdamA": "engine.optimizers",
     "BatchNormError": "core.errors",
     "ConfigError": "core.errors",
     "LossError": "core.errors",
@@ -72,6 +74,7 @@ _HOMES = {
 
 __all__ = [
     "Accumulator",
+    "AdamA",
     "BatchNormError",
     "ConfigError",
     "LossError",

@@ -338,7 +338,7 @@ def test_the_copies_for_a_large_model_take_one_piece():
 
 
 def test_what_listens_is_called_once():
-    model, optimizer, guarded = large(optim.SGD, updates=0)
+    _model, optimizer, guarded = large(optim.SGD, updates=0)
     heard = []
     optimizer.register_step_pre_hook(lambda *_: heard.append("before"))
     optimizer.register_step_post_hook(lambda *_: heard.append("after"))
@@ -466,7 +466,7 @@ def test_a_mistake_in_a_later_group_leaves_no_trace_the_first_time(when):
 
 
 def test_pieces_too_large_to_be_copied_are_halved(monkeypatch):
-    model, optimizer, guarded = large(optim.AdamW)
+    _model, optimizer, guarded = large(optim.AdamW)
     monkeypatch.setattr(stepping, "PIECES", 2)
     plain, asked = stepping._undo_of, []
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from wholebatch.core.errors import OptimizerError
+from wholebatch.engine.consuming import Consumption, takers
 from wholebatch.engine.device import input_device
 from wholebatch.engine.stepping import Stepping
 
@@ -82,6 +83,11 @@ class Setup:
             _check_scheduler(scheduler, optimizers)
         device = input_device(model)
         return cls(model, optimizers, schedulers, device, Stepping(optimizers, device))
+
+    def consumption(self) -> Consumption | None:
+        """Return what hands gradients over to the optimizers that take them in as they arrive; None if none does."""
+        taking = takers(self.optimizers)
+        return Consumption(taking) if taking else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ from torch.optim import optimizer as of_torch
 
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.engine import memory
+from wholebatch.engine.consuming import takers
 from wholebatch.engine.undo import Away, Beside, Undo, nbytes_of
 
 WHOLE = 4 << 20
@@ -55,7 +56,8 @@ class Stepping:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], device: torch.device) -> None:
-        self._optimizers = list(optimizers)
+        self._takers = takers(optimizers)  # a window undoes them itself, in whole, so they go first
+        self._optimizers = [each for each in optimizers if not any(each is taker for taker in self._takers)]
         self._device = device
         self._beside = Beside()
         self._away = Away()
@@ -74,6 +76,8 @@ class Stepping:
             Exception: What a step raised. Weights and state are as before.
         """
         try:
+            for each in self._takers:
+                each.step()
             return self._step()
         finally:
             self._beside.give_back(above=WHOLE)
@@ -91,7 +95,9 @@ class Stepping:
             return None
         pieces = _cut(whole, nbytes // PIECES)
         proof = [_Proof(each.param_groups, _kind(each)) for each in self._optimizers]
-        if self._proven and all(new.is_that_of(old) for new, old in zip(proof, self._proven, strict=True)):
+        if len(self._proven) == len(proof) and all(
+            new.is_that_of(old) for new, old in zip(proof, self._proven, strict=True)
+        ):
             return self._step_in_pieces(pieces)
         # What a step cannot digest, such as a sparse gradient or a state of the wrong shape, shows the first time.
         self._step_or_undo(_undo_of(whole, self._away, self._beside), pieces if self._tight else None)

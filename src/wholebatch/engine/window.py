@@ -83,11 +83,13 @@ class Window:
         self.row_by_row = row_by_row or rules.batch_norm != "refuse"
         self._state = WindowState()
         self._update: Update | None = None
-        self._weighing = Weighing(targets=targets, micro_batches=micro_batches, scale=rules.precision.scale())
+        scale = rules.precision.scale()
         self._sums = rules.sums
+        early = self._sums.consumes
+        self._weighing = Weighing(targets=targets, micro_batches=micro_batches, scale=scale, early=early)
         memory.reset_peak(rules.setup.device)
         rules.transaction.begin()
-        rules.sums.start()
+        rules.sums.start(scale)
 
     @property
     def is_open(self) -> bool:
@@ -271,7 +273,7 @@ class Window:
             rows=self._state.rows,
             micro_batches=self._state.micro_batches,
             padding=self._padding,
-            grad_norm=norm,
+            grad_norm=None if self._sums.consumes else norm,
             lr=lr,
             skipped=skipped,
             peak_bytes=memory.peak_bytes(self._rules.setup.device),
