@@ -151,3 +151,8 @@ def sinks(folder: Path, update: wb.Update) -> None:
     sink: wb.sinks.Sink = Quiet()
     sink.write({"event": "update", "epoch": 1, **update.to_dict()})
     sink.close()
+
+
+def folded(model: nn.Module, batch: Batch) -> float | None:
+    optimizer = wb.AdamA(model.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    return wb.Accumulator(model, optimizer, mean_loss, micro_batch=wb.Rows(8)).step(batch).grad_norm

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from wholebatch.engine.checkpointing import checkpoint_blocks, uncheckpoint_blocks
     from wholebatch.engine.exactnorm import exact_batch_norm
     from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
+    from wholebatch.engine.optimizers import AdamA
     from wholebatch.engine.planning import plan
     from wholebatch.engine.window import Window
     from wholebatch.evidence import sinks
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Accumulator": "engine.accumulator",
+    "AdamA": "engine.optimizers",
     "BatchNormError": "core.errors",
     "ConfigError": "core.errors",
     "LossError": "core.errors",
@@ -87,6 +89,7 @@ _HOMES = {
 
 __all__ = [
     "Accumulator",
+    "AdamA",
     "BatchNormError",
     "ConfigError",
     "LossError",

@@ -35,7 +35,7 @@ class LogicalBatch:
         (3, 'ccc-a')
     """
 
-    __slots__ = ("_batch", "_collate", "_dims", "_leaves", "_rebuild", "_whole", "rows")
+    __slots__ = ("_batch", "_collate", "_dims", "_leaves", "_rebuild", "_whole", "kept", "rows")
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class LogicalBatch:
         dims: int | Mapping[str, int] | None = None,
     ) -> None:
         self._batch = batch
+        self.kept: dict[tuple[int, ...], Any] | None = None
         self._collate = collate
         self._whole = frozenset(whole)
         self._dims = dims if dims is not None else 0
@@ -65,9 +66,19 @@ class LogicalBatch:
         """The logical batch as it was handed in."""
         return self._batch
 
+    def keep(self) -> None:
+        """Keep what is collated until it is taken a second time: to be looked at first, and then trained on."""
+        self.kept = {}
+
     def take(self, rows: Indices) -> Any:
         """Return a micro-batch of these rows: views where they stand side by side, copies elsewhere."""
         if self._collate is not None:
+            if self.kept is not None:
+                key = tuple(rows)
+                if key in self.kept:
+                    return self.kept.pop(key)
+                self.kept[key] = self._collate([self._batch[row] for row in rows])
+                return self.kept[key]
             return self._collate([self._batch[row] for row in rows])
         return self._index(slice(rows.start, rows.stop) if type(rows) is range else list(rows))
 

@@ -15,7 +15,8 @@ class Update:
         rows: Rows in the window, or None where a streaming window was not told. Unit: rows.
         micro_batches: Forward and backward passes that entered the gradient.
         padding: Share of the padded positions in all positions, in 0 to 1; None where no lengths are known.
-        grad_norm: 2-norm of the gradient of the logical batch, before clipping; None when there was no gradient.
+        grad_norm: 2-norm of the gradient of the logical batch, before clipping; None when there was no gradient, or
+            an optimizer took its parts in as they came, so that it never was in one place.
         lr: Learning rate of the optimizer's first group at this update.
         skipped: Why there was no update, as a sentence; None when the optimizer stepped.
         retries: How often the logical batch was cut anew after running out of memory.

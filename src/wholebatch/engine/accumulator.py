@@ -23,6 +23,7 @@ from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.check import check_first
 from wholebatch.engine.company import Again, Company, OneByOne, Scout, Seat, leave, sit_down
+from wholebatch.engine.consuming import check_clip_norm
 from wholebatch.engine.cutting import Cutting, Place, Shortage
 from wholebatch.engine.device import move
 from wholebatch.engine.fitting import Fitting
@@ -133,12 +134,13 @@ class Accumulator:
                 f"clip_norm={clip_norm!r} would leave nothing of a gradient.", hint="pass a norm above 0, or None."
             )
         self._setup = Setup.of(model, optimizer, lr_scheduler)
+        check_clip_norm(self._setup.optimizers, clip_norm)
         self._objective = Objective(loss_fn, targets, reduction)
         self._precision = Precision(precision, self._setup.device)
         self._sum_in = check_sum_in(accumulate_in)
         self._rules = Rules(
             setup=self._setup,
-            sums=GradientSum(self._setup.parameters, self._setup.bystanders, self._sum_in),
+            sums=self._gradient_sum(),
             transaction=Transaction(model, self._setup.device),
             precision=self._precision,
             reduction=self._objective.reduction,
@@ -190,6 +192,8 @@ class Accumulator:
         if batch is None:
             return self.window().close()
         rows = LogicalBatch(batch, collate=self._collate, whole=self._whole, dims=self._dims)
+        if self._rules.sums.consumes:  # the targets must be known before the first backward pass
+            rows.keep()
         if rows.rows == 0:
             raise SplitError(
                 "The logical batch is empty: it holds no rows.", hint="leave empty batches out of the loader."
@@ -225,7 +229,7 @@ class Accumulator:
         counts: list[Count | None] = [None] * len(cut)
         if self._objective.targets is None:
             counts = [len(part) for part in cut]
-        elif self._collate is None:
+        elif self._collate is None or rows.kept is not None:
             counts = [self._objective.count(rows.take(part), len(part)) for part in cut]
         known = [count for count in counts if count is not None]
         total = sum(known) if len(known) == len(cut) else None
@@ -418,8 +422,7 @@ class Accumulator:
         parameters = self._setup.parameters
         summed = self._rules.sums.parameters
         if len(parameters) != len(summed) or not all(map(is_, parameters, summed)):  # a parameter group was added
-            sums = GradientSum(parameters, self._setup.bystanders, self._sum_in)
-            self._rules = replace(self._rules, sums=sums)
+            self._rules = replace(self._rules, sums=self._gradient_sum())
         if targets is not None:
             targets = plain_count(targets)
             check_count(targets)
@@ -437,6 +440,10 @@ class Accumulator:
         )
         self._seat = sit_down(company)
         return self._window
+
+    def _gradient_sum(self) -> GradientSum:
+        setup = self._setup
+        return GradientSum(setup.parameters, setup.bystanders, self._sum_in, setup.consumption())
 
     def _ended(self) -> None:
         self._window = None

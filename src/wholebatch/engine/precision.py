@@ -1,6 +1,7 @@
 """In which dtype do forward passes run, and how is a loss kept in the range of 16 bits? Autocast and loss scale."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -82,3 +83,25 @@ class Precision:
         self._scaler.unscale_(self._probe)
         self._scaler.update()
         self._norm.grad = None
+
+    def settling(self, norm: float) -> AbstractContextManager[object]:
+        """Return a context for the step: the loss scale is settled, and what it was if the step fails.
+
+        Args:
+            norm: As for `settle`.
+        """
+        return _AS_IS if self._scaler is None else self._settling(norm)
+
+    @contextmanager
+    def _settling(self, norm: float) -> Iterator[None]:
+        assert self._scaler is not None
+        before = self._scaler.state_dict()
+        try:
+            self.settle(norm)
+            yield
+        except BaseException:
+            # A new one: an old one that was stopped half-way would refuse to go on.
+            self._scaler = torch.amp.GradScaler(self._device.type)
+            self._scaler.load_state_dict(before)
+            self._norm.grad = None
+            raise

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from wholebatch.core.errors import OptimizerError, OutOfMemoryError
-from wholebatch.engine import memory
+from wholebatch.core.errors import OptimizerError
+from wholebatch.engine.consuming import Consumption, takers
 from wholebatch.engine.device import input_device
+from wholebatch.engine.stepping import Stepping
 
 OnNonFinite: TypeAlias = Literal["skip", "raise"]
 """What an infinite or undefined gradient does to its window."""
@@ -27,6 +28,7 @@ class Setup:
         optimizers: What steps them, all at the end of a window.
         schedulers: Stepped once an applied update.
         device: Where the model takes its input.
+        update: Steps the optimizers, once or not at all.
         stepping: Whether a window is stepping the optimizers at this moment.
     """
 
@@ -34,6 +36,7 @@ class Setup:
     optimizers: tuple[Optimizer, ...]
     schedulers: tuple[Any, ...]
     device: torch.device
+    update: Stepping
     stepping: bool = False
 
     @classmethod
@@ -78,7 +81,13 @@ class Setup:
         _check_parameters(model, optimizers)
         for scheduler in schedulers:
             _check_scheduler(scheduler, optimizers)
-        return cls(model, optimizers, schedulers, input_device(model))
+        device = input_device(model)
+        return cls(model, optimizers, schedulers, device, Stepping(optimizers, device))
+
+    def consumption(self) -> Consumption | None:
+        """Return what hands gradients over to the optimizers that take them in as they arrive; None if none does."""
+        taking = takers(self.optimizers)
+        return Consumption(taking) if taking else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -96,48 +105,13 @@ class Setup:
         """The learning rate of the first optimizer's first group."""
         return float(self.optimizers[0].param_groups[0]["lr"])
 
-    def step(self) -> None:
-        """Step every optimizer once, for a window.
-
-        Raises:
-            OutOfMemoryError: Memory ran out after a part of the weights or of the optimizer's state had moved. Where
-                nothing had moved, nothing is left behind, and the error is that of PyTorch.
-        """
+    def step(self) -> BaseException | None:
+        """Step every optimizer once, for a window; see `Stepping.step`."""
         self.stepping = True
-        known = [list(each.state) for each in self.optimizers]
-        before = self._moves(known)
         try:
-            for each in self.optimizers:
-                each.step()
-        except Exception as error:
-            if self._moves(known) == before:
-                self._forget_new_state(known)
-            elif memory.is_out_of_memory(error):
-                raise OutOfMemoryError(
-                    f"Memory ran out inside optimizer.step(), after a part of the weights had moved ({error}).",
-                    hint="start again from the last checkpoint, with less in memory: a smaller model, or an optimizer "
-                    "with less state.",
-                ) from None
-            raise
+            return self.update.step()
         finally:
             self.stepping = False
-
-    def _moves(self, known: Sequence[Sequence[Any]]) -> int:
-        """How often weights, and the optimizer states that are known, have been written to, in all."""
-        moves = sum(parameter._version for parameter in self.parameters)
-        for each, parameters in zip(self.optimizers, known, strict=True):
-            for parameter in parameters:
-                for value in each.state[parameter].values():
-                    if isinstance(value, Tensor):
-                        moves += value._version
-        return moves
-
-    def _forget_new_state(self, known: Sequence[Sequence[Any]]) -> None:
-        """Drop optimizer states that were begun: a step that failed may have left them incomplete."""
-        for each, parameters in zip(self.optimizers, known, strict=True):
-            kept = set(parameters)
-            for parameter in [parameter for parameter in each.state if parameter not in kept]:
-                del each.state[parameter]
 
     def schedule(self, loss: float) -> None:
         """Step the schedules: one update has been applied.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wholebatch.core.errors import WeightError, WindowError
+from wholebatch.engine.consuming import Consumption
 
 SumIn: TypeAlias = Literal["fp32", "compensated", "weights"]
 """How gradients of 16-bit weights are summed: in 32 bits, in 24 (a 16-bit sum and the next 8 bits), or in 16."""
@@ -48,12 +49,21 @@ class GradientSum:
         parameters: What the optimizers step.
         bystanders: Parameters of the model that no optimizer steps; their ``.grad`` is left as it was found.
         sum_in: How gradients of 16-bit weights are summed. Wider weights always sum in their own dtype.
+        consumption: Takes the gradients of some parameters in as they arrive; for them there is no sum.
 
     Attributes:
         parameters: As given.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], bystanders: Sequence[nn.Parameter], sum_in: SumIn) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        bystanders: Sequence[nn.Parameter],
+        sum_in: SumIn,
+        consumption: Consumption | None = None,
+    ) -> None:
+        self._consumption = consumption
+        self._scale: Tensor | None = None
         self.parameters = list(parameters)
         self._everything = [*parameters, *bystanders]
         self._found: list[Tensor | None] = []
@@ -63,17 +73,28 @@ class GradientSum:
         self._watched: Tensor | None = None
         self._grad: Tensor | None = None
         self._version = -1
+        consumed = set(consumption.parameters if consumption is not None else ())
         for parameter in self.parameters:
-            if sum_in != "weights" and parameter.is_floating_point() and parameter.element_size() < 4:
+            if (
+                parameter not in consumed
+                and sum_in != "weights"
+                and parameter.is_floating_point()
+                and parameter.element_size() < 4
+            ):
                 self._own[parameter] = _Fp32Sum() if sum_in == "fp32" else _CompensatedSum()
         kinds = {(each.device, each.dtype) for each in parameters}
         self._uniform = len(kinds) == 1 and parameters[0].dtype in (torch.float32, torch.float64)
         hook = _hook(weakref.ref(self))
-        hooks = [_listen(parameter, hook) for parameter in self._own]
+        hooks = [_listen(parameter, hook) for parameter in [*self._own, *consumed]]
         weakref.finalize(self, _remove, hooks)
 
-    def start(self) -> None:
-        """Begin with nothing. Gradients that somebody left behind are set aside, never added."""
+    def start(self, scale: Tensor | None = None) -> None:
+        """Begin with nothing. Gradients that somebody left behind are set aside, never added.
+
+        Args:
+            scale: The loss scale, on the device, or None.
+        """
+        self._scale = scale
         _hold(self)
         self._found = [parameter.grad for parameter in self._everything]
         for parameter in self._everything:
@@ -87,6 +108,8 @@ class GradientSum:
             WindowError: Somebody zeroed, scaled or added to the gradients since the last micro-batch.
         """
         self.hold()
+        if self._consumption is not None:
+            self._consumption.begin(self._scale)
         self._listening = True
 
     def close_backward(self) -> None:
@@ -118,8 +141,15 @@ class GradientSum:
             )
 
     @property
+    def consumes(self) -> bool:
+        """Whether gradients are taken in as they arrive, so that they must be divided before."""
+        return self._consumption is not None
+
+    @property
     def empty(self) -> bool:
         """Whether no gradient has arrived."""
+        if self._consumption is not None and not self._consumption.empty:
+            return False
         return all(p.grad is None for p in self.parameters) and not any(own.holds for own in self._own.values())
 
     def own_tensors(self) -> list[Tensor]:
@@ -132,14 +162,19 @@ class GradientSum:
         return sum(own.bytes_each * parameter.numel() for parameter, own in self._own.items())
 
     def norms(self) -> list[Tensor]:
-        """Return 2-norms whose own 2-norm is that of the sum, still on their devices. Each of shape ``[]``."""
+        """Return 2-norms whose own 2-norm is that of the sum, still on their devices. Each of shape ``[]``.
+
+        Of gradients that were taken in as they arrived, it is that of their parts.
+        """
+        consumed = self._consumption.norms if self._consumption is not None else []
         grads = [grad for p in self.parameters if (grad := p.grad) is not None]
         if any(grad.is_sparse for grad in grads):
             grads = list(map(_values, grads))
         if self._uniform:
-            return list(torch._foreach_norm(grads))
+            return [*torch._foreach_norm(grads), *consumed] if grads else consumed
         norms = [torch.linalg.vector_norm(grad, dtype=_at_least_fp32(grad)) for grad in grads]
-        return norms + [torch.linalg.vector_norm(_values(own.total())) for own in self._own.values() if own.holds]
+        norms += [torch.linalg.vector_norm(_values(own.total())) for own in self._own.values() if own.holds]
+        return norms + consumed
 
     def deliver(self, factor: float) -> None:
         """Put the sum times `factor` into ``.grad``, in the dtype of the weights, where the optimizer looks for it."""
@@ -158,10 +193,14 @@ class GradientSum:
 
     def commit(self) -> None:
         """End with an update: the gradients are used up."""
+        if self._consumption is not None:
+            self._consumption.commit()
         self._end([None] * len(self.parameters))
 
     def roll_back(self) -> None:
         """End without one: ``.grad`` is what it was before the window."""
+        if self._consumption is not None:
+            self._consumption.roll_back()
         _hold(self)
         self._end(self._found[: len(self.parameters)])
 
@@ -192,10 +231,13 @@ class GradientSum:
                 parameter.grad = grad
             self._parked = None
 
-    def _take(self, parameter: Tensor) -> None:
+    def _take(self, parameter: nn.Parameter) -> None:
         if self._listening and parameter.grad is not None:
-            self._own[parameter].add(parameter.grad)
-            parameter.grad = None
+            if parameter in self._own:
+                self._own[parameter].add(parameter.grad)
+                parameter.grad = None
+            elif self._consumption is not None:
+                self._consumption.take(parameter)
 
 
 class _Fp32Sum:
@@ -291,8 +333,8 @@ def _release(gradient_sum: GradientSum) -> None:
         _held.sum = None
 
 
-def _hook(listener: "weakref.ref[GradientSum]") -> Callable[[Tensor], None]:
-    def take(parameter: Tensor) -> None:
+def _hook(listener: "weakref.ref[GradientSum]") -> Callable[[nn.Parameter], None]:
+    def take(parameter: nn.Parameter) -> None:
         gradient_sum = listener()
         if gradient_sum is not None:
             gradient_sum._take(parameter)
@@ -300,7 +342,7 @@ def _hook(listener: "weakref.ref[GradientSum]") -> Callable[[Tensor], None]:
     return take
 
 
-def _listen(parameter: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
+def _listen(parameter: Any, hook: Callable[[nn.Parameter], None]) -> RemovableHandle:
     learns = parameter.requires_grad
     parameter.requires_grad_(True)  # a frozen parameter takes no hook, but keeps one until it is unfrozen
     handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wholebatch.core.errors import WeightError
 from wholebatch.core.weights import Count, gradient_factor, loss_factor
 from wholebatch.engine.objective import Part
 
@@ -43,9 +44,12 @@ class Weighing:
         targets: The targets of the whole window, if they are known beforehand. Unit: targets.
         micro_batches: About how many micro-batches will come; the guess is this times the targets of the first.
         scale: The loss scale, on the device, or None.
+        early: Whether gradients are used up as they arrive, so that nothing can be divided at the close.
     """
 
-    def __init__(self, *, targets: Count | None, micro_batches: int, scale: Tensor | None) -> None:
+    def __init__(self, *, targets: Count | None, micro_batches: int, scale: Tensor | None, early: bool = False) -> None:
+        self._early = early
+        self._weighed = False
         self._known = widen(targets)
         self._expected = micro_batches
         self._reference: Count | None = None
@@ -73,8 +77,10 @@ class Weighing:
             count = widen(count)
             self._least = count if self._least is None else torch.minimum(self._least, count)
         if self._reference is None:
-            guess = self._known is None or part.counted
+            guess = self._known is None or (part.counted and not self._early)
             self._reference = _positive(count) * self._expected if guess else self._known
+        if self._early and self._known is None:
+            self._require_the_only_one()
         self._note(part.loss, count if part.reduction == "mean" else 1, count)
         losses = [part.loss]
         roots = [self._enter(loss_factor(part.reduction, count, self._reference), count, part.loss)]
@@ -96,6 +102,12 @@ class Weighing:
         numbers = _read([*norms, *(each for each in asked if isinstance(each, Tensor))])
         rest = iter(numbers[len(norms) :])
         loss_sum, total, reference, scale, least = [next(rest) if isinstance(each, Tensor) else each for each in asked]
+        if self._early and total and abs(reference / total - 1) > 1e-6:
+            raise WeightError(
+                f"The losses of a window were divided by {reference} targets before their backward passes, and hold "
+                f"{total}; an optimizer that takes gradients in as they arrive allows no division later.",
+                hint=_TOLD_EARLY,
+            )
         scaled_norm = math.hypot(*numbers[: len(norms)])
         factor = gradient_factor(reference, total) / (scale or 1.0) if total else 0.0
         return Reading(
@@ -106,6 +118,15 @@ class Weighing:
             targets=total,
             least=least if least is not None else 0.0,
         )
+
+    def _require_the_only_one(self) -> None:
+        if self._expected > 1 or self._weighed:
+            raise WeightError(
+                "The targets of this window are not known before its backward passes, and an optimizer that takes "
+                "gradients in as they arrive needs each of them divided by then.",
+                hint=_TOLD_EARLY,
+            )
+        self._weighed = True
 
     def _enter(self, weight: Count, count: Count, loss: Tensor) -> Tensor:
         """The gradient that enters at a loss: its weight times the loss scale; 0 where a device counted no target."""
@@ -134,6 +155,12 @@ class Weighing:
         if noted.device != self._loss_sum.device:
             noted = noted.to(self._loss_sum.device)
         self._loss_sum.add_(noted, alpha=times)
+
+
+_TOLD_EARLY = (
+    "tell how many there are in the whole window: accumulator.window(targets=n), or accumulator.step(batch) with "
+    "targets=... and a loss function that returns the loss alone."
+)
 
 
 def widen(count: Count) -> Count:

@@ -87,11 +87,13 @@ class Window:
         self.row_by_row = row_by_row or rules.batch_norm != "refuse"
         self._state = WindowState()
         self._update: Update | None = None
-        self._weighing = Weighing(targets=targets, micro_batches=micro_batches, scale=rules.precision.scale())
+        scale = rules.precision.scale()
         self._sums = rules.sums
+        early = self._sums.consumes
+        self._weighing = Weighing(targets=targets, micro_batches=micro_batches, scale=scale, early=early)
         memory.reset_peak(rules.setup.device)
         rules.transaction.begin()
-        rules.sums.start()
+        rules.sums.start(scale)
 
     @property
     def is_open(self) -> bool:
@@ -287,18 +289,21 @@ class Window:
             )
         if read.targets == 0:
             return self._skip(_NOTHING, loss=math.nan, norm=None)
-        self._rules.precision.settle(read.scaled_norm)
         if not (math.isfinite(read.norm) and math.isfinite(read.loss)):
+            self._rules.precision.settle(read.scaled_norm)
             return self._refuse_nonfinite(read.loss, read.norm)
         clip = 1.0 if self._rules.clip_norm is None else min(1.0, self._rules.clip_norm / (read.norm + 1e-6))
         self._sums.deliver(read.factor * clip)
         lr = self._rules.setup.lr
         with uninterrupted():
-            self._rules.setup.step()
+            with self._rules.precision.settling(read.scaled_norm):
+                late = self._rules.setup.step()
             self._sums.commit()
             self._end(Phase.CLOSED)
             self._update = self._record(loss=read.loss, norm=read.norm, lr=lr, skipped=None)
             self._rules.setup.schedule(read.loss)
+        if late is not None:
+            raise late
         return self._update
 
     def _refuse_nonfinite(self, loss: float, norm: float) -> Update:
@@ -324,7 +329,7 @@ class Window:
             rows=self._state.rows,
             micro_batches=self._state.micro_batches,
             padding=self._padding,
-            grad_norm=norm,
+            grad_norm=None if self._sums.consumes else norm,
             lr=lr,
             skipped=skipped,
             peak_bytes=memory.peak_bytes(self._rules.setup.device),
