@@ -85,8 +85,9 @@ def test_the_predicted_peak_is_the_real_one(name, rows, precision):
     optimizer = torch.optim.AdamW(model.parameters())
     real = real_peak(model, optimizer, squares, batch(48), wb.Rows(rows), precision=precision)
     # Products in 16 bits take a few KiB for themselves from some size on, which is much for models as small as these.
-    room = {"fp32": 0, "bf16": 12_000}[precision]
-    assert 0.99 * real - room / 4 <= plan.peak_at(rows) <= 1.01 * real + room
+    # 5,056 bytes are the random state that a window keeps; the profiler sees the one before it go, or does not.
+    room = {"fp32": 5056, "bf16": 12_000}[precision]
+    assert 0.99 * real - (room - 5056) / 3 <= plan.peak_at(rows) <= 1.01 * real + room
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -96,7 +97,7 @@ def test_the_optimizer_is_counted_before_it_has_a_state(name):
     plan = wb.plan(model, optimizer, squares, torch.randn(4, 16), 4, "1GiB", timed=False)
     assert not optimizer.state
     real = real_peak(model, optimizer, squares, torch.randn(4, 16), wb.Rows(2))
-    assert plan.peak_at(2) == pytest.approx(real, rel=0.01)
+    assert plan.peak_at(2) == pytest.approx(real, rel=0.01, abs=5056)
 
 
 @pytest.mark.parametrize("forgotten", ["weights", "optimizer state", "gradients"])
@@ -123,7 +124,8 @@ def test_sums_of_16_bit_weights_are_counted(accumulate_in):
     plan = wb.plan(model, optimizer, squares, batch, memory="1GiB", timed=False, **options)
     model = build()
     real = real_peak(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, batch, wb.Rows(3), **options)
-    assert real <= plan.peak_at(3) <= 1.01 * real + 10_000
+    # Three rows are padded to four within a product in 16 bits: some hundred bytes, of a model of a few thousand.
+    assert real - 1000 <= plan.peak_at(3) <= 1.01 * real + 10_000
     kinds = plan.need.by_kind(3)
     assert ("running sum" in kinds) == (accumulate_in != "weights")
 
@@ -224,7 +226,7 @@ def test_a_loss_that_reads_numbers_is_run_for_real_and_the_plan_says_so():
     plan = wb.plan(model, optimizer, loss_fn, torch.rand(4, 16) + 0.1, 12, "1GiB", timed=False)
     assert any("was run for real" in reason for reason in plan.reasons)
     real = real_peak(model, optimizer, loss_fn, torch.rand(12, 16) + 0.1, wb.Rows(4))
-    assert plan.peak_at(4) == pytest.approx(real, rel=0.01)
+    assert plan.peak_at(4) == pytest.approx(real, rel=0.01, abs=5056)
 
 
 class Reads(torch.optim.SGD):
