@@ -460,3 +460,72 @@ def test_recomputing_is_planned_applied_and_kept_to():
     real = real_peak(model, optimizer, squares, torch.randn(16, 60, 32), plan.micro_batch)
     assert real <= budget
     assert real == pytest.approx(plan.peak_bytes, rel=0.05)
+
+
+def test_passes_are_timed_and_the_fastest_that_fits_is_taken():
+    model = mlp()
+    plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
+    assert plan.fits
+    assert plan.micro_batches > 1
+    assert len(plan.timed) == 3
+    assert plan.seconds > 0
+    assert plan.epoch_seconds(5120) == pytest.approx(10 * plan.seconds)
+    assert any("rows a second" in reason for reason in plan.reasons)
+
+
+def test_no_pass_is_timed_that_would_take_long(monkeypatch):
+    monkeypatch.setattr("wholebatch.engine.planning.PATIENCE", 0.0)
+    model = mlp()
+    plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
+    assert len(plan.timed) == 1
+
+
+@pytest.mark.parametrize("method", ["measure", "seconds"])
+def test_a_plan_survives_real_runs_that_run_out(method, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(f"wholebatch.engine.probe.Probe.{method}", run_out)
+    model = mlp()
+    plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
+    assert plan.fits
+    assert (method == "measure") == any("ran out of memory" in reason for reason in plan.reasons)
+    assert (method == "seconds") == (not plan.timed)
+
+
+@pytest.mark.parametrize("method", ["measure", "seconds"])
+def test_other_errors_of_real_runs_leave_as_they_are(method, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("no")
+
+    monkeypatch.setattr(f"wholebatch.engine.probe.Probe.{method}", broken)
+    model = mlp()
+    with pytest.raises(ValueError, match=r"^no$"):
+        wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
+
+
+def test_a_single_row_is_measured_where_two_are_too_much():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = torch.randn(2, 5000, 4)
+    most = wb.plan(model, optimizer, squares, rows, 8, "1GiB", timed=False).peak_at(1)
+    plan = wb.plan(model, optimizer, squares, rows, 8, int(1.2 * most), timed=False)
+    assert plan.micro_batch == wb.Rows(1)
+    assert any("real runs with 1 row" in reason for reason in plan.reasons)
+
+
+def test_a_way_that_cannot_be_followed_is_not_offered():
+    def only_as_it_is(model, x):
+        assert not torch.is_autocast_enabled("cpu")
+        return squares(model, x)
+
+    model = mlp()
+    plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), only_as_it_is, torch.randn(4, 16), timed=False)
+    assert [each.name for each in plan.alternatives] == ["AdamA"]
+
+
+def test_a_loss_without_a_graph_is_refused():
+    model = mlp()
+    with pytest.raises(wb.LossError, match="nothing that a backward pass can start from"):
+        wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda *_: None, torch.randn(4, 16), timed=False)

@@ -191,11 +191,13 @@ class Planning:
         room = min(budget, device_memory.available_bytes(self._probe.device) + need.resident_bytes)
         while each > 1 and need.peak(2 * each, longest) > room / 2:
             each //= 2
-        if need.peak(2 * each, longest) > room:
-            self._probe.reasons.append("No real row was run: even two would not fit.")
+        row = self._rows_of[longest]
+        if need.peak(1, longest) > room:
+            self._probe.reasons.append("No real row was run: not even one would fit.")
             return need
+        single = need.peak(2 * each, longest) > room
         try:
-            found = self._probe.measure((each, 2 * each), self._rows_of[longest])
+            found = self._probe.measure_one(row) if single else self._probe.measure((each, 2 * each), row)
         except Exception as error:
             if not device_memory.is_out_of_memory(error):
                 raise
@@ -208,7 +210,8 @@ class Planning:
         off = made.scratch(2 * each, longest) / max(1, made.peak(2 * each, longest))
         told = "agree with it to the byte" if off == 0 else f"took {100 * off:+.2g} % of it, which is added"
         self._probe.reasons.append(
-            f"The model was followed tensor by tensor, and real runs with {each} and {2 * each} rows {told}."
+            f"The model was followed tensor by tensor, and real runs with "
+            f"{'1 row' if single else f'{each} and {2 * each} rows'} {told}."
         )
         return made
 
