@@ -4,8 +4,13 @@ For each model a budget is set to what a quarter of the logical batch takes. The
 every size of a sweep that stays within the budget is timed, alternating, and the throughput of the choice is compared
 with the best. The cost of choosing is the time of the first update above that of a later one, in windows.
 
+<<<<<<< HEAD
 Beside it `accelerate.utils.find_executable_batch_size`, on which the Trainer's `auto_find_batch_size` is built, on a
 device that holds so many rows and no more: how often training began anew, how many rows were trained on
+=======
+Beside it `accelerate.utils.find_executable_batch_size`, which the Hugging Face Trainer's `auto_find_batch_size` is
+built on, on a device that holds so many rows and no more: how often training began anew, how many rows were trained on
+>>>>>>> plan
 twice, and how large the batch of an update is in the end.
 """
 

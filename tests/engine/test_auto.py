@@ -265,12 +265,16 @@ def test_what_recurrent_kernels_take_for_themselves_is_kept_within_the_budget(ki
         def forward(self, x):
             return self.head(self.layers(x)[0])
 
-    for budget in (600_000, 1_200_000, 2_400_000):
+    for budget in (280_000, 360_000, 600_000, 1_200_000, 2_400_000):
         torch.manual_seed(0)
         model = Recurrent()
         accumulator = accumulator_of(model, memory=budget)
         rows = torch.randn(64, 20, 16)
-        accumulator.step(rows)
+        try:
+            accumulator.step(rows)
+        except wb.OutOfMemoryError:  # the operations themselves pass the budget, or what their kernels take does
+            assert budget < 600_000
+            continue
         before = resident(model, accumulator)
         with memory.tensor_peak() as peak:
             accumulator.step(rows)
@@ -329,3 +333,25 @@ def test_exact_batch_norm_is_not_cut_for_a_budget_that_no_cut_can_keep(monkeypat
 
 def test_exact_batch_norm_within_its_budget_is_taken_as_a_whole():
     assert accumulator_of(normed(), memory="1GiB").step(torch.randn(64, 16)).micro_batches == 1
+
+
+def test_kernels_are_not_measured_where_the_budget_is_far_away(monkeypatch):
+    def forbidden(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("wholebatch.engine.probe.Probe.measure", forbidden)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+    accumulator = accumulator_of(model, memory="1GiB")
+    assert accumulator.step(torch.randn(32, 1, 8, 8)).micro_batches == 1
+
+
+def test_whether_a_cut_fits_may_stay_unknown():
+    def loss_fn(model, x):
+        if len(x) < 32:
+            raise ValueError("needs more rows")
+        return squares(model, x)
+
+    accumulator = accumulator_of(network(), loss_fn, micro_batch=wb.Rows(32), memory="1GiB")
+    assert accumulator.step(torch.randn(64, 16)).micro_batches == 2
+    assert accumulator.reasons == ["Whether the micro-batch fits was not found out: ValueError."]

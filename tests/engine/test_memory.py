@@ -33,6 +33,7 @@ def test_the_peak_of_the_process_rises_and_can_be_reset():
     large = torch.ones(64 << 20, dtype=torch.uint8)
     assert memory.peak_bytes(CPU) - before >= 48 << 20
     del large
+    memory.release(CPU)
     memory.reset_peak(CPU)
     assert memory.peak_bytes(CPU) - before < 48 << 20
 

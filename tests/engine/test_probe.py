@@ -85,8 +85,9 @@ def test_the_predicted_peak_is_the_real_one(name, rows, precision):
     optimizer = torch.optim.AdamW(model.parameters())
     real = real_peak(model, optimizer, squares, batch(48), wb.Rows(rows), precision=precision)
     # Products in 16 bits take a few KiB for themselves from some size on, which is much for models as small as these.
-    room = {"fp32": 0, "bf16": 12_000}[precision]
-    assert 0.99 * real - room / 4 <= plan.peak_at(rows) <= 1.01 * real + room
+    # 5,056 bytes are the random state that a window keeps; the profiler sees the one before it go, or does not.
+    room = {"fp32": 5056, "bf16": 12_000}[precision]
+    assert 0.99 * real - (room - 5056) / 3 <= plan.peak_at(rows) <= 1.01 * real + room
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -96,7 +97,7 @@ def test_the_optimizer_is_counted_before_it_has_a_state(name):
     plan = wb.plan(model, optimizer, squares, torch.randn(4, 16), 4, "1GiB", timed=False)
     assert not optimizer.state
     real = real_peak(model, optimizer, squares, torch.randn(4, 16), wb.Rows(2))
-    assert plan.peak_at(2) == pytest.approx(real, rel=0.01)
+    assert plan.peak_at(2) == pytest.approx(real, rel=0.01, abs=5056)
 
 
 @pytest.mark.parametrize("forgotten", ["weights", "optimizer state", "gradients"])
@@ -123,7 +124,8 @@ def test_sums_of_16_bit_weights_are_counted(accumulate_in):
     plan = wb.plan(model, optimizer, squares, batch, memory="1GiB", timed=False, **options)
     model = build()
     real = real_peak(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, batch, wb.Rows(3), **options)
-    assert real <= plan.peak_at(3) <= 1.01 * real + 10_000
+    # Three rows are padded to four within a product in 16 bits: some hundred bytes, of a model of a few thousand.
+    assert real - 1000 <= plan.peak_at(3) <= 1.01 * real + 10_000
     kinds = plan.need.by_kind(3)
     assert ("running sum" in kinds) == (accumulate_in != "weights")
 
@@ -224,7 +226,7 @@ def test_a_loss_that_reads_numbers_is_run_for_real_and_the_plan_says_so():
     plan = wb.plan(model, optimizer, loss_fn, torch.rand(4, 16) + 0.1, 12, "1GiB", timed=False)
     assert any("was run for real" in reason for reason in plan.reasons)
     real = real_peak(model, optimizer, loss_fn, torch.rand(12, 16) + 0.1, wb.Rows(4))
-    assert plan.peak_at(4) == pytest.approx(real, rel=0.01)
+    assert plan.peak_at(4) == pytest.approx(real, rel=0.01, abs=5056)
 
 
 class Reads(torch.optim.SGD):
@@ -458,3 +460,79 @@ def test_recomputing_is_planned_applied_and_kept_to():
     real = real_peak(model, optimizer, squares, torch.randn(16, 60, 32), plan.micro_batch)
     assert real <= budget
     assert real == pytest.approx(plan.peak_bytes, rel=0.05)
+
+
+def test_passes_are_timed_and_the_fastest_that_fits_is_taken():
+    model = mlp()
+    plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
+    assert plan.fits
+    assert plan.micro_batches > 1
+    assert len(plan.timed) == 3
+    assert plan.seconds > 0
+    assert plan.epoch_seconds(5120) == pytest.approx(10 * plan.seconds)
+    assert any("rows a second" in reason for reason in plan.reasons)
+
+
+def test_no_pass_is_timed_that_would_take_long(monkeypatch):
+    monkeypatch.setattr("wholebatch.engine.planning.PATIENCE", 0.0)
+    model = mlp()
+    plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
+    assert len(plan.timed) == 1
+
+
+@pytest.mark.parametrize("method", ["measure", "seconds"])
+def test_a_plan_survives_real_runs_that_run_out(method, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(f"wholebatch.engine.probe.Probe.{method}", run_out)
+    model = mlp()
+    plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
+    assert plan.fits
+    assert (method == "measure") == any("ran out of memory" in reason for reason in plan.reasons)
+    assert (method == "seconds") == (not plan.timed)
+
+
+@pytest.mark.parametrize("method", ["measure", "seconds"])
+def test_other_errors_of_real_runs_leave_as_they_are(method, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("no")
+
+    monkeypatch.setattr(f"wholebatch.engine.probe.Probe.{method}", broken)
+    model = mlp()
+    with pytest.raises(ValueError, match=r"^no$"):
+        wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
+
+
+def test_a_single_row_is_measured_where_two_are_too_much():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = torch.randn(2, 5000, 4)
+    most = wb.plan(model, optimizer, squares, rows, 8, "1GiB", timed=False).peak_at(1)
+    plan = wb.plan(model, optimizer, squares, rows, 8, int(1.2 * most), timed=False)
+    assert plan.micro_batch == wb.Rows(1)
+    assert any("real runs with 1 row" in reason for reason in plan.reasons)
+
+
+def test_a_way_that_cannot_be_followed_is_not_offered():
+    def only_as_it_is(model, x):
+        assert not torch.is_autocast_enabled("cpu")
+        return squares(model, x)
+
+    model = mlp()
+    plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), only_as_it_is, torch.randn(4, 16), timed=False)
+    assert [each.name for each in plan.alternatives] == ["AdamA"]
+
+
+def test_a_loss_without_a_graph_is_refused():
+    model = mlp()
+    with pytest.raises(wb.LossError, match="nothing that a backward pass can start from"):
+        wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda *_: None, torch.randn(4, 16), timed=False)
+
+
+def test_an_optimizer_that_takes_gradients_in_is_not_told_to():
+    for kind, proposed in ((torch.optim.AdamW, True), (wb.AdamA, False)):
+        model = mlp()
+        plan = wb.plan(model, kind(model.parameters()), squares, torch.randn(12, 16), memory="1GiB", timed=False)
+        assert ("AdamA" in [each.name for each in plan.alternatives]) == proposed

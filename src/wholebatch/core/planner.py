@@ -52,6 +52,7 @@ class Task:
         lengths: Tokens of each row of a logical batch; None where rows have no length.
         length: Says how long a row is; goes into `wb.Tokens`.
         precision: In which forward passes run.
+        folds: Whether the optimizer takes gradients in as they arrive, as AdamA does.
     """
 
     rows: int
@@ -59,6 +60,7 @@ class Task:
     lengths: tuple[int, ...] | None = None
     length: Callable[[Any], int] | None = None
     precision: str = "fp32"
+    folds: bool = False
 
     @property
     def longest(self) -> int:
@@ -325,7 +327,7 @@ class Planner:
         if seconds:
             window = self._seconds(seconds, micro_batch) * way.slower
         others = [self._alternative(each) for each in self.ways if each is not way]
-        if need.passes.traces:
+        if need.passes.traces and not task.folds:
             others.append(self._folded(way))
         self._propose(others)
         return Plan(

@@ -92,11 +92,11 @@ class Fitting:
         need: Need | None
         try:
             need = self._need(probe, rows.rows, row, budget)
-        except OverBudget:  # perhaps one micro-batch fits, which leaves no gradient to a next one
+        except OverBudget:
             need = self._fake_need(probe, row)
-        if need is None:
-            self._refuse(None, budget, say)
-            return 1
+            if need is None or not self._fits_whole(probe, rows.rows, row, budget - need.resident_bytes):
+                self._refuse(need, budget, say)
+                return 1
         most = largest_rows(need, budget, rows.rows)
         for reason in probe.reasons:
             say(reason, logging.INFO)
@@ -157,10 +157,8 @@ class Fitting:
         most = largest_rows(need, budget, rows)
         if most == 0:
             return need
-        if most == 1:  # two are too much; then what one takes is counted twice
-            found = probe.measure((1,), row)
-            one = found.traces[1, 0] if found is not None else None
-            measured = Passes.of({(1, 0): one, (2, 0): one.doubled()}) if one is not None else None
+        if most == 1:
+            measured = probe.measure_one(row)
         else:
             each = max(1, most // 4) if share > CLOSE else each
             measured = probe.measure((each, 2 * each), row)
@@ -190,6 +188,14 @@ class Fitting:
         said = ", ".join(f"{size / each:,.4g} with {size}" for size, each in seconds.items() if each > 0)
         return chosen, f" (rows a second: {said})"
 
+    def _fits_whole(self, probe: Probe, rows: int, row: int, room: int) -> bool:
+        """Whether the batch fits as its only micro-batch, which meets no gradient of an earlier one; tried for real."""
+        try:
+            _, hidden = probe.real_traces([(rows, 0)], {0: row}, limit=room, micro_batches=1)
+        except OverBudget:
+            return False
+        return not hidden
+
     def _fake_need(self, probe: Probe, row: int) -> Need | None:
         """What training takes, without any real row; None where nobody can tell."""
         try:
@@ -218,7 +224,8 @@ class Fitting:
 
     def _refuse(self, need: Need | None, budget: int, say: Say) -> None:
         """Say that one row is too much, as an error where a budget was given."""
-        takes = f"{say_bytes(need.peak(1))}" if need is not None else f"more than {say_bytes(budget)}"
+        known = need is not None and need.peak(1) > usable(need, budget)
+        takes = say_bytes(need.peak(1)) if need is not None and known else f"more than {say_bytes(budget)}"
         beside = f", of which {say_bytes(need.floor_bytes)} are weights, gradients and optimizer" if need else ""
         if self.budget is None:
             say(
@@ -229,6 +236,7 @@ class Fitting:
             return
         raise OutOfMemoryError(
             f"The budget of {say_bytes(budget)} does not hold one row: training takes {takes}{beside}.",
-            hint=f'give more than {takes}, or take less: precision="bf16", wb.checkpoint_blocks(model), shorter rows, '
+            hint=f"give more than {takes.removeprefix('more than ')}, or take less: "
+            'precision="bf16", wb.checkpoint_blocks(model), shorter rows, '
             "or an optimizer with less state; wb.plan shows what each would give. Nothing was trained.",
         )

@@ -16,6 +16,7 @@ from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
 from wholebatch.engine import memory as device_memory
 from wholebatch.engine.checkpointing import checkpoint_blocks, find_blocks, uncheckpoint_blocks
+from wholebatch.engine.consuming import takers
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.probe import Probe, Sample
@@ -165,7 +166,8 @@ class Planning:
             budget = device_memory.available_bytes(probe.device) + probe.held_bytes
             probe.reasons.append(f"No budget was given: {say_bytes(budget)} is what this machine leaves to training.")
         need = self._measured(need, budget)
-        task = Task(self._rows, budget, self._all_lengths(), self._length, self._precision)
+        folds = bool(takers(probe.setup.optimizers))
+        task = Task(self._rows, budget, self._all_lengths(), self._length, self._precision, folds)
         ways = [Way("as it is", need), *self._others()]
         clock = self._clock if timed else None
         planner = Planner(task, ways, clock, tuple(probe.reasons))
@@ -191,11 +193,13 @@ class Planning:
         room = min(budget, device_memory.available_bytes(self._probe.device) + need.resident_bytes)
         while each > 1 and need.peak(2 * each, longest) > room / 2:
             each //= 2
-        if need.peak(2 * each, longest) > room:
-            self._probe.reasons.append("No real row was run: even two would not fit.")
+        row = self._rows_of[longest]
+        if need.peak(1, longest) > room:
+            self._probe.reasons.append("No real row was run: not even one would fit.")
             return need
+        single = need.peak(2 * each, longest) > room
         try:
-            found = self._probe.measure((each, 2 * each), self._rows_of[longest])
+            found = self._probe.measure_one(row) if single else self._probe.measure((each, 2 * each), row)
         except Exception as error:
             if not device_memory.is_out_of_memory(error):
                 raise
@@ -208,7 +212,8 @@ class Planning:
         off = made.scratch(2 * each, longest) / max(1, made.peak(2 * each, longest))
         told = "agree with it to the byte" if off == 0 else f"took {100 * off:+.2g} % of it, which is added"
         self._probe.reasons.append(
-            f"The model was followed tensor by tensor, and real runs with {each} and {2 * each} rows {told}."
+            f"The model was followed tensor by tensor, and real runs with "
+            f"{'1 row' if single else f'{each} and {2 * each} rows'} {told}."
         )
         return made
 

@@ -109,9 +109,15 @@ class Probe:
         return Need(resident, Passes.of(traces), step)
 
     def real_traces(
-        self, sizes: Sequence[Size], rows_of: Mapping[int, int], *, limit: int | None = None
+        self, sizes: Sequence[Size], rows_of: Mapping[int, int], *, limit: int | None = None, micro_batches: int = 2
     ) -> tuple[dict[Size, Trace], set[str]]:
         """Return what came and went in real passes, and which operations take memory that cannot be seen.
+
+        Args:
+            sizes: As for `need`.
+            rows_of: The same.
+            limit: The same.
+            micro_batches: One, where nothing is to be cut, or two.
 
         Raises:
             OverBudget: They took more than the limit.
@@ -120,7 +126,7 @@ class Probe:
         hidden: set[str] = set()
         with self._untouched():
             for rows, length in sizes:
-                batch = self.sample.repeat(rows_of[length], 2 * rows)
+                batch = self.sample.repeat(rows_of[length], micro_batches * rows)
                 timeline = Timeline(self.device, limit)
                 timeline.ignore(list(_tensors_of(self.setup.model)))
                 with timeline:
@@ -152,6 +158,14 @@ class Probe:
                     return None
                 traces[each, 0] = trace
         return Passes.of(traces)
+
+    def measure_one(self, row: int) -> Passes | None:
+        """The same of a single row, where two are too much: what one takes is counted twice for two."""
+        found = self.measure((1,), row)
+        if found is None:
+            return None
+        one = found.traces[1, 0]
+        return Passes.of({(1, 0): one, (2, 0): one.doubled()})
 
     def seconds(self, rows: int, row: int = 0, *, times: int = 1) -> float:
         """Return the time of a forward and a backward pass, the shortest of some. Unit: seconds."""
