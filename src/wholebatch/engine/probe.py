@@ -21,6 +21,7 @@ from wholebatch.engine.fakes import Fakes, stand_in, state_bytes
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import Setup
+from wholebatch.engine.stepping import copy_bytes
 from wholebatch.engine.sums import GradientSum, SumIn
 from wholebatch.engine.timeline import Timeline
 from wholebatch.engine.transaction import Transaction
@@ -290,8 +291,11 @@ class Probe:
         sums = GradientSum(self.setup.parameters, [], self.sum_in).own_bytes
         largest = max((each.numel() * each.element_size() for each in learning), default=0)
         state, temporary = self._step(gradients)
+        kept, copied = copy_bytes(self.setup.optimizers, state)
         resident = {"weights": weights, "buffers": buffers, "optimizer state": state}
-        return resident, max(gradients + temporary, sums + largest if sums else 0)
+        if kept:
+            resident["copy for the step"] = kept
+        return resident, max(gradients + temporary + copied, sums + largest if sums else 0)
 
     def _step(self, gradients: int) -> tuple[int, int]:
         """What the optimizers keep on the device, and what a step takes for a moment."""

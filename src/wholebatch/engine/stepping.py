@@ -7,6 +7,7 @@ and only the piece under way has a copy. A piece for which memory runs out is un
 once a piece has moved for good, the rest follow, because the gradients of what has moved make room.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from torch.optim import optimizer as of_torch
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.engine import memory
 from wholebatch.engine.consuming import takers
-from wholebatch.engine.undo import Away, Beside, Undo, nbytes_of
+from wholebatch.engine.undo import ALIGNED, SMALL, Away, Beside, Undo, nbytes_of
 
 WHOLE = 4 << 20
 """Bytes of weights and state up to which all are one piece."""
@@ -200,6 +201,36 @@ class Stepping:
         else:
             return True
         return False  # only here is the error, and with it the tensors of its traceback, gone
+
+
+def copy_bytes(optimizers: Sequence[Optimizer], state_bytes: int) -> tuple[int, int]:
+    """Return what the copies take from which a step is undone: from the first step on, and during a step. Unit: bytes.
+
+    Args:
+        optimizers: What steps.
+        state_bytes: What they will keep.
+    """
+    taking = takers(optimizers)  # their copies are away
+    parameters = [
+        parameter
+        for each in optimizers
+        if not any(each is taker for taker in taking)
+        for group in each.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    ]
+    weights = sum(map(nbytes_of, parameters))
+    if not weights:
+        return 0, 0
+    a_weight = 1 + (0 if taking else state_bytes) / weights
+    known = all(map(_moves_one_by_one, optimizers))
+    if weights * a_weight > (WHOLE if known else BESIDE):
+        largest = max(map(nbytes_of, parameters)) * a_weight
+        return 0, int(max(largest, weights * a_weight / PIECES)) if known else 0
+    large = [each for each in parameters if nbytes_of(each) > SMALL]
+    stretch = sum(int(nbytes_of(each) * a_weight) + math.ceil(a_weight) * ALIGNED for each in large)
+    small = int((weights - sum(map(nbytes_of, large))) * a_weight)
+    return (stretch, small) if stretch <= WHOLE else (0, stretch + small)
 
 
 class _Piece:
