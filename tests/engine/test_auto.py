@@ -235,7 +235,7 @@ def test_where_a_few_rows_cannot_be_run_the_whole_batch_is_tried():
 
 
 def test_without_a_budget_one_row_that_seems_too_much_is_still_tried(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda _: 1000)
+    monkeypatch.setattr("wholebatch.engine.fitting.available_bytes", lambda _: 1000)
     accumulator = accumulator_of(network())
     assert accumulator.step(torch.randn(6, 16)).micro_batches == 6
     assert any("it is tried row by row" in reason for reason in accumulator.reasons)

@@ -8,7 +8,7 @@ from torch import nn
 
 import wholebatch as wb
 from menagerie import CALM, DROPOUT
-from wholebatch.engine import memory
+from wholebatch.engine import memory, room
 from wholebatch.engine.fakes import stand_in
 from wholebatch.engine.timeline import OverBudget, Timeline
 
@@ -327,19 +327,19 @@ def test_a_timeline_counts_sparse_and_shared_memory_once():
 
 
 def test_what_the_machine_leaves(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_machine_bytes", lambda: 1000)
-    monkeypatch.setattr(memory, "_group_bytes", lambda: None)
-    monkeypatch.setattr(memory, "_address_bytes", lambda: None)
-    assert memory.available_bytes(CPU) == 800
-    monkeypatch.setattr(memory, "_group_bytes", lambda: 500)
-    assert memory.available_bytes(CPU) == 400
-    monkeypatch.setattr(memory, "_address_bytes", lambda: 100)
-    assert memory.available_bytes(CPU) == 50
-    monkeypatch.setattr(memory, "_address_bytes", lambda: -100)
-    assert memory.available_bytes(CPU) == 0
+    monkeypatch.setattr(room, "_machine_bytes", lambda: 1000)
+    monkeypatch.setattr(room, "_group_bytes", lambda: None)
+    monkeypatch.setattr(room, "_address_bytes", lambda: None)
+    assert room.available_bytes(CPU) == 800
+    monkeypatch.setattr(room, "_group_bytes", lambda: 500)
+    assert room.available_bytes(CPU) == 400
+    monkeypatch.setattr(room, "_address_bytes", lambda: 100)
+    assert room.available_bytes(CPU) == 50
+    monkeypatch.setattr(room, "_address_bytes", lambda: -100)
+    assert room.available_bytes(CPU) == 0
     for each in ("_machine_bytes", "_group_bytes", "_address_bytes"):
-        monkeypatch.setattr(memory, each, lambda: None)
-    assert memory.available_bytes(CPU) == 1 << 32
+        monkeypatch.setattr(room, each, lambda: None)
+    assert room.available_bytes(CPU) == 1 << 32
 
 
 @pytest.mark.parametrize(
@@ -350,8 +350,8 @@ def test_a_control_group_is_read(limit, used, left, monkeypatch, tmp_path):
     (tmp_path / "memory.current").write_text(used)
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit + "\n")
-    monkeypatch.setattr(memory, "GROUP_FILES", [(tmp_path / "memory.max", tmp_path / "memory.current")])
-    assert memory._group_bytes() == left
+    monkeypatch.setattr(room, "GROUP_FILES", [(tmp_path / "memory.max", tmp_path / "memory.current")])
+    assert room._group_bytes() == left
 
 
 class Device:
@@ -388,7 +388,7 @@ def test_an_accelerator_is_asked_for_what_it_keeps(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda *_: module)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", module.max_memory_allocated)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", module.reset_peak_memory_stats)
-    assert memory.available_bytes(device) == 0.95 * (1000 + 200)
+    assert room.available_bytes(device) == 0.95 * (1000 + 200)
     trace = memory.trace_peaks(device, lambda between: between())
     assert trace.changes == (400, -400, 800, -800)
     assert trace.second == 2
@@ -400,7 +400,7 @@ def test_an_accelerator_is_asked_for_what_it_keeps(monkeypatch):
 def test_metal_is_asked_for_what_it_keeps(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1000)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 500)
-    assert memory.available_bytes(torch.device("mps")) == 400
+    assert room.available_bytes(torch.device("mps")) == 400
     assert memory.trace_peaks(torch.device("mps"), lambda between: between()) is None
     assert memory.allocation_retries(CPU) is None
 
