@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from wholebatch.core.need import Need, Passes, Trace
-from wholebatch.core.planner import Planner, Task, Way, candidates, evened, fastest, line, usable
+from wholebatch.core.planner import Planner, Task, Way
+from wholebatch.core.sizes import candidates, evened, fastest, line, usable
 from wholebatch.core.split import Rows, Tokens
 
 GOLDEN = Path(__file__).parent / "golden" / "plans.txt"

@@ -8,7 +8,7 @@ from torch import nn
 
 import wholebatch as wb
 from menagerie import CALM, DROPOUT
-from wholebatch.engine import memory
+from wholebatch.engine import memory, room
 from wholebatch.engine.fakes import stand_in
 from wholebatch.engine.timeline import OverBudget, Timeline
 
@@ -50,6 +50,7 @@ def resident(model, optimizer):
 
 def real_peak(model, optimizer, loss_fn, batch, micro_batch, **options):
     """What the second update takes at most, all in all, by the count of PyTorch's profiler."""
+    options = {"memory": "1GiB", **options}  # where memory is counted, copies are kept away
     accumulator = wb.Accumulator(model, optimizer, loss_fn, micro_batch=micro_batch, check=None, **options)
     accumulator.step(batch)
     before = resident(model, optimizer)
@@ -327,19 +328,19 @@ def test_a_timeline_counts_sparse_and_shared_memory_once():
 
 
 def test_what_the_machine_leaves(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_machine_bytes", lambda: 1000)
-    monkeypatch.setattr(memory, "_group_bytes", lambda: None)
-    monkeypatch.setattr(memory, "_address_bytes", lambda: None)
-    assert memory.available_bytes(CPU) == 800
-    monkeypatch.setattr(memory, "_group_bytes", lambda: 500)
-    assert memory.available_bytes(CPU) == 400
-    monkeypatch.setattr(memory, "_address_bytes", lambda: 100)
-    assert memory.available_bytes(CPU) == 50
-    monkeypatch.setattr(memory, "_address_bytes", lambda: -100)
-    assert memory.available_bytes(CPU) == 0
+    monkeypatch.setattr(room, "_machine_bytes", lambda: 1000)
+    monkeypatch.setattr(room, "_group_bytes", lambda: None)
+    monkeypatch.setattr(room, "_address_bytes", lambda: None)
+    assert room.available_bytes(CPU) == 800
+    monkeypatch.setattr(room, "_group_bytes", lambda: 500)
+    assert room.available_bytes(CPU) == 400
+    monkeypatch.setattr(room, "_address_bytes", lambda: 100)
+    assert room.available_bytes(CPU) == 50
+    monkeypatch.setattr(room, "_address_bytes", lambda: -100)
+    assert room.available_bytes(CPU) == 0
     for each in ("_machine_bytes", "_group_bytes", "_address_bytes"):
-        monkeypatch.setattr(memory, each, lambda: None)
-    assert memory.available_bytes(CPU) == 1 << 32
+        monkeypatch.setattr(room, each, lambda: None)
+    assert room.available_bytes(CPU) == 1 << 32
 
 
 @pytest.mark.parametrize(
@@ -350,8 +351,8 @@ def test_a_control_group_is_read(limit, used, left, monkeypatch, tmp_path):
     (tmp_path / "memory.current").write_text(used)
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit + "\n")
-    monkeypatch.setattr(memory, "GROUP_FILES", [(tmp_path / "memory.max", tmp_path / "memory.current")])
-    assert memory._group_bytes() == left
+    monkeypatch.setattr(room, "GROUP_FILES", [(tmp_path / "memory.max", tmp_path / "memory.current")])
+    assert room._group_bytes() == left
 
 
 class Device:
@@ -388,7 +389,7 @@ def test_an_accelerator_is_asked_for_what_it_keeps(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda *_: module)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", module.max_memory_allocated)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", module.reset_peak_memory_stats)
-    assert memory.available_bytes(device) == 0.95 * (1000 + 200)
+    assert room.available_bytes(device) == 0.95 * (1000 + 200)
     trace = memory.trace_peaks(device, lambda between: between())
     assert trace.changes == (400, -400, 800, -800)
     assert trace.second == 2
@@ -400,7 +401,7 @@ def test_an_accelerator_is_asked_for_what_it_keeps(monkeypatch):
 def test_metal_is_asked_for_what_it_keeps(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1000)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 500)
-    assert memory.available_bytes(torch.device("mps")) == 400
+    assert room.available_bytes(torch.device("mps")) == 400
     assert memory.trace_peaks(torch.device("mps"), lambda between: between()) is None
     assert memory.allocation_retries(CPU) is None
 
@@ -536,3 +537,30 @@ def test_an_optimizer_that_takes_gradients_in_is_not_told_to():
         model = mlp()
         plan = wb.plan(model, kind(model.parameters()), squares, torch.randn(12, 16), memory="1GiB", timed=False)
         assert ("AdamA" in [each.name for each in plan.alternatives]) == proposed
+
+
+class OfOnesOwn(torch.optim.Optimizer):
+    """Keeps its momenta in an attribute, not in its state."""
+
+    def __init__(self, parameters, kept):
+        super().__init__(parameters, {"lr": 0.1})
+        self.momenta = kept
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if not self.momenta:
+                self.momenta.extend(torch.zeros_like(each) for each in group["params"])
+            for momentum, parameter in zip(self.momenta, group["params"], strict=True):
+                momentum.mul_(0.9).add_(parameter.grad)
+                parameter.sub_(momentum, alpha=group["lr"])
+
+
+def test_what_an_optimizer_keeps_outside_of_its_state_is_left_alone():
+    model = mlp()
+    optimizer = OfOnesOwn(model.parameters(), [])
+    wb.plan(model, optimizer, squares, torch.randn(12, 16), memory="1GiB", timed=False)
+    assert optimizer.momenta == []
+    accumulator = wb.Accumulator(model, optimizer, squares, memory="1GiB", check=None)
+    assert accumulator.step(torch.randn(12, 16)).applied
+    assert {each.device.type for each in optimizer.momenta} == {"cpu"}

@@ -236,10 +236,11 @@ class Need:
 
     @property
     def gradient_bytes(self) -> int:
-        """What gradients take when a micro-batch begins that is not the first. Unit: bytes."""
+        """What gradients take when all have arrived. Unit: bytes."""
         trace = next(iter(self.passes.traces.values()))
         kept = zip(trace.changes[: trace.second], trace.kinds, strict=False)
-        return sum(change for change, kind in kept if kind in ("gradients", "running sum"))
+        changes = (change for change, kind in kept if kind in ("gradients", "running sum"))
+        return max(accumulate(changes), default=0)
 
     def per_row(self, length: int = 0) -> float:
         """Return the activations that one row more keeps until its backward pass. Unit: bytes."""

@@ -153,6 +153,7 @@ class Accumulator:
         self._whole = tuple(whole)
         self._dims = dims
         budget = parse_bytes(memory) if memory is not None else None
+        self._setup.update.budgeted = budget is not None
         fitting = Fitting(
             self._setup, self._objective, self._precision, self._sum_in, budget, collate, self._whole, dims
         )

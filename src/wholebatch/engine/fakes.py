@@ -76,7 +76,7 @@ def stand_in(optimizer: Optimizer, only: Tensor | None = None) -> Optimizer:
         only: One of its parameters: then the other is made for it alone, on real zeros, which can be read.
 
     Raises:
-        TypeError: It holds another optimizer, which would be the real one.
+        TypeError: It holds another optimizer, which would be the real one, or something that cannot be copied.
     """
     if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
         raise TypeError(f"{type(optimizer).__name__} holds another optimizer")
@@ -95,6 +95,10 @@ def stand_in(optimizer: Optimizer, only: Tensor | None = None) -> Optimizer:
     for name, value in optimizer.__dict__.items():
         if isinstance(value, OrderedDict):  # hooks are the user's, and have nothing to do with a stand-in
             other.__dict__[name] = OrderedDict()
+        elif isinstance(value, dict | list | tuple | Tensor):  # what it keeps outside of its state is not to be shared
+            other.__dict__[name] = map_leaves(of, value)
+        elif not (value is None or isinstance(value, bool | int | float | str | torch.dtype) or callable(value)):
+            raise TypeError(f"{type(optimizer).__name__} keeps a {type(value).__name__}, {name}")
     other.param_groups = [
         {**group, "params": [of(each) for each in group["params"] if only is None or each is only]}
         for group in optimizer.param_groups

@@ -12,13 +12,13 @@ from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.core.need import Need, Passes, Trace
-from wholebatch.core.planner import candidates, evened, fastest, largest_rows, usable
+from wholebatch.core.sizes import candidates, evened, fastest, largest_rows, usable
 from wholebatch.core.tree import flatten
-from wholebatch.engine import memory
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.probe import Probe, Sample
+from wholebatch.engine.room import available_bytes
 from wholebatch.engine.rowsize import largest_row, row_size
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import SumIn
@@ -133,7 +133,7 @@ class Fitting:
     def _budget(self, probe: Probe) -> tuple[int, str]:
         if self.budget is not None:
             return self.budget, "of the budget"
-        return probe.held_bytes + memory.available_bytes(self.setup.device), "that are free"
+        return probe.held_bytes + available_bytes(self.setup.device), "that are free"
 
     def _need(self, probe: Probe, rows: int, row: int, budget: int | None) -> Need:
         """What training takes, from a few real rows.

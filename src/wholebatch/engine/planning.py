@@ -11,7 +11,8 @@ from wholebatch.core.budget import parse_bytes, say_bytes
 from wholebatch.core.errors import ConfigError, LossError, SplitError
 from wholebatch.core.need import Need, Size
 from wholebatch.core.plan import Plan
-from wholebatch.core.planner import Planner, Task, Way, largest_rows
+from wholebatch.core.planner import Planner, Task, Way
+from wholebatch.core.sizes import largest_rows
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
 from wholebatch.engine import memory as device_memory
@@ -20,6 +21,7 @@ from wholebatch.engine.consuming import takers
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.probe import Probe, Sample
+from wholebatch.engine.room import available_bytes
 from wholebatch.engine.rowsize import largest_row
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import SumIn, check_sum_in
@@ -163,7 +165,7 @@ class Planning:
         need = self._look(probe)
         budget = self._budget
         if budget is None:
-            budget = device_memory.available_bytes(probe.device) + probe.held_bytes
+            budget = available_bytes(probe.device) + probe.held_bytes
             probe.reasons.append(f"No budget was given: {say_bytes(budget)} is what this machine leaves to training.")
         need = self._measured(need, budget)
         folds = bool(takers(probe.setup.optimizers))
@@ -190,7 +192,7 @@ class Planning:
         longest = max(self._rows_of)
         most = largest_rows(need, budget, self._rows, longest)
         each = max(4, min(MEASURED, most // 4))  # kernels choose by size: not far below what will be run
-        room = min(budget, device_memory.available_bytes(self._probe.device) + need.resident_bytes)
+        room = min(budget, available_bytes(self._probe.device) + need.resident_bytes)
         while each > 1 and need.peak(2 * each, longest) > room / 2:
             each //= 2
         row = self._rows_of[longest]

@@ -291,10 +291,8 @@ class Probe:
         sums = GradientSum(self.setup.parameters, [], self.sum_in).own_bytes
         largest = max((each.numel() * each.element_size() for each in learning), default=0)
         state, temporary = self._step(gradients)
-        kept, copied = copy_bytes(self.setup.optimizers, state)
+        copied = copy_bytes(self.setup.optimizers, state)
         resident = {"weights": weights, "buffers": buffers, "optimizer state": state}
-        if kept:
-            resident["copy for the step"] = kept
         return resident, max(gradients + temporary + copied, sums + largest if sums else 0)
 
     def _step(self, gradients: int) -> tuple[int, int]:

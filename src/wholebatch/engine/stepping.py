@@ -7,7 +7,6 @@ and only the piece under way has a copy. A piece for which memory runs out is un
 once a piece has moved for good, the rest follow, because the gradients of what has moved make room.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from torch.optim import optimizer as of_torch
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.engine import memory
 from wholebatch.engine.consuming import takers
-from wholebatch.engine.undo import ALIGNED, SMALL, Away, Beside, Undo, nbytes_of
+from wholebatch.engine.undo import SMALL, Away, Beside, Undo, nbytes_of
 
 WHOLE = 4 << 20
 """Bytes of weights and state up to which all are one piece."""
@@ -54,6 +53,9 @@ class Stepping:
     Args:
         optimizers: What steps.
         device: Where memory may run out.
+
+    Attributes:
+        budgeted: Whether memory is counted, so that a copy of everything is kept away from the device.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], device: torch.device) -> None:
@@ -62,6 +64,7 @@ class Stepping:
         self._device = device
         self._beside = Beside()
         self._away = Away()
+        self.budgeted = False
         self._tight = False
         self._proven: list[_Proof] = []
 
@@ -90,9 +93,8 @@ class Stepping:
         whole = [_Piece(each, _stepped(each)) for each in self._optimizers]
         nbytes = sum(piece.nbytes for piece in whole)
         if nbytes <= WHOLE:
-            self._step_or_undo(
-                _undo_of(whole, self._beside, self._away), _cut(whole, nbytes // PIECES) if self._tight else None
-            )
+            near, far = self._rooms(nbytes <= WHOLE)
+            self._step_or_undo(_undo_of(whole, near, far), _cut(whole, nbytes // PIECES) if self._tight else None)
             return None
         pieces = _cut(whole, nbytes // PIECES)
         proof = [_Proof(each.param_groups, _kind(each)) for each in self._optimizers]
@@ -108,8 +110,12 @@ class Stepping:
     def _undo_of_all(self) -> Undo:
         """Copy all that optimizers of which nothing is known may move."""
         nbytes = sum(_moved_bytes(each, p) for each in self._optimizers for g in each.param_groups for p in g["params"])
-        near, far = (self._beside, self._away) if nbytes <= BESIDE else (self._away, self._beside)
+        near, far = self._rooms(nbytes <= BESIDE)
         return Undo(self._optimizers, near, other=far)
+
+    def _rooms(self, small: bool) -> tuple[Beside | Away, Beside | Away]:
+        """Where a copy of everything goes, and where if that is full."""
+        return (self._beside, self._away) if small and not self.budgeted else (self._away, self._beside)
 
     def _step_or_undo(self, undo: Undo, pieces: "list[_Piece] | None") -> None:
         """Step as the optimizers are, or in pieces, with a copy of everything."""
@@ -203,34 +209,22 @@ class Stepping:
         return False  # only here is the error, and with it the tensors of its traceback, gone
 
 
-def copy_bytes(optimizers: Sequence[Optimizer], state_bytes: int) -> tuple[int, int]:
-    """Return what the copies take from which a step is undone: from the first step on, and during a step. Unit: bytes.
+def copy_bytes(optimizers: Sequence[Optimizer], state_bytes: int) -> int:
+    """Return what the copies from which a step is undone take at most where memory is counted. Unit: bytes.
 
     Args:
         optimizers: What steps.
         state_bytes: What they will keep.
     """
-    taking = takers(optimizers)  # their copies are away
-    parameters = [
-        parameter
-        for each in optimizers
-        if not any(each is taker for taker in taking)
-        for group in each.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad
-    ]
-    weights = sum(map(nbytes_of, parameters))
-    if not weights:
-        return 0, 0
-    a_weight = 1 + (0 if taking else state_bytes) / weights
-    known = all(map(_moves_one_by_one, optimizers))
-    if weights * a_weight > (WHOLE if known else BESIDE):
-        largest = max(map(nbytes_of, parameters)) * a_weight
-        return 0, int(max(largest, weights * a_weight / PIECES)) if known else 0
-    large = [each for each in parameters if nbytes_of(each) > SMALL]
-    stretch = sum(int(nbytes_of(each) * a_weight) + math.ceil(a_weight) * ALIGNED for each in large)
-    small = int((weights - sum(map(nbytes_of, large))) * a_weight)
-    return (stretch, small) if stretch <= WHOLE else (0, stretch + small)
+    parameters = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
+    weights = [nbytes_of(parameter) for parameter in parameters if parameter.requires_grad]
+    if takers(optimizers) or not weights:
+        return 0
+    a_weight = 1 + state_bytes / sum(weights)
+    moved = sum(weights) * a_weight
+    if moved > WHOLE and all(map(_moves_one_by_one, optimizers)):
+        return int(max(max(weights) * a_weight, moved / PIECES))
+    return int(sum(each for each in weights if each <= SMALL) * a_weight)
 
 
 class _Piece:

@@ -1,0 +1,79 @@
+"""How much memory is left? Of a device, a machine, a control group, an address space."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+if sys.platform == "linux":
+    import resource
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return what a device leaves to this process, beyond what it holds already; careful on a CPU.
+
+    Args:
+        device: Where the weights live. On a CPU it is four fifths of the least that the machine, the control group and
+            the limit of the address space leave; half of the last, since allocators reserve more than they use.
+
+    Returns:
+        Unit: bytes.
+
+    Example:
+        >>> available_bytes(torch.device("cpu")) > 0
+        True
+    """
+    if device.type in ("cuda", "xpu"):
+        module = torch.get_device_module(device)
+        free, _ = module.mem_get_info(device)
+        kept: int = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(0.95 * (free + kept))
+    if device.type == "mps":
+        return int(0.8 * (torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()))
+    left = [int(0.8 * each) for each in (_machine_bytes(), _group_bytes()) if each is not None]
+    address = _address_bytes()
+    left += [address // 2] if address is not None else []
+    return max(0, min(left)) if left else 1 << 32
+
+
+def _machine_bytes() -> int | None:
+    """What the machine has free, caches included."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - read at every plan
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Where the limit of a control group and its use are told, in either version."""
+
+
+def _group_bytes() -> int | None:
+    """What the control group of this process leaves, in either version; None: no limit, or no control groups."""
+    for limit, usage in GROUP_FILES:
+        try:
+            said = Path(limit).read_text(encoding="ascii").strip()
+            used = int(Path(usage).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue
+        if said.isdigit() and int(said) < 1 << 60:
+            return int(said) - used
+    return None
+
+
+def _address_bytes() -> int | None:
+    """What the limit of the address space leaves; None: no limit."""
+    if sys.platform != "linux":
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    return limit - used
