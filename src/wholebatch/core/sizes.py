@@ -12,7 +12,8 @@ KNOWN, GUESSED = 0.005, 0.04
 """The share of a budget that is left free: where every moment is known by itself, and where peaks are extrapolated."""
 
 SLACK = 1 << 14
-"""What is left free beside that where kernels take memory for themselves: the least that they take. Unit: bytes."""
+"""What is left free beside that where kernels take memory for themselves: the least that they take,
+but no more than a tenth of the budget. Unit: bytes."""
 
 
 def usable(need: Need, budget: int) -> int:
@@ -20,7 +21,7 @@ def usable(need: Need, budget: int) -> int:
     known = need.passes.exact and (need.measured is None or need.measured.exact)
     scratch = abs(need.scratch(*_top(need)))
     loose = not known or scratch > 0.02 * need.passes.peak(*_top(need))
-    return math.floor(budget * (1 - (GUESSED if loose else KNOWN))) - (SLACK if scratch else 0)
+    return math.floor(budget * (1 - (GUESSED if loose else KNOWN))) - (min(SLACK, budget // 10) if scratch else 0)
 
 
 def _top(need: Need) -> tuple[int, int]:

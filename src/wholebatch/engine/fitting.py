@@ -182,8 +182,9 @@ class Fitting:
         sizes = candidates(most)
         if len(sizes) == 1:
             return most, ""
-        probe.seconds(sizes[0], row)
-        seconds = {size: probe.seconds(size, row) for size in sizes}
+        seconds = probe.clock(sizes, row)
+        if not seconds:
+            return most, ""
         chosen = evened(rows, fastest(seconds))
         said = ", ".join(f"{size / each:,.4g} with {size}" for size, each in seconds.items() if each > 0)
         return chosen, f" (rows a second: {said})"

@@ -251,8 +251,35 @@ def _peaks_of_halves(device: torch.device, run: Callable[[Callable[[], None]], N
     return Trace(tuple(changes), (_SCRATCH,) * len(changes), 2)
 
 
-def _profile() -> Any:
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+@contextmanager
+def _profile() -> Iterator[Any]:
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _unheard():
+        profile.start()
+    try:
+        yield profile
+    finally:
+        with _unheard():
+            profile.stop()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep what C code writes to stderr from being seen: the profiler announces each start and stop there."""
+    try:
+        sys.stderr.flush()
+        heard = os.dup(2)
+    except (AttributeError, OSError, ValueError):  # there is no stderr that C code could write to
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(heard, 2)
+        os.close(nowhere)
+        os.close(heard)
 
 
 def _changes(profile: Any) -> list[tuple[int, int, str]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from wholebatch.core.sizes import largest_rows
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
 from wholebatch.engine import memory as device_memory
+from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.checkpointing import checkpoint_blocks, find_blocks, uncheckpoint_blocks
 from wholebatch.engine.consuming import takers
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
@@ -174,13 +176,24 @@ class Planning:
         clock = self._clock if timed else None
         planner = Planner(task, ways, clock, tuple(probe.reasons))
         if micro_batch == "auto":
-            return planner.plan()
+            return self._with_layers(planner.plan())
         if not isinstance(micro_batch, Rows | Tokens):
             raise ConfigError(
                 f"micro_batch={micro_batch!r} says nothing about which rows go together.",
                 hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
             )
-        return planner.stated(micro_batch)
+        return self._with_layers(planner.stated(micro_batch))
+
+    def _with_layers(self, made: Plan) -> Plan:
+        """Say so where a cut changes what a layer computes."""
+        layers = batch_dependent_layers(self._probe.setup.model)
+        if made.micro_batches == 1 or not layers:
+            return made
+        said = (
+            f"{len(layers)} layers compute over the rows that they see, {layers[0]} first, so that a cut is refused "
+            'unless you decide otherwise: wb.convert_batch_norm, wb.freeze_batch_norm, or batch_norm="per_micro_batch".'
+        )
+        return replace(made, reasons=(*made.reasons, said))
 
     def _look(self, probe: Probe) -> Need:
         each = max(1, min(8, self._rows // 4))
@@ -203,9 +216,11 @@ class Planning:
         try:
             found = self._probe.measure_one(row) if single else self._probe.measure((each, 2 * each), row)
         except Exception as error:
-            if not device_memory.is_out_of_memory(error):
+            if not device_memory.is_out_of_memory(error) and each > 1:  # batch norm takes no single row
                 raise
-            self._probe.reasons.append("A small real run ran out of memory, so the plan is that of the tensors alone.")
+            self._probe.reasons.append(
+                f"A small real run ended with {type(error).__name__}, so the plan is that of the tensors alone."
+            )
             return need
         if found is None:
             self._probe.reasons.append("What kernels take for themselves was not measured: nobody can tell here.")
@@ -263,14 +278,4 @@ class Planning:
     def _clock(self, sizes: Sequence[int]) -> dict[int, float]:
         """Time passes, from small to large, as long as the next one is not too long."""
         row = self._rows_of[max(self._rows_of)]
-        seconds: dict[int, float] = {}
-        try:
-            self._probe.seconds(min(sizes), row)  # the first pass of all compiles and allocates
-            for rows in sorted(sizes):
-                if seconds and max(seconds.values()) * rows / max(seconds) > PATIENCE:
-                    break
-                seconds[rows] = self._probe.seconds(rows, row, times=2 if rows * 4 <= max(sizes) else 1)
-        except Exception as error:
-            if not device_memory.is_out_of_memory(error):
-                raise
-        return seconds
+        return self._probe.clock(sizes, row, patience=PATIENCE)

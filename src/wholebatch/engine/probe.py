@@ -168,6 +168,39 @@ class Probe:
         one = found.traces[1, 0]
         return Passes.of({(1, 0): one, (2, 0): one.doubled()})
 
+    def clock(self, sizes: Sequence[int], row: int, *, patience: float = float("inf")) -> dict[int, float]:
+        """Time passes of some sizes, from small to large, as long as memory holds and the next is not too long.
+
+        A size that the model refuses, as batch norm does a single row, is left out.
+
+        Args:
+            sizes: Rows of each pass.
+            row: Which row of the sample.
+            patience: The longest that a pass may be expected to take. Unit: seconds.
+
+        Returns:
+            Time of a pass by its rows. Unit: seconds.
+
+        Raises:
+            Exception: What the model said, if it refuses them all.
+        """
+        seconds: dict[int, float] = {}
+        refused: Exception | None = None
+        for place, rows in enumerate(sorted(sizes)):
+            if seconds and max(seconds.values()) * rows / max(seconds) > patience:
+                break
+            try:
+                if place == 0:  # the first pass of all compiles and allocates
+                    self.seconds(rows, row)
+                seconds[rows] = self.seconds(rows, row)
+            except Exception as error:
+                if memory.is_out_of_memory(error):
+                    return seconds
+                refused = error
+        if refused is not None and not seconds:
+            raise refused
+        return seconds
+
     def seconds(self, rows: int, row: int = 0, *, times: int = 1) -> float:
         """Return the time of a forward and a backward pass, the shortest of some. Unit: seconds."""
         best = float("inf")

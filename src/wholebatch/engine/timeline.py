@@ -152,14 +152,35 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise OverBudget(f"{self.live_bytes} bytes of {self._limit}")
 
 
-_HIDDEN = {"convolution", "mkldnn", "cudnn", "miopen", "rnn", "lstm", "gru", "fft", "linalg"}
+_HIDDEN = {
+    "convolution",
+    "mkldnn",
+    "cudnn",
+    "miopen",
+    "rnn",
+    "lstm",
+    "gru",
+    "fft",
+    "linalg",
+    "bag",
+    "sort",
+    "argsort",
+    "topk",
+    "unique",
+    "median",
+    "quantile",
+    "kthvalue",
+    "cdist",
+    "ctc",
+}
 """Parts of the names of operations that are known to take memory within themselves."""
 
 
 @cache
 def _takes_more(func: Any) -> bool:
     """Whether an operation is known to take memory within itself."""
-    return bool(_HIDDEN.intersection(func._schema.name.replace("::", "_").split("_")))
+    space, _, name = func._schema.name.partition("::")
+    return space not in ("aten", "prims", "profiler") or bool(_HIDDEN.intersection(name.split("_")))
 
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
