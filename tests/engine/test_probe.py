@@ -87,7 +87,7 @@ def test_the_predicted_peak_is_the_real_one(name, rows, precision):
     real = real_peak(model, optimizer, squares, batch(48), wb.Rows(rows), precision=precision)
     # Products in 16 bits take a few KiB for themselves from some size on, which is much for models as small as these.
     # 5,056 bytes are the random state that a window keeps; the profiler sees the one before it go, or does not.
-    room = {"fp32": 5056, "bf16": 12_000}[precision]
+    room = {"fp32": 5056, "bf16": 20_000}[precision]
     assert 0.99 * real - (room - 5056) / 3 <= plan.peak_at(rows) <= 1.01 * real + room
 
 

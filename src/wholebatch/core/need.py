@@ -208,14 +208,7 @@ class Need:
         if self.measured is None:
             return 0
         alike = max(1, round(rows * length / self.at)) if length and self.at else rows
-        least = self.measured.rows[0]
-        found = self._scratch(alike, alone)
-        # Below what was measured it is no more than there: small products take none.
-        return found if alike >= least else min(found, self._scratch(least, alone))
-
-    def _scratch(self, rows: int, alone: bool) -> int:
-        assert self.measured is not None
-        return self.measured.peak(rows, alone=alone) - self.passes.peak(rows, self.at, alone=alone)
+        return self.measured.peak(alike, alone=alone) - self.passes.peak(alike, self.at, alone=alone)
 
     def by_kind(self, rows: int, length: int = 0, *, alone: bool = False) -> dict[str, int]:
         """Return what is live at the highest moment, by kind; the values add up to `peak`. Unit: bytes."""
