@@ -109,9 +109,9 @@ def test_wholebatch_stands_if_it_passes_or_refuses_where_that_is_honest():
         verdicts = {name.replace("_", "-"): {"outcome": outcome} for name, outcome in outcomes.items()}
         return {"systems": {"wholebatch": {"verdicts": verdicts}}}
 
-    assert suite.stands(results(T2_mean="pass", T9_batch_norm="refuses"))
-    assert not suite.stands(results(T2_mean="refuses", T9_batch_norm="pass"))
-    assert not suite.stands(results(T9_batch_norm="fail"))
+    assert suite.stands(results(T2_mean="pass", T7_zero_first="refuses"))
+    assert not suite.stands(results(T2_mean="refuses", T7_zero_first="pass"))
+    assert not suite.stands(results(T7_zero_first="fail"))
     assert suite.stands({"systems": {}})
 
 

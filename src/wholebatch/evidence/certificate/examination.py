@@ -12,6 +12,7 @@ from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.causes import Cause, batch_norm_cause, diagnose, meets_nobody_cause, random_cause
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.pieces import Probe, evaluating
+from wholebatch.engine.transaction import Transaction
 from wholebatch.evidence.certificate.cuts import Cut
 from wholebatch.evidence.certificate.habits import Naming, Window, clip_before_the_sum, window
 from wholebatch.evidence.certificate.judge import Judge
@@ -73,8 +74,7 @@ class _Examination:
     def name(self, trial: Trial, whole: Tensor) -> list[Cause]:
         """Silence what is known to depend on the cut, one after the other, and look at what is left."""
         model, causes = self._probe.model, []
-        self._probe.run(range(self._rows.rows))
-        if self._probe.meets:
+        if self._meets():
             return [meets_nobody_cause()]
         layers = batch_dependent_layers(model)
         with quiet([layer for name, layer in model.named_modules() if name in layers]):
@@ -95,6 +95,14 @@ class _Examination:
                     except Exception:  # some models give no loss in this mode, and what was found is all that can be
                         return causes
                 return causes + self._habits(trial, self._judge(whole))
+
+    def _meets(self) -> bool:
+        """Whether model or loss would meet the other micro-batches; buffers and random state are left alone."""
+        transaction = Transaction(self._probe.model, self._device)
+        transaction.begin()
+        self._probe.run(range(self._rows.rows))
+        transaction.roll_back()
+        return self._probe.meets
 
     def _again(self, whole: Tensor) -> tuple[Trial, Tensor]:
         piece = self._probe.run(range(self._rows.rows))
