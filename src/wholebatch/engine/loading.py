@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch.utils.data import DataLoader, IterableDataset
+
 from wholebatch.core.batch import Layout
-from wholebatch.core.errors import MeetingError
+from wholebatch.core.errors import MeetingError, RankError
 from wholebatch.core.record import Update
 from wholebatch.core.window import group
 from wholebatch.engine.check import FirstCheck
@@ -46,22 +48,53 @@ class Loading:
 
     def updates(self, loader: Iterable[Any], micro_batches: int) -> Iterator[Update]:
         """Make updates from a loader; see `wb.Accumulator.updates`."""
-        window: Window | None = None
-        held: list[Any] | None = None  # the micro-batches of a window that meet
+        ranks = self._windows.rules.setup.group
+        stream = self._stream(loader, micro_batches)
+        update: Update | None = None
+        while update is None or not ranks.all_ended:
+            with ranks.together(self._windows.renew_sums()):
+                self._lockstep.require_reach(ranks.ranks)
+                update = self._next(stream, micro_batches)
+            if update is None:
+                return
+            yield update
+        for _ in stream:  # so that the loader, too, comes to its end
+            raise RankError(
+                "A loader yields more micro-batches than its length says, after all ranks had come to their end.",
+                hint="let len(loader) be right, or hand in iter(loader), whose length is not asked.",
+            )
+
+    def _stream(self, loader: Iterable[Any], micro_batches: int) -> Iterator[tuple[Any, bool]]:
+        """The micro-batches of this process, and empty windows for as long as other ranks have more."""
+        ranks = self._windows.rules.setup.group
+        length = _known_length(loader)
+        ranks.begin_stream()
+        for number, (micro_batch, closes) in enumerate(group(loader, micro_batches), 1):
+            ranks.ended = number == length or (closes and number % micro_batches != 0)
+            yield micro_batch, closes
+        ranks.ended = ranks.idle = True
+        while ranks.others_go_on:
+            yield None, True
+
+    def _next(self, stream: Iterator[tuple[Any, bool]], micro_batches: int) -> Update | None:
+        """Make the next window; None where no rank has a micro-batch left."""
+        ranks, several = self._windows.rules.setup.group, micro_batches > 1
+        held: list[Any] | None = [] if several and self._lockstep.meets else None  # micro-batches that meet
         unlearned: list[Any] = []  # those without targets, that may have to meet others yet
-        scout = Scout() if micro_batches > 1 else None
+        scout = Scout() if several or ranks.ranks > 1 else None
+        window: Window | None = None
         try:
-            for micro_batch, closes in group(loader, micro_batches):
-                if window is None and held is None:
-                    held = [] if micro_batches > 1 and self._lockstep.meets else None
+            for micro_batch, closes in stream:
                 if window is None and held is None:
                     window = self._windows.open(micro_batches=micro_batches)
                 if micro_batch is not None:
-                    if micro_batches > 1:
+                    if several:
                         self._first_check.look_at_loaded(micro_batch, self._layout)
                     if window is not None:
                         seat = sit_down(scout)
                         try:
+                            if closes:
+                                window.expect_last()
                             self._forward.into(window, micro_batch, self._layout.count(micro_batch), None)
                             if window.is_empty and scout is not None:
                                 unlearned.append(micro_batch)
@@ -75,12 +108,16 @@ class Loading:
                     del micro_batch
                 if closes:
                     update = window.close() if window is not None else self._make_of(held or [])
-                    window, held, unlearned = None, None, []
-                    yield update
+                    if not ranks.all_idle:
+                        return update
+                    assert window is not None
+                    self._windows.take_back(window)
+                    return None
         except BaseException:
             if window is not None and window.is_open:
                 window.rollback()
             raise
+        return None
 
     def _make_of(self, held: list[Any]) -> Update:
         return self._making.make_of(held, [self._layout.count(each) for each in held])
@@ -94,4 +131,13 @@ class Loading:
                 f"{again.why}, and an earlier micro-batch of this window ended without meeting.",
                 hint="let every micro-batch make the same meetings in the same order.",
             )
-        self._lockstep.learn(again)
+        self._lockstep.learn(again, self._windows.rules.setup.group.ranks)
+
+
+def _known_length(loader: Any) -> int | None:
+    """How many micro-batches a loader yields, where that can be relied on."""
+    if isinstance(loader, list | tuple):
+        return len(loader)
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return len(loader)
+    return None

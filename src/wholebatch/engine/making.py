@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.core.errors import OutOfMemoryError
+from wholebatch.core.errors import OutOfMemoryError, RankError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Indices, side_by_side
 from wholebatch.core.weights import Count
@@ -46,6 +46,11 @@ class Making:
         place = Place()
         try:
             return self.make(rows, cut, padding, place)
+        except RankError as error:
+            elsewhere = self._windows.rules.setup.group.take_shortages()
+            if not elsewhere:
+                raise
+            return Shortage(error.found, None, elsewhere)
         except Exception as error:
             if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
                 raise
@@ -65,8 +70,11 @@ class Making:
             BatchNormError, VerifyError: The cut would change the gradient.
             Exception: What the loss function raised; nothing has changed then.
         """
-        if len(cut) > 1:
+        ranks = self._windows.rules.setup.group.ranks
+        if len(cut) > 1 or ranks > 1:
             self._require_row_by_row()
+            self._lockstep.require_reach(ranks)
+        if len(cut) > 1:
             self._first_check.look(rows, max(cut, key=len))
         # Rows of a list are collated once, when their turn comes, so that the padded logical batch never exists.
         objective = self._forward.objective
@@ -79,15 +87,17 @@ class Making:
         total = sum(known) if len(known) == len(cut) else None
         opened = {"targets": total, "micro_batches": len(cut), "padding": padding}
         update = None
-        if len(cut) == 1 or not self._lockstep.meets:
+        if len(cut) < 2 or not self._lockstep.meets:
 
             def pass_each(window: Window) -> None:
-                for part, count in zip(cut, counts, strict=True):
+                for number, (part, count) in enumerate(zip(cut, counts, strict=True), 1):
                     place.rows = len(part)
+                    if number == len(cut):
+                        window.expect_last()
                     self._forward.into(window, rows.take(part), len(part), count)
                 place.rows = None
 
-            update = self._fill(pass_each, Scout() if len(cut) > 1 else None, **opened)
+            update = self._fill(pass_each, Scout() if len(cut) > 1 or ranks > 1 else None, **opened)
         while update is None:  # they meet
             takes = [partial(rows.take, part) for part in cut]
             update = self._meet(takes, list(map(len, cut)), counts, cut, place, **opened)
@@ -128,7 +138,7 @@ class Making:
             return window.close()
         except Again as again:
             self._windows.take_back(window)
-            self._lockstep.learn(again)
+            self._lockstep.learn(again, self._windows.rules.setup.group.ranks)
         except BaseException:
             if window.is_open:
                 window.rollback()
