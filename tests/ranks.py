@@ -1,6 +1,6 @@
 """Real processes that make updates together: one launch runs many scenes, and says by rank what came of each."""
 
-import datetime
+import datetime as dt
 import importlib
 import json
 import os
@@ -45,10 +45,14 @@ class Scenes:
     """Scenes by name, in the order in which they run."""
 
     by_name: dict[str, Scene] = field(default_factory=dict)
+    ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def __call__(self, name: str) -> Callable[[Scene], Scene]:
+    def __call__(self, name: str, ranks: tuple[int, ...] = (2,)) -> Callable[[Scene], Scene]:
+        """Keep a scene for so many ranks."""
+
         def keep(scene: Scene) -> Scene:
             self.by_name[name] = scene
+            self.ranks[name] = ranks
             return scene
 
         return keep
@@ -98,10 +102,13 @@ def run(module: str, ranks: int, folder: str, rank: int) -> None:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
-        timeout=datetime.timedelta(seconds=SECONDS),
+        timeout=dt.timedelta(seconds=SECONDS),
     )
     with Path(folder, f"{rank}.json").open("w") as file:
-        for name, scene in importlib.import_module(module).SCENES.by_name.items():
+        scenes = importlib.import_module(module).SCENES
+        for name, scene in scenes.by_name.items():
+            if ranks not in scenes.ranks[name]:
+                continue
             try:
                 found = scene(Place(rank, ranks))
             except Exception:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from menagerie import BATCH_NORM, CALM, IGNORED, Animal, mean_square, mlp, num_labels, regression
-from properties import flat, relative_error, sgd
-from ranks import Place, Scenes
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import wholebatch as wb
+from menagerie import BATCH_NORM, CALM, IGNORED, Animal, mean_square, mlp, num_labels, regression
+from properties import flat, relative_error, sgd
+from ranks import Place, Scenes
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine import reduction, sync
 from wholebatch.evidence import reference
@@ -22,7 +24,26 @@ SCENES = Scenes()
 ROWS = 13
 MLP = CALM["mlp"]
 TEXTS = CALM["shared weights"]
-WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {"bare": lambda model: model, "ddp": DistributedDataParallel}
+
+
+def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
+    """FSDP2: each child with weights of its own, and the rest with the root."""
+    for child in model.children():
+        if any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "bare": lambda model: model,
+    "ddp": DistributedDataParallel,
+    "fsdp": sharded,
+    "hsdp": lambda model: sharded(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))),
+}
+
+
+ON = {2: ("bare", "ddp", "fsdp"), 4: ("bare", "hsdp")}
+"""Which of them are tried on how many ranks."""
 
 
 def part_of(animal: Animal, batch: Any, rows: Any) -> Any:
@@ -75,7 +96,8 @@ class Trial:
 
     @property
     def weights(self) -> Tensor:
-        return flat(self.model.parameters())
+        whole = (each.full_tensor() if hasattr(each, "full_tensor") else each for each in self.model.parameters())
+        return flat(whole)
 
     @property
     def off(self) -> float:
@@ -95,9 +117,10 @@ def shown(update: wb.Update) -> dict[str, Any]:
     }
 
 
-def for_each_wrap(name: str, scene: Callable[[Place, str], dict[str, Any]]) -> None:
+def for_each_wrap(name: str, scene: Callable[[Place, str], dict[str, Any]], ranks: tuple[int, ...] = (2, 4)) -> None:
     for wrap in WRAPS:
-        SCENES(f"{name} [{wrap}]")(lambda place, wrap=wrap: scene(place, wrap))
+        suits = tuple(each for each in ranks if wrap in ON[each])
+        SCENES(f"{name} [{wrap}]", suits)(lambda place, wrap=wrap: scene(place, wrap))
 
 
 def every_animal(place: Place, wrap: str) -> dict[str, Any]:
@@ -115,7 +138,7 @@ def every_animal(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("every animal", every_animal)
+for_each_wrap("every animal", every_animal, (2,))
 
 
 def ragged(place: Place, wrap: str) -> dict[str, Any]:
@@ -240,7 +263,7 @@ class Shortage:
         self.seen = 0
         self.times = 0
         if where == "backward":
-            list(model.parameters())[1].register_post_accumulate_grad_hook(self.arrive)
+            model[1].register_forward_hook(lambda _module, _input, output: self.watch(output))
 
     def loss_fn(self, model: nn.Module, batch: Any) -> Tensor:
         self.seen = len(batch["x"])
@@ -248,9 +271,9 @@ class Shortage:
             self.fail()
         return mean_square(model, batch)
 
-    def arrive(self, _parameter: Tensor) -> None:
-        if self.active and self.seen > self.rows:
-            self.fail()
+    def watch(self, hidden: Tensor) -> None:
+        if self.active and self.seen > self.rows and hidden.requires_grad:
+            hidden.register_hook(lambda _gradient: self.fail())
 
     def fail(self) -> None:
         self.times += 1
@@ -363,9 +386,12 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
             raise SampleError("no file for row 7")
         yield mine
 
-    def hooked(_gradient: Tensor) -> None:
+    def hooked(hidden: Tensor) -> None:
         if last and failing[0]:
-            raise SampleError("in a hook")
+            hidden.register_hook(fail_in_backward)
+
+    def fail_in_backward(_gradient: Tensor) -> None:
+        raise SampleError("in a hook")
 
     failing = [True]
     for kind in ("loss", "targets", "backward", "batch", "loader", "window", "rollback"):
@@ -378,11 +404,11 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
                 trial.wrapped, trial.optimizer, mean_square, targets=bad_targets, micro_batch=wb.Rows(2), check=None
             )
         if kind == "backward":
-            trial.model[0].weight.register_hook(hooked)
+            trial.model[1].register_forward_hook(lambda _module, _input, output: hooked(output))
         if kind == "batch" and last:
-            said = raised(lambda: accumulator.step({"x": torch.ones(2, 5), "y": torch.ones(3)}))
+            said = raised(lambda accumulator=accumulator: accumulator.step({"x": torch.ones(2, 5), "y": torch.ones(3)}))
         elif kind == "loader":
-            said = raised(lambda: list(accumulator.updates(loader(), micro_batches=3)))
+            said = raised(lambda accumulator=accumulator: list(accumulator.updates(loader(), micro_batches=3)))
         elif kind in ("window", "rollback"):
 
             def own_loop(kind: str = kind, trial: Trial = trial) -> None:
@@ -395,7 +421,7 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
 
             said = raised(own_loop)
         else:
-            said = raised(lambda: accumulator.step(mine))
+            said = raised(lambda accumulator=accumulator: accumulator.step(mine))
         moved = trial.moved
         failing[0] = False
         accumulator.step(mine)
@@ -433,12 +459,13 @@ def not_finite(place: Place, wrap: str) -> dict[str, Any]:
             "scale": None if scale is None else float(scale),
             "off": trial.off,
         }
+    mine = part_of(MLP, MLP.batch(ROWS, torch.float64), place.share(ROWS))
     trial = Trial(MLP, wrap, on_nonfinite="raise", loss_fn=lambda model, batch: mean_square(model, batch) / place.rank)
     found["raise"] = {"said": raised(lambda: trial.accumulator.step(mine)), "moved": trial.moved}
     return found
 
 
-for_each_wrap("not finite", not_finite)
+for_each_wrap("not finite", not_finite, (2,))
 
 
 @SCENES("sums in 16 bits")
@@ -462,7 +489,7 @@ def narrow(place: Place) -> dict[str, Any]:
         wide.model.load_state_dict({k: v.double() for k, v in MLP.model(torch.bfloat16).state_dict().items()})
         reference.gradient(wide.model, mean_square, {k: v.double() for k, v in batch.items()})
         right = flat(p.grad for p in wide.model.parameters())
-        found[kind] = {"off": relative_error(seen[0], right), "dtypes": [str(trial.model[0].weight.grad)]}
+        found[kind] = relative_error(seen[0], right)
     return found
 
 
@@ -475,7 +502,10 @@ def travel(place: Place) -> dict[str, Any]:
         mine = part_of(MLP, batch, place.share(ROWS))
         trial.accumulator.step(mine)
         trial.reference(batch)
-        found[str(reduce_in)] = {"off": trial.off, "sent": sent_by(lambda trial=trial: trial.accumulator.step(mine))}
+        found[str(reduce_in)] = {
+            "off": trial.off,
+            "sent": sent_by(lambda trial=trial, mine=mine: trial.accumulator.step(mine)),
+        }
     return found
 
 
@@ -515,7 +545,7 @@ def counted(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("counted", counted)
+for_each_wrap("counted", counted, (2,))
 
 
 @SCENES("while the backward pass runs")
@@ -528,7 +558,7 @@ def overlapping(place: Place) -> dict[str, Any]:
         wire = trial.accumulator._setup.group._wire
         add_up = wire.add_up
         wire.add_up = lambda tensor, **options: (told.append(f"sent {tensor.numel()}"), add_up(tensor, **options))[1]
-        list(trial.model.parameters())[0].register_post_accumulate_grad_hook(lambda _: told.append("first layer done"))
+        next(trial.model.parameters()).register_post_accumulate_grad_hook(lambda _: told.append("first layer done"))
         batch = MLP.batch(ROWS, torch.float64)
         for _ in range(2):
             told.clear()
@@ -608,7 +638,7 @@ def experts(place: Place) -> dict[str, Any]:
     idle = model.experts[place.ranks]
     return {
         "off": relative_error(flat(model.parameters()), flat(judge.parameters())),
-        "idle moved": float((idle.weight - judge.experts[place.ranks].weight).norm()),
+        "idle moved": float((idle.weight - judge.experts[place.ranks].weight).detach().norm()),
         "states": len(optimizer.state),
         "sent": sent,
     }
@@ -699,5 +729,5 @@ def refused(_place: Place) -> dict[str, Any]:
         "gather in a loader": raised(loaded),
         "AdamA": raised(consuming),
         "static graph": raised(static),
-        "dtype": raised(lambda: wb.Accumulator(mlp(), sgd(mlp().parameters()), reduce_in="int8")),
+        "dtype": raised(lambda: wb.Accumulator(MLP.model(), [], reduce_in="int8")),
     }

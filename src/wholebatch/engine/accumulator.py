@@ -28,7 +28,7 @@ from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.reasons import Reasons
-from wholebatch.engine.reduction import ReduceIn
+from wholebatch.engine.reduction import ReduceIn, check_reduce_in
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.sums import SumIn, check_sum_in
 from wholebatch.engine.transaction import Transaction
@@ -133,6 +133,7 @@ class Accumulator:
             raise ConfigError(
                 f"clip_norm={clip_norm!r} would leave nothing of a gradient.", hint="pass a norm above 0, or None."
             )
+        check_reduce_in(reduce_in)
         self._reasons = say = Reasons()
         self.reasons = say.said
         self._setup = Setup.of(model, optimizer, lr_scheduler, reduce_in=reduce_in, say=say)
@@ -195,7 +196,7 @@ class Accumulator:
                     "The logical batch is empty: it holds no rows.", hint="leave empty batches out of the loader."
                 )
             return self._step(rows)
-        with group.together(self._windows.renew_sums()):
+        with group.together(self._windows.renew_sums):
             return self._step(self._layout.logical_or_nothing(batch))
 
     def _step(self, rows: LogicalBatch) -> Update:

@@ -52,7 +52,7 @@ class Loading:
         stream = self._stream(loader, micro_batches)
         update: Update | None = None
         while update is None or not ranks.all_ended:
-            with ranks.together(self._windows.renew_sums()):
+            with ranks.together(self._windows.renew_sums):
                 self._lockstep.require_reach(ranks.ranks)
                 update = self._next(stream, micro_batches)
             if update is None:
@@ -69,10 +69,15 @@ class Loading:
         ranks = self._windows.rules.setup.group
         length = _known_length(loader)
         ranks.begin_stream()
-        for number, (micro_batch, closes) in enumerate(group(loader, micro_batches), 1):
-            ranks.ended = number == length or (closes and number % micro_batches != 0)
-            yield micro_batch, closes
-        ranks.ended = ranks.idle = True
+
+        def read() -> Iterator[Any]:
+            for number, micro_batch in enumerate(loader, 1):
+                ranks.ended = number == length
+                yield micro_batch
+            ranks.ended = True
+
+        yield from group(read(), micro_batches)
+        ranks.idle = True
         while ranks.others_go_on:
             yield None, True
 

@@ -134,9 +134,10 @@ class Reduction:
 
     def repeat(self, factor: Count) -> None:
         """Send what arrived late, and add it to the total."""
-        before = [bucket.flat for bucket in self._buckets]
+        before, present = [bucket.flat for bucket in self._buckets], self._present
         self.start()
         self.finish(factor)
+        self._present |= present
         for bucket, flat in zip(self._buckets, before, strict=True):
             assert bucket.flat is not None
             assert flat is not None

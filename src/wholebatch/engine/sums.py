@@ -8,7 +8,7 @@ than one parameter's gradient exists in 16 bits beside the sum.
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
@@ -215,6 +215,15 @@ class GradientSum:
             self._totals[parameter] = total.to(torch.float32)
         else:
             parameter.grad = total.to(parameter.dtype)
+
+    def drain(self, factor: float) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each parameter with its sum times `factor`, in 32 bits at least, and keep nothing of it."""
+        for parameter in self.parameters:
+            total = self._totals.pop(parameter, None)
+            if total is None:
+                total, parameter.grad = parameter.grad, None
+            if total is not None:
+                yield parameter, total.mul_(factor)
 
     def commit(self) -> None:
         """End with an update: the gradients are used up."""

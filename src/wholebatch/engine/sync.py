@@ -25,6 +25,7 @@ from wholebatch.core.window import WindowState
 from wholebatch.engine.consuming import takers
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.reduction import Reduction, check_reduce_in
+from wholebatch.engine.sharding import Sharding, sharded_modules
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.weighing import Reading, Weighing, read_numbers, widen
 from wholebatch.engine.wire import Wire
@@ -56,12 +57,16 @@ class Group(Protocol):
         """Begin to read micro-batches: as far as is known, each rank has some."""
         ...
 
-    def together(self, sums: GradientSum) -> AbstractContextManager[object]:
+    def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:
         """Return the context of a logical batch: an exception in it is told to the other ranks."""
         ...
 
-    def open(self, sums: GradientSum) -> None:
-        """Begin a window."""
+    def open(self, sums: Callable[[], GradientSum]) -> None:
+        """Begin a window.
+
+        Args:
+            sums: Returns the running sum, now that weights are where they are in a window.
+        """
         ...
 
     def end(self) -> None:
@@ -79,6 +84,14 @@ class Group(Protocol):
             LossError: No rank has a gradient.
             RankError: A rank failed or is gone.
         """
+        ...
+
+    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters whose gradients arrive in a backward pass, for those that an optimizer steps."""
+        ...
+
+    def deliver(self, sums: GradientSum, factor: float) -> None:
+        """Put the sum times `factor` where the optimizer looks for it."""
         ...
 
     def moving(self) -> AbstractContextManager[object]:
@@ -115,10 +128,10 @@ class One:
     def begin_stream(self) -> None:
         pass
 
-    def together(self, sums: GradientSum) -> AbstractContextManager[object]:  # noqa: ARG002
+    def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:  # noqa: ARG002
         return _NOTHING
 
-    def open(self, sums: GradientSum) -> None:
+    def open(self, sums: Callable[[], GradientSum]) -> None:
         pass
 
     def end(self) -> None:
@@ -133,6 +146,12 @@ class One:
         if sums.empty:
             raise _no_gradient()
         return weighing.read(sums.norms(), state.targets)
+
+    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        return list(parameters)
+
+    def deliver(self, sums: GradientSum, factor: float) -> None:
+        sums.deliver(factor)
 
     def moving(self) -> AbstractContextManager[object]:
         return _NOTHING
@@ -171,7 +190,8 @@ class Many:
         self.ended = self.idle = False
         self.all_ended = self.all_idle = False
         self._wire = wire
-        self._wrapping = Wrapping(model)
+        sharded = sharded_modules(model)
+        self._wrapping = Sharding(model, sharded) if sharded else Wrapping(model)
         self._sparse = sparse_parameters(model)
         self._introduce: Callable[[], None] | None = introduce
         self._dtype = dtype
@@ -192,7 +212,7 @@ class Many:
         self.ended = self.idle = self.all_ended = self.all_idle = False
 
     @contextmanager
-    def together(self, sums: GradientSum) -> Iterator[None]:
+    def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:
         """The context of a logical batch: an exception in it is told to the other ranks."""
         self.open(sums)
         self._supervised = True
@@ -205,15 +225,16 @@ class Many:
             self._supervised = False
             self._wrapping.release()
 
-    def open(self, sums: GradientSum) -> None:
+    def open(self, sums: Callable[[], GradientSum]) -> None:
         """Begin a window: from now on the others wait for this rank's part."""
         self._wire.require()
         if self._introduce is not None:
             self._introduce()
             self._introduce = None
         self._wrapping.hush()
-        if self._reduction is None or not self._reduction.fits(sums):
-            self._reduction = Reduction(sums, self._sparse, self._dtype, self._wire)
+        summed = sums()
+        if self._reduction is None or not self._reduction.fits(summed):
+            self._reduction = Reduction(summed, self._sparse, self._dtype, self._wire)
         self._owe()
 
     def end(self) -> None:
@@ -264,6 +285,14 @@ class Many:
             targets=heard.targets,
             least=0.0,
         )
+
+    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters whose gradients arrive in a backward pass, for those that an optimizer steps."""
+        return self._wrapping.leaves(parameters)
+
+    def deliver(self, sums: GradientSum, factor: float) -> None:
+        """Put the sum times `factor` where the optimizer looks for it."""
+        self._wrapping.deliver(sums, factor)
 
     @contextmanager
     def moving(self) -> Iterator[None]:
@@ -429,7 +458,7 @@ def _spoilt(weighing: Weighing, state: WindowState) -> Tensor | float:
 
 def _words(error: BaseException) -> str:
     said = (str(error).strip() or "it says nothing").splitlines()[0]
-    return f"{type(error).__name__}: {said[:300]}"
+    return f"{type(error).__name__}: {said[:300].rstrip('.')}"
 
 
 def _no_gradient() -> LossError:

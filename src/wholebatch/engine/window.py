@@ -80,7 +80,6 @@ class Window:
         ended: Callable[[], None] = lambda: None,
     ) -> None:
         self._started = time.perf_counter()
-        rules.setup.group.open(rules.sums)
         self._rules = rules
         self._number = number
         self._padding = padding
@@ -297,7 +296,7 @@ class Window:
         lr = self._rules.setup.lr
         with uninterrupted():
             with group.moving(), self._rules.precision.settling(read.scaled_norm):
-                self._sums.deliver(read.factor * clip)
+                group.deliver(self._sums, read.factor * clip)
                 late = self._rules.setup.step()
             self._sums.commit()
             self._end(Phase.CLOSED)

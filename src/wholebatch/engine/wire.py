@@ -1,5 +1,6 @@
 """How does a rank talk to the others, and what does it say when one of them does not answer?"""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,7 +73,7 @@ class Wire:
         except RuntimeError as error:
             if memory.is_out_of_memory(error):
                 raise
-            said = str(error).strip().splitlines()[0]
+            said = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
             self.lost = f"a rank is gone, or did not answer within the time-out of the process group ({said})."
             raise RankError(
                 f"Rank {self.rank} waited for the others, and {self.lost}",

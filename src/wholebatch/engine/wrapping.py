@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from wholebatch.core.errors import OptimizerError, RankError
 from wholebatch.engine.device import modules
 from wholebatch.engine.reasons import Say
+from wholebatch.engine.sharding import ranks_of_shards, sharded_modules
+from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.wire import Wire
 
 
@@ -35,6 +37,8 @@ def ranks_of(model: Any) -> Any:
                 "The model is wrapped in FullyShardedDataParallel, whose gradients live where no window can sum them.",
                 hint="shard it with torch.distributed.fsdp.fully_shard(model), which has replaced that wrapper.",
             )
+    if sharded_modules(model):
+        process_group = ranks_of_shards(model)
     return process_group if dist.get_world_size(process_group) > 1 else None
 
 
@@ -57,6 +61,14 @@ class Wrapping:
             ]
         for each in self._wrappers:
             each.require_backward_grad_sync = each.require_forward_param_sync = False
+
+    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters whose gradients arrive in a backward pass: these themselves."""
+        return list(parameters)
+
+    def deliver(self, sums: GradientSum, factor: float) -> None:
+        """Put the sum times `factor` where the optimizer looks for it."""
+        sums.deliver(factor)
 
     def release(self) -> None:
         """Let the wrappers do as they did before."""
@@ -90,7 +102,8 @@ def make_equal(model: nn.Module, optimizers: Sequence[Optimizer], wire: Wire, sa
             f"The ranks do not train the same: rank 0 has {one}, rank {rank} has {other}.",
             hint="build model, optimizer and schedule alike on every rank, and load a checkpoint on every rank.",
         )
-    tensors = {id(each): each for each in [*model.parameters(), *model.buffers()]}
+    whole = [each for each in [*model.parameters(), *model.buffers()] if not hasattr(each, "device_mesh")]
+    tensors = {id(each): each for each in whole}
     differed = 0
     with torch.no_grad():
         for each in tensors.values():
