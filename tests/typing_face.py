@@ -118,6 +118,13 @@ def rows_that_meet(model: nn.Module, batch: Batch) -> Tensor:
     return loss + wb.losses.load_balancing(queries.softmax(-1), mask=batch["mask"])
 
 
+def rows_of_a_rank(rows: list[tuple[Tensor, int]]) -> None:
+    batches = wb.LogicalBatches([length_of_row(row) for row in rows], rows=512, balance="tokens", shuffle=True, seed=0)
+    batches.set_epoch(1)
+    assert_type(next(iter(batches)), list[int])
+    wb.LogicalBatches(len(rows), 512, rank=0, ranks=2)
+
+
 def will_it_fit(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     plan = wb.plan(

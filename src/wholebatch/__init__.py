@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from wholebatch.core.weights import mean_weights
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
+    from wholebatch.engine.batches import LogicalBatches
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
     from wholebatch.engine.checkpointing import checkpoint_blocks, uncheckpoint_blocks
     from wholebatch.engine.exactnorm import exact_batch_norm
@@ -55,6 +56,7 @@ _HOMES = {
     "AdamA": "engine.optimizers",
     "BatchNormError": "core.errors",
     "ConfigError": "core.errors",
+    "LogicalBatches": "engine.batches",
     "LossError": "core.errors",
     "MeetingError": "core.errors",
     "MissingExtraError": "core.errors",
@@ -92,6 +94,7 @@ __all__ = [
     "AdamA",
     "BatchNormError",
     "ConfigError",
+    "LogicalBatches",
     "LossError",
     "MeetingError",
     "MissingExtraError",
