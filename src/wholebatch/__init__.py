@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
     from wholebatch.engine.checkpointing import checkpoint_blocks, uncheckpoint_blocks
     from wholebatch.engine.exactnorm import exact_batch_norm
+    from wholebatch.engine.exploration import AccumulatedGradientNormalization
     from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
     from wholebatch.engine.optimizers import AdamA
     from wholebatch.engine.planning import plan
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AccumulatedGradientNormalization": "engine.exploration",
     "Accumulator": "engine.accumulator",
     "AdamA": "engine.optimizers",
     "BatchNormError": "core.errors",
@@ -90,6 +92,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AccumulatedGradientNormalization",
     "Accumulator",
     "AdamA",
     "BatchNormError",
