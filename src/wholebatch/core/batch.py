@@ -7,6 +7,7 @@ leaves are tensors of any framework: whatever has a shape and can be indexed.
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from wholebatch.core.errors import SplitError
@@ -65,6 +66,11 @@ class LogicalBatch:
     def given(self) -> Any:
         """The logical batch as it was handed in."""
         return self._batch
+
+    @property
+    def collates(self) -> bool:
+        """Whether its micro-batches are collated from a list of rows, each when it is taken."""
+        return self._collate is not None
 
     def keep(self) -> None:
         """Keep what is collated until it is taken a second time: to be looked at first, and then trained on."""
@@ -213,6 +219,33 @@ def count_rows(
         return LogicalBatch(micro_batch, whole=whole, dims=dims).rows
     except SplitError:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How rows lie in the batches of one user; see `LogicalBatch` for the three.
+
+    Example:
+        >>> layout = Layout(collate="-".join)
+        >>> layout.logical(["a", "bb", "ccc"]).take([0, 2])
+        'a-ccc'
+    """
+
+    collate: Callable[[list[Any]], Any] | None = None
+    whole: tuple[str, ...] = ()
+    dims: int | Mapping[str, int] | None = None
+
+    def logical(self, batch: Any) -> LogicalBatch:
+        """Return a logical batch as it comes from the loader."""
+        return LogicalBatch(batch, collate=self.collate, whole=self.whole, dims=self.dims)
+
+    def loaded(self, micro_batch: Any) -> LogicalBatch:
+        """Return the rows of a micro-batch that a loader has cut and collated."""
+        return LogicalBatch(micro_batch, whole=self.whole, dims=self.dims)
+
+    def count(self, micro_batch: Any) -> int | None:
+        """Return the rows of a micro-batch that a loader has cut, or None where its tensors disagree."""
+        return count_rows(micro_batch, whole=self.whole, dims=self.dims)
 
 
 class _Column:

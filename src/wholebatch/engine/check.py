@@ -1,18 +1,23 @@
 """Is the first batch safe to cut? A few of its rows as a whole against the same rows in parts, before training."""
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.batch import Layout, LogicalBatch
 from wholebatch.core.errors import VerifyError
-from wholebatch.core.split import Indices
+from wholebatch.core.split import Indices, Tokens
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.causes import diagnose
+from wholebatch.engine.cutting import Cutting
 from wholebatch.engine.device import input_device
+from wholebatch.engine.forward import Forward
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.pieces import Probe, compare, evaluating, is_rounding
 from wholebatch.engine.precision import Precision
+from wholebatch.engine.reasons import Say
 from wholebatch.engine.transaction import Transaction
 
 ROWS = 8
@@ -20,6 +25,63 @@ ROWS = 8
 
 SAMPLE = 4096
 """How many entries of each parameter's gradient the first check keeps; a second gradient would take memory."""
+
+
+class FirstCheck:
+    """Looks at the first batch that is cut, once.
+
+    Args:
+        forward: What is to be trained, and in which precision.
+        cutting: The rule by which batches are cut.
+        wanted: Whether it is to look at all.
+        say: Takes what was found.
+    """
+
+    def __init__(self, forward: Forward, cutting: Cutting, wanted: bool, say: Say) -> None:
+        self._forward = forward
+        self._cutting = cutting
+        self._due = wanted
+        self._say = say
+
+    def look(self, rows: LogicalBatch, largest: Indices) -> None:
+        """Compare a few rows of a logical batch, if it is the first.
+
+        Args:
+            rows: The logical batch.
+            largest: Rows that are known to fit into memory together.
+
+        Raises:
+            VerifyError: The cut changes the gradient; the error names the cause.
+        """
+        if not self._due:
+            return
+        rule = self._cutting.micro_batch
+        forward = self._forward
+        found = check_first(
+            forward.setup.model,
+            forward.objective,
+            rows,
+            largest,
+            lengths=rows.lengths(rule.length) if isinstance(rule, Tokens) else None,
+            precision=forward.precision,
+        )
+        self._due = False
+        if found is not None:
+            self._say(found, logging.INFO)
+
+    def look_at_loaded(self, micro_batch: Any, layout: Layout) -> None:
+        """Compare a few rows of a micro-batch that a loader has cut, if it is the first; see `look`."""
+        if not self._due:
+            return
+        num_rows = layout.count(micro_batch)
+        if num_rows is None:
+            self._due = False
+            self._say(
+                "The first batch was not compared cut and uncut: its tensors disagree on how many rows there are.",
+                logging.INFO,
+            )
+        elif num_rows > 1:
+            self.look(layout.loaded(micro_batch), range(num_rows))
 
 
 def check_first(

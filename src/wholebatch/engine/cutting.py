@@ -2,9 +2,9 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes
@@ -12,9 +12,7 @@ from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.core.split import Indices, Rows, Tokens, padding
 from wholebatch.engine import memory as device_memory
 from wholebatch.engine.fitting import Fitting
-
-Say: TypeAlias = Callable[[str, int], None]
-"""Takes the reason of an automatic choice, and its level of logging."""
+from wholebatch.engine.reasons import Say
 
 CLEAN = 8
 """After so many logical batches without a shortage, twice the rows are tried again."""

@@ -10,9 +10,10 @@ from torch import nn
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.company import Again, Order, recomputing_with
-from wholebatch.engine.cutting import Place, Say
+from wholebatch.engine.cutting import Place
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.joined import run_joined
+from wholebatch.engine.reasons import Say
 from wholebatch.engine.replay import Run, run_replayed
 from wholebatch.engine.taps import Taps
 from wholebatch.engine.transaction import Transaction

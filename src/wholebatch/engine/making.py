@@ -1,0 +1,163 @@
+"""How does one logical batch become an update? In one cut; made again when its micro-batches turn out to meet."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.errors import OutOfMemoryError
+from wholebatch.core.record import Update
+from wholebatch.core.split import Indices, side_by_side
+from wholebatch.core.weights import Count
+from wholebatch.engine import memory
+from wholebatch.engine.batchnorm import require_row_by_row
+from wholebatch.engine.check import FirstCheck
+from wholebatch.engine.company import Again, Scout
+from wholebatch.engine.cutting import Place, Shortage
+from wholebatch.engine.forward import Forward
+from wholebatch.engine.lockstep import Lockstep
+from wholebatch.engine.opening import Windows
+from wholebatch.engine.reasons import Say
+from wholebatch.engine.window import Window
+
+
+class Making:
+    """Makes one window from the micro-batches of one logical batch.
+
+    Args:
+        windows: Where the window is opened.
+        forward: Runs the micro-batches.
+        lockstep: Runs those that meet.
+        first_check: Looks at the first batch that is cut.
+        say: Takes the reason of an automatic choice.
+    """
+
+    def __init__(
+        self, windows: Windows, forward: Forward, lockstep: Lockstep, first_check: FirstCheck, say: Say
+    ) -> None:
+        self._windows = windows
+        self._forward = forward
+        self._lockstep = lockstep
+        self._first_check = first_check
+        self._say = say
+
+    def attempt(self, rows: LogicalBatch, cut: Sequence[Indices], padding: float | None) -> Update | Shortage:
+        """Return the update of a logical batch in one cut, or what is known of a shortage of memory that undid it."""
+        place = Place()
+        try:
+            return self.make(rows, cut, padding, place)
+        except Exception as error:
+            if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+                raise
+            # Only words leave this block: the error's traceback holds the tensors of the attempt.
+            return Shortage((str(error).strip() or type(error).__name__).splitlines()[0], place.rows)
+
+    def make(self, rows: LogicalBatch, cut: Sequence[Indices], padding: float | None, place: Place) -> Update:
+        """Make one update from a logical batch in one cut.
+
+        Args:
+            rows: The logical batch.
+            cut: The rows of each micro-batch.
+            padding: Share of padding, if known.
+            place: Told which micro-batch runs.
+
+        Raises:
+            BatchNormError, VerifyError: The cut would change the gradient.
+            Exception: What the loss function raised; nothing has changed then.
+        """
+        if len(cut) > 1:
+            self._require_row_by_row()
+            self._first_check.look(rows, max(cut, key=len))
+        # Rows of a list are collated once, when their turn comes, so that the padded logical batch never exists.
+        objective = self._forward.objective
+        counts: list[Count | None] = [None] * len(cut)
+        if objective.targets is None:
+            counts = [len(part) for part in cut]
+        elif not rows.collates or rows.kept is not None:
+            counts = [objective.count(rows.take(part), len(part)) for part in cut]
+        known = [count for count in counts if count is not None]
+        total = sum(known) if len(known) == len(cut) else None
+        opened = {"targets": total, "micro_batches": len(cut), "padding": padding}
+        update = None
+        if len(cut) == 1 or not self._lockstep.meets:
+
+            def pass_each(window: Window) -> None:
+                for part, count in zip(cut, counts, strict=True):
+                    place.rows = len(part)
+                    self._forward.into(window, rows.take(part), len(part), count)
+                place.rows = None
+
+            update = self._fill(pass_each, Scout() if len(cut) > 1 else None, **opened)
+        while update is None:  # they meet
+            takes = [partial(rows.take, part) for part in cut]
+            update = self._meet(takes, list(map(len, cut)), counts, cut, place, **opened)
+        return update
+
+    def make_of(self, micro_batches: Sequence[Any], rows: Sequence[int | None]) -> Update:
+        """Make one update from micro-batches that somebody else has cut, and that meet.
+
+        Args:
+            micro_batches: As the loss function takes them.
+            rows: Of each, if known. Unit: rows.
+        """
+        if len(micro_batches) < 2:
+
+            def pass_each(window: Window) -> None:
+                for micro_batch in micro_batches:
+                    self._forward.into(window, micro_batch, rows[0], None)
+
+            update = self._fill(pass_each, None)
+            assert update is not None
+            return update
+        self._require_row_by_row()
+        takes = [partial(_itself, each) for each in micro_batches]
+        update = None
+        while update is None:
+            update = self._meet(
+                takes, rows, [None] * len(rows), side_by_side(rows), Place(), micro_batches=len(micro_batches)
+            )
+        return update
+
+    def _fill(self, fill: Callable[[Window], None], company: Scout | None, **opened: Any) -> Update | None:
+        """Return the update of a window that is filled, or None where it has to be made again, knowing more."""
+        window = self._windows.open(row_by_row=True, company=company, **opened)
+        try:
+            fill(window)
+            if company is not None:
+                company.require_alone()
+            return window.close()
+        except Again as again:
+            self._windows.take_back(window)
+            self._lockstep.learn(again)
+        except BaseException:
+            if window.is_open:
+                window.rollback()
+            raise
+        return None
+
+    def _meet(
+        self,
+        takes: Sequence[Callable[[], Any]],
+        rows: Sequence[int | None],
+        counts: Sequence[Count | None],
+        cut: Sequence[Indices] | None,
+        place: Place,
+        **opened: Any,
+    ) -> Update | None:
+        """Return the update of micro-batches that meet, or None where it has to be made again, knowing more."""
+        runs = [partial(self._forward.meeting, *each) for each in zip(takes, rows, counts, strict=True)]
+
+        def meet(window: Window) -> None:
+            transaction = self._windows.rules.transaction
+            self._lockstep.run(window, transaction, runs, rows, cut, place, self._say)
+
+        return self._fill(meet, None, **opened)
+
+    def _require_row_by_row(self) -> None:
+        rules = self._windows.rules
+        if rules.batch_norm == "refuse":
+            require_row_by_row(rules.setup.model)
+
+
+def _itself(micro_batch: Any) -> Any:
+    return micro_batch
