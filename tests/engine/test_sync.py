@@ -1,8 +1,10 @@
 """Several real processes make the update of one: bare, in DDP, and with FSDP2, however uneven their parts are."""
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,6 +310,22 @@ def test_a_rank_that_is_gone_is_a_clear_error_within_the_time_out(tmp_path, how)
     assert said.count("a rank is gone, or did not answer within the time-out") == 2
     assert "cannot go on with the others" in said
     assert said.count("hint:") == said.count("True") == 2
+
+
+def test_the_page_s_example_says_the_same_on_two_ranks_as_on_one(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "many-machines.md"
+    program = tmp_path / "train.py"
+    program.write_text(page.read_text().split("```python\n")[1].split("```")[0])
+    alone = {key: value for key, value in os.environ.items() if key != "RANK"} | {"OMP_NUM_THREADS": "1"}
+    said = [
+        subprocess.run([sys.executable, str(program)], env=alone, capture_output=True, text=True, check=True).stdout
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    said += subprocess.run(launch, env=alone, capture_output=True, text=True, check=True).stdout.splitlines(
+        keepends=True
+    )
+    assert len(said) == 3
+    assert set(said) == {said[0]}
 
 
 def test_counts_that_cannot_weigh_are_seen_on_their_device():

@@ -46,7 +46,8 @@ class Accumulator:
     one gradient of L, clipped once, and one step of the optimizer; or no step at all, with the reason in the record.
 
     Args:
-        model: The module whose parameters learn.
+        model: The module whose parameters learn: as it is, in `DistributedDataParallel`, or sharded with
+            `torch.distributed.fsdp.fully_shard`. Under `torch.distributed` all ranks make each update together.
         optimizer: Any `torch.optim.Optimizer` that needs no closure, or several that each step a part of the model.
         loss_fn: ``loss_fn(model, micro_batch)`` returns a scalar tensor, or ``(loss_sum, targets)``, or ``(loss_sum,
             targets, once)`` where `once` is a term, such as a regulariser, that acts once a window. May be left out
@@ -170,7 +171,7 @@ class Accumulator:
 
         Args:
             batch: A list of rows, if the accumulator has `collate`; else a pytree of tensors. None is a batch without
-                targets.
+                targets. Of several ranks each hands in rows of its own, or none.
 
         Returns:
             The record of the update, or of why there was none.
@@ -183,6 +184,7 @@ class Accumulator:
                 out when a part of the weights had moved. Where several rows do not fit together, the same logical
                 batch is cut finer and tried again.
             LossError, WeightError, NonFiniteError, WindowError: See `Window.close`.
+            RankError: Another rank failed, or is gone.
             Exception: What the loss function raised, as it is. In every case weights, gradients, buffers and random
                 state are those of before.
         """

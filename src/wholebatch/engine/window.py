@@ -150,6 +150,7 @@ class Window:
             WindowError: The window has ended before, or somebody else changed the gradients in the meantime.
             NonFiniteError: The loss or the gradient is not finite, and ``on_nonfinite="raise"``.
             LossError: No parameter that an optimizer steps received a gradient.
+            RankError: Another rank failed, rolled its window back, or is gone.
             WeightError: Targets that were counted on the device turn out to be negative or not a number.
         """
         self._state.require_open("close")
