@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from wholebatch.core.weights import mean_weights
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
+    from wholebatch.engine.batches import LogicalBatches
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
     from wholebatch.engine.checkpointing import checkpoint_blocks, uncheckpoint_blocks
     from wholebatch.engine.exactnorm import exact_batch_norm
+    from wholebatch.engine.exploration import AccumulatedGradientNormalization
     from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
     from wholebatch.engine.optimizers import AdamA
     from wholebatch.engine.planning import plan
@@ -51,10 +53,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AccumulatedGradientNormalization": "engine.exploration",
     "Accumulator": "engine.accumulator",
     "AdamA": "engine.optimizers",
     "BatchNormError": "core.errors",
     "ConfigError": "core.errors",
+    "LogicalBatches": "engine.batches",
     "LossError": "core.errors",
     "MeetingError": "core.errors",
     "MissingExtraError": "core.errors",
@@ -88,10 +92,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "AccumulatedGradientNormalization",
     "Accumulator",
     "AdamA",
     "BatchNormError",
     "ConfigError",
+    "LogicalBatches",
     "LossError",
     "MeetingError",
     "MissingExtraError",

@@ -67,18 +67,7 @@ class Setup:
             schedulers: tuple[Any, ...] = ()
         else:
             schedulers = tuple(lr_scheduler) if isinstance(lr_scheduler, Sequence) else (lr_scheduler,)
-        if not isinstance(model, nn.Module):
-            raise OptimizerError(
-                f"The model is a {type(model).__name__}, not a torch.nn.Module.",
-                hint="pass the module itself; several modules go together in a torch.nn.ModuleList or ModuleDict.",
-            )
-        if not optimizers:
-            raise OptimizerError(
-                "There is no optimizer.", hint="pass one, such as torch.optim.AdamW(model.parameters())."
-            )
-        for each in optimizers:
-            _check_optimizer(each)
-        _check_parameters(model, optimizers)
+        check_belonging(model, optimizers)
         for scheduler in schedulers:
             _check_scheduler(scheduler, optimizers)
         device = input_device(model)
@@ -124,6 +113,25 @@ class Setup:
                 scheduler.step(loss)
             else:
                 scheduler.step()
+
+
+def check_belonging(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Check that optimizers can step a model.
+
+    Raises:
+        OptimizerError: They are not of the right kind, an optimizer holds parameters that are not the model's, needs a
+            closure, or shares a parameter with another.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptimizerError(
+            f"The model is a {type(model).__name__}, not a torch.nn.Module.",
+            hint="pass the module itself; several modules go together in a torch.nn.ModuleList or ModuleDict.",
+        )
+    if not optimizers:
+        raise OptimizerError("There is no optimizer.", hint="pass one, such as torch.optim.AdamW(model.parameters()).")
+    for each in optimizers:
+        _check_optimizer(each)
+    _check_parameters(model, optimizers)
 
 
 def _check_optimizer(optimizer: Any) -> None:
