@@ -30,6 +30,7 @@ from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.reduction import ReduceIn, check_reduce_in
 from wholebatch.engine.setup import OnNonFinite, Setup
+from wholebatch.engine.splitting import Splitting
 from wholebatch.engine.sums import SumIn, check_sum_in
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.window import BatchNorm, Rules, Window
@@ -163,7 +164,10 @@ class Accumulator:
         forward = Forward(self._setup, objective, self._precision)
         first_check = FirstCheck(forward, self._cutting, check == "first", say)
         self._making = Making(self._windows, forward, self._lockstep, first_check, say)
-        self._loading = Loading(self._windows, forward, self._lockstep, self._making, first_check, self._layout)
+        splitting = Splitting(self._windows, forward, self._layout, say)
+        self._loading = Loading(
+            self._windows, forward, self._lockstep, self._making, first_check, splitting, self._layout
+        )
 
     def step(self, batch: Any) -> Update:
         """Make one update from a logical batch.
@@ -221,7 +225,8 @@ class Accumulator:
     def updates(self, loader: Iterable[Any], *, micro_batches: int) -> Iterator[Update]:
         """Make updates from a loader that already yields micro-batches.
 
-        The tail is an update of its own, weighted by what is in it; nothing is left over for the next epoch.
+        The tail is an update of its own, weighted by what is in it; nothing is left over for the next epoch. A
+        micro-batch for which memory runs out is undone, split by rows, and tried again.
 
         Args:
             loader: Yields micro-batches; its length need not be known. None takes its place in a window and adds
@@ -251,9 +256,11 @@ class Accumulator:
         Raises:
             WindowError: The last window is still open.
         """
-        return self._windows.open(
+        window = self._windows.open(
             targets=targets, micro_batches=micro_batches, company=OneByOne(self._setup.group.ranks)
         )
+        window.steps_again = True
+        return window
 
     @property
     def meets(self) -> bool:
