@@ -46,12 +46,13 @@ class Loading:
 
     def updates(self, loader: Iterable[Any], micro_batches: int) -> Iterator[Update]:
         """Make updates from a loader; see `wb.Accumulator.updates`."""
+        stream = group(loader, micro_batches)
         window: Window | None = None
         held: list[Any] | None = None  # the micro-batches of a window that meet
         unlearned: list[Any] = []  # those without targets, that may have to meet others yet
         scout = Scout() if micro_batches > 1 else None
         try:
-            for micro_batch, closes in group(loader, micro_batches):
+            for micro_batch, closes in stream:
                 if window is None and held is None:
                     held = [] if micro_batches > 1 and self._lockstep.meets else None
                 if window is None and held is None:
