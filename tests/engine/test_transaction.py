@@ -342,7 +342,9 @@ def test_the_stream_of_numpy_is_put_back_between_draws_of_every_kind(draw):
 
 @pytest.mark.parametrize("generator", [np.random.MT19937, np.random.PCG64])
 @pytest.mark.parametrize(
-    "draw", [torch.rand, lambda _: random.random(), np.random.rand, np.random.standard_normal, None], ids=str
+    "draw",
+    [torch.rand, lambda _: random.random(), np.random.rand, np.random.standard_normal, None],
+    ids=["torch", "Python", "NumPy", "NumPy's normal", "nobody"],
 )
 def test_a_state_stands_until_somebody_draws(draw, generator):
     before = np.random.get_bit_generator()
