@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from wholebatch.core.batch import Layout, LogicalBatch
+from wholebatch.core.batch import Layout, LogicalBatch, paths
 from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError, SplitError
 from wholebatch.core.record import Update
@@ -30,6 +30,7 @@ from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.reduction import ReduceIn, check_reduce_in
 from wholebatch.engine.setup import OnNonFinite, Setup
+from wholebatch.engine.splitting import Splitting
 from wholebatch.engine.sums import SumIn, check_sum_in
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.window import BatchNorm, Rules, Window
@@ -130,9 +131,9 @@ class Accumulator:
                 f"micro_batch={micro_batch!r} says nothing about which rows go together.",
                 hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
             )
-        if clip_norm is not None and not clip_norm > 0:
+        if clip_norm is not None and not _is_positive(clip_norm):
             raise ConfigError(
-                f"clip_norm={clip_norm!r} would leave nothing of a gradient.", hint="pass a norm above 0, or None."
+                f"clip_norm={clip_norm!r} is no norm to clip a gradient to.", hint="pass a number above 0, or None."
             )
         check_reduce_in(reduce_in)
         self._reasons = say = Reasons()
@@ -152,7 +153,7 @@ class Accumulator:
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
         )
-        self._layout = Layout(collate, tuple(whole), dims)
+        self._layout = Layout(collate, paths(whole), dims)
         budget = parse_bytes(memory) if memory is not None else None
         self._setup.update.budgeted = budget is not None
         fitting = Fitting(
@@ -164,7 +165,10 @@ class Accumulator:
         forward = Forward(self._setup, objective, self._precision)
         first_check = FirstCheck(forward, self._cutting, check == "first", say)
         self._making = Making(self._windows, forward, self._lockstep, first_check, say)
-        self._loading = Loading(self._windows, forward, self._lockstep, self._making, first_check, self._layout)
+        splitting = Splitting(self._windows, forward, self._layout, say)
+        self._loading = Loading(
+            self._windows, forward, self._lockstep, self._making, first_check, splitting, self._layout
+        )
 
     def step(self, batch: Any) -> Update:
         """Make one update from a logical batch.
@@ -223,7 +227,8 @@ class Accumulator:
     def updates(self, loader: Iterable[Any], *, micro_batches: int) -> Iterator[Update]:
         """Make updates from a loader that already yields micro-batches.
 
-        The tail is an update of its own, weighted by what is in it; nothing is left over for the next epoch.
+        The tail is an update of its own, weighted by what is in it; nothing is left over for the next epoch. A
+        micro-batch for which memory runs out is undone, split by rows, and tried again.
 
         Args:
             loader: Yields micro-batches; its length need not be known. None takes its place in a window and adds
@@ -253,9 +258,11 @@ class Accumulator:
         Raises:
             WindowError: The last window is still open.
         """
-        return self._windows.open(
+        window = self._windows.open(
             targets=targets, micro_batches=micro_batches, company=OneByOne(self._setup.group.ranks)
         )
+        window.steps_again = True
+        return window
 
     @property
     def meets(self) -> bool:
@@ -274,6 +281,10 @@ class Accumulator:
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""
         return self._precision.autocast()
+
+
+def _is_positive(number: object) -> bool:
+    return hasattr(number, "__float__") and float(number) > 0
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

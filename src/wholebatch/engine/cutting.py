@@ -226,7 +226,7 @@ class Cutting:
         except Exception as error:
             if device_memory.is_out_of_memory(error):
                 device_memory.free_cached(self._fitting.setup.device)
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            said = device_memory.in_a_line(error)[:160]
             say(
                 f'micro_batch="auto" takes the whole batch of {rows.rows} rows at once and halves it when memory runs '
                 f"out, since a few rows could not be run to plan it ({type(error).__name__}: {said}).",

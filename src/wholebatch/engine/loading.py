@@ -1,21 +1,25 @@
 """How does a loader that already yields micro-batches become updates? One window after the other, with its tail."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from wholebatch.core.batch import Layout
+from wholebatch.core.batch import Layout, LogicalBatch
 from wholebatch.core.errors import MeetingError, RankError
 from wholebatch.core.record import Update
 from wholebatch.core.window import group
+from wholebatch.engine import memory
 from wholebatch.engine.check import FirstCheck
 from wholebatch.engine.company import Again, Scout, leave, sit_down
+from wholebatch.engine.cutting import Shortage
 from wholebatch.engine.forward import Forward
 from wholebatch.engine.lockstep import Lockstep
 from wholebatch.engine.making import Making
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.repeats import warn_of_repeated_rows
+from wholebatch.engine.splitting import Splitting
 from wholebatch.engine.window import Window
 
 
@@ -28,6 +32,7 @@ class Loading:
         lockstep: Knows whether they meet.
         making: Makes the windows of those that do.
         first_check: Looks at the first batch.
+        splitting: Runs those that do not meet, in parts where memory runs out.
         layout: How rows lie in a micro-batch.
     """
 
@@ -38,6 +43,7 @@ class Loading:
         lockstep: Lockstep,
         making: Making,
         first_check: FirstCheck,
+        splitting: Splitting,
         layout: Layout,
     ) -> None:
         self._windows = windows
@@ -45,6 +51,7 @@ class Loading:
         self._lockstep = lockstep
         self._making = making
         self._first_check = first_check
+        self._splitting = splitting
         self._layout = layout
 
     def updates(self, loader: Iterable[Any], micro_batches: int) -> Iterator[Update]:
@@ -87,14 +94,18 @@ class Loading:
     def _next(self, stream: Iterator[tuple[Any, bool]], micro_batches: int) -> Update | None:
         """Make the next window; None where no rank has a micro-batch left."""
         ranks, several = self._windows.rules.setup.group, micro_batches > 1
-        held: list[Any] | None = [] if several and self._lockstep.meets else None  # micro-batches that meet
+        alone = not several and ranks.ranks == 1
+        # The micro-batches of a window that meet, or of which there is one.
+        held: list[Any] | None = [] if alone or (several and self._lockstep.meets) else None
         unlearned: list[Any] = []  # those without targets, that may have to meet others yet
+        retries = 0
         scout = Scout() if several or ranks.ranks > 1 else None
         window: Window | None = None
         try:
             for micro_batch, closes in stream:
                 if window is None and held is None:
                     window = self._windows.open(micro_batches=micro_batches)
+                    window.steps_again = True
                 if micro_batch is not None:
                     if several:
                         self._first_check.look_at_loaded(micro_batch, self._layout)
@@ -103,7 +114,7 @@ class Loading:
                         try:
                             if closes:
                                 window.expect_last()
-                            self._forward.into(window, micro_batch, self._layout.count(micro_batch), None)
+                            retries += self._splitting.into(window, micro_batch)
                             if window.is_empty and scout is not None:
                                 unlearned.append(micro_batch)
                         except Again as again:
@@ -116,8 +127,9 @@ class Loading:
                     del micro_batch
                 if closes:
                     update = window.close() if window is not None else self._make_of(held or [])
+                    self._splitting.closed()
                     if not ranks.all_idle:
-                        return update
+                        return replace(update, retries=update.retries + retries) if retries else update
                     assert window is not None
                     self._windows.take_back(window)
                     return None
@@ -128,7 +140,29 @@ class Loading:
         return None
 
     def _make_of(self, held: list[Any]) -> Update:
-        return self._making.make_of(held, [self._layout.count(each) for each in held])
+        """Make the update of micro-batches that are all there, in parts where they do not fit."""
+        retries = 0
+        rows = [self._layout.count(each) for each in held]
+        taken: list[LogicalBatch] = []
+        while True:
+            if not taken and not self._splitting.splits(rows):
+                made = self._making.attempt_of(held, rows)
+            else:
+                taken = taken or [self._layout.loaded(each) for each in held]
+                made = self._made_in_parts(taken)
+            if isinstance(made, Update):
+                return replace(made, retries=retries) if retries else made
+            memory.free_cached(self._windows.rules.setup.device)
+            taken = taken or [self._splitting.rows_of(each, made.said) for each in held]
+            at_once = max(len(part) for each in taken for part in self._splitting.parts(each))
+            self._splitting.take_finer(max(taken, key=lambda each: each.rows), made.rows or at_once, made.said)
+            retries += 1
+
+    def _made_in_parts(self, taken: list[LogicalBatch]) -> Update | Shortage:
+        if len(taken) == 1:
+            return self._making.attempt(taken[0], self._splitting.parts(taken[0]), None)
+        parts = [(each, part) for each in taken for part in self._splitting.parts(each)]
+        return self._making.attempt_of([each.take(part) for each, part in parts], [len(part) for _, part in parts])
 
     def _require_first(self, window: Window, again: Again) -> None:
         """Undo a window whose first micro-batch has come to a meeting; refuse it if others have run without one."""
