@@ -28,21 +28,28 @@ TEXTS = CALM["shared weights"]
 
 def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
     """FSDP2: each child with weights of its own, and the rest with the root."""
-    for child in model.children():
+    for child in model.children() if isinstance(model, nn.Sequential) else ():
         if any(True for _ in child.parameters()):
             fully_shard(child, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def replicated(model: nn.Module) -> nn.Module:
+    """HSDP: two replicas of two shards each."""
+    return sharded(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
 
 
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bare": lambda model: model,
     "ddp": DistributedDataParallel,
     "fsdp": sharded,
-    "hsdp": lambda model: sharded(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))),
+    "each": sharded,
+    "hsdp": replicated,
+    "hsdp each": replicated,
 }
 
 
-ON = {2: ("bare", "ddp", "fsdp"), 4: ("bare", "hsdp")}
+ON = {2: ("bare", "ddp", "fsdp", "each"), 4: ("bare", "hsdp", "hsdp each")}
 """Which of them are tried on how many ranks."""
 
 
@@ -72,6 +79,8 @@ class Trial:
         self.wrapped = WRAPS[wrap](self.model)
         self.optimizer = optimizer(animal.trained(self.model))
         options = {"micro_batch": wb.Rows(2), "check": None, **animal.objective, **options}
+        if wrap.endswith("each"):
+            options["communication"] = "each"
         self.clip_norm = options.get("clip_norm")
         self.accumulator = wb.Accumulator(
             self.wrapped, self.optimizer, options.pop("loss_fn", animal.loss_fn), **options
@@ -117,16 +126,24 @@ def shown(update: wb.Update) -> dict[str, Any]:
     }
 
 
-def for_each_wrap(name: str, scene: Callable[[Place, str], dict[str, Any]], ranks: tuple[int, ...] = (2, 4)) -> None:
+def for_each_wrap(
+    name: str, scene: Callable[[Place, str], dict[str, Any]], ranks: tuple[int, ...] = (2, 4), *, in_step: bool = True
+) -> None:
     for wrap in WRAPS:
-        suits = tuple(each for each in ranks if wrap in ON[each])
+        suits = tuple(each for each in ranks if wrap in ON[each] and (in_step or not wrap.endswith("each")))
         SCENES(f"{name} [{wrap}]", suits)(lambda place, wrap=wrap: scene(place, wrap))
+
+
+NOT_IN_STEP = ("sparse gradients",)
+"""What fully_shard itself cannot reduce."""
 
 
 def every_animal(place: Place, wrap: str) -> dict[str, Any]:
     """Two updates of each animal, with a cut that differs between ranks."""
     found = {}
     for name, animal in CALM.items():
+        if wrap == "each" and name in NOT_IN_STEP:
+            continue
         trial = Trial(
             animal, wrap, optimizer=adamw if name != "sparse gradients" and name != "complex weights" else sgd
         )
@@ -233,6 +250,8 @@ def nothing_here(place: Place, wrap: str) -> dict[str, Any]:
             batch = part_of(TEXTS, batch, [row for row in range(ROWS) if row not in gone])
             if last and kind in ("None", "an empty list"):
                 mine = None if kind == "None" else []
+        if kind == "no window" and wrap.endswith("each"):
+            continue  # in a loop of one's own nobody can make a pass in its stead
         if kind == "no window":
             with trial.accumulator.window() as window:
                 if not last:
@@ -311,7 +330,7 @@ def shortage(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("shortage", shortage)
+for_each_wrap("shortage", shortage, in_step=False)
 
 
 @SCENES("no finer cut")
@@ -430,7 +449,7 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("failure", failure)
+for_each_wrap("failure", failure, in_step=False)
 
 
 def not_finite(place: Place, wrap: str) -> dict[str, Any]:

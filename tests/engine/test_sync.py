@@ -16,8 +16,8 @@ from wholebatch.engine import sync
 from wholebatch.engine.weighing import Weighing
 
 EXACT = 1e-12
-WRAPS = ["bare", "ddp", "fsdp"]
-ON_FOUR = ["bare", "hsdp"]
+WRAPS = ["bare", "ddp", "fsdp", "each"]
+ON_FOUR = ["bare", "hsdp", "hsdp each"]
 
 
 @pytest.fixture(scope="module")
@@ -332,14 +332,14 @@ def test_counts_that_cannot_weigh_are_seen_on_their_device():
     weighing = Weighing(targets=None, micro_batches=1, scale=None)
     for count, spoilt in ((2.0, 0), (-1.0, 1), (float("nan"), 1), (float("inf"), 1)):
         state = WindowState(targets=torch.tensor(count))
-        assert float(sync._spoilt(weighing, state)) == spoilt
-    assert sync._spoilt(weighing, WindowState(targets=3)) == 0
+        assert float(sync.spoilt(weighing, state)) == spoilt
+    assert sync.spoilt(weighing, WindowState(targets=3)) == 0
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 8, 1000])
 def test_masks_differ_exactly_where_ranks_do(num_ranks):
-    alike = [sync._mask([True, False], num_ranks)] * num_ranks
-    apart = [*alike[1:], sync._mask([True, True], num_ranks)]
+    alike = [sync.mask_of([True, False], num_ranks)] * num_ranks
+    apart = [*alike[1:], sync.mask_of([True, True], num_ranks)]
     for masks, differ in ((alike, False), (apart, True)):
         fields = [0.0] * 6 + [float(sum(masks)), float(sum(mask**2 for mask in masks))]
         assert sync._Heard([], 1.0, fields, num_ranks).differ is differ

@@ -27,6 +27,7 @@ from wholebatch.engine.making import Making
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
+from wholebatch.engine.ranks import Communication
 from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.reduction import ReduceIn, check_reduce_in
 from wholebatch.engine.setup import OnNonFinite, Setup
@@ -76,6 +77,8 @@ class Accumulator:
             None: off.
         reduce_in: The dtype in which gradients travel between ranks: ``"fp32"``, or ``"bf16"`` for half the bytes and
             8 bits of each number. None: as they are summed.
+        communication: For sharded weights: ``"once"`` gathers them and reduces gradients once a window, holding all of
+            both meanwhile; ``"each"`` does so with every pass, and holds no more than a layer and a share.
 
     Attributes:
         reasons: What was chosen automatically, and why; one sentence each.
@@ -121,6 +124,7 @@ class Accumulator:
         lockstep: Execution = "auto",
         check: Literal["first"] | None = "first",
         reduce_in: ReduceIn | None = None,
+        communication: Communication = "once",
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
@@ -138,7 +142,9 @@ class Accumulator:
         check_reduce_in(reduce_in)
         self._reasons = say = Reasons()
         self.reasons = say.said
-        self._setup = Setup.of(model, optimizer, lr_scheduler, reduce_in=reduce_in, say=say)
+        self._setup = Setup.of(
+            model, optimizer, lr_scheduler, reduce_in=reduce_in, communication=communication, say=say
+        )
         check_clip_norm(self._setup.optimizers, clip_norm)
         objective = Objective(loss_fn, targets, reduction)
         self._precision = Precision(precision, self._setup.device)
@@ -163,7 +169,9 @@ class Accumulator:
         self._windows = Windows(rules, sum_in)
         self._lockstep = Lockstep(lockstep, model, self._setup.device)
         forward = Forward(self._setup, objective, self._precision)
-        first_check = FirstCheck(forward, self._cutting, check == "first", say)
+        if self._setup.group.in_step:
+            _require_a_size(micro_batch)
+        first_check = FirstCheck(forward, self._cutting, check == "first" and not self._setup.group.in_step, say)
         self._making = Making(self._windows, forward, self._lockstep, first_check, say)
         splitting = Splitting(self._windows, forward, self._layout, say)
         self._loading = Loading(
@@ -285,6 +293,15 @@ class Accumulator:
 
 def _is_positive(number: object) -> bool:
     return hasattr(number, "__float__") and float(number) > 0
+
+
+def _require_a_size(micro_batch: object) -> None:
+    if micro_batch == "auto":
+        raise ConfigError(
+            'micro_batch="auto" is planned by each rank for itself, and with communication="each" no rank can make a '
+            "pass for itself.",
+            hint='pass wb.Rows(8), wb.Tokens(4096, length=...), or communication="once".',
+        )
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -1,7 +1,7 @@
 """How do ranks train weights that no rank can hold? In step: all make equally many passes, and send with each of them.
 
 Each pass gathers the weights of one layer after the other and adds up its gradient over all ranks, so that no rank ever
-has all of either. A rank with fewer micro-batches makes passes of weight zero. A rank that stops in the middle of a pass
+has all of either. A rank with fewer micro-batches makes passes of weight zero. One that stops in the middle of a pass
 leaves the others waiting, so nothing is undone together here: they end when its process does, or at the time-out.
 """
 
@@ -17,9 +17,8 @@ from wholebatch.core.errors import ConfigError, OptimizerError, OutOfMemoryError
 from wholebatch.core.split import Size
 from wholebatch.core.weights import gradient_factor
 from wholebatch.core.window import WindowState
-from wholebatch.engine import memory
 from wholebatch.engine.sums import GradientSum
-from wholebatch.engine.sync import common_of, no_gradient, spoilt, summed, words
+from wholebatch.engine.sync import anywhere, common_of, differ, mask_of, no_gradient, spoilt, summed, told, words
 from wholebatch.engine.weighing import Reading, Weighing
 from wholebatch.engine.wire import Wire
 
@@ -42,6 +41,8 @@ class InStep:
         self.reference: float | None = 1.0
         self.passes = 0
         self.spare: Any = None
+        self._present: set[Tensor] = set()
+        self._awaited = False  # whether the others wait to hear of this rank's passes
         self._sharded = list(sharded)
         self._wire = wire
         self._introduce: Callable[[], None] | None = introduce
@@ -64,6 +65,9 @@ class InStep:
         except RankError:
             raise
         except Exception as error:
+            if self._awaited:
+                self._exchange(0, lacking=False, failed=words(error))
+                raise
             self._wire.lost = f"it left a window in the middle ({words(error)})."
             if isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_THE_NETWORK):
                 raise self._wire.unanswered(error) from error
@@ -76,12 +80,15 @@ class InStep:
             self._introduce()
             self._introduce = None
             _require_shards(sums())
+            self._watch()
             for each in self._sharded:
                 each.set_gradient_divide_factor(1.0)
                 for option in ("set_force_sum_reduction_for_comms", "set_reduce_scatter_unused_params"):
                     if hasattr(each, option):
                         getattr(each, option)(True)
         self.passes = 0
+        self._present.clear()
+        self._awaited = True
 
     def end(self) -> None:
         pass
@@ -96,16 +103,28 @@ class InStep:
             passes: Of this rank.
             take: Returns a small micro-batch for passes of weight zero; None where this rank has no rows.
         """
-        lacking = take is None and self.spare is None
-        asked = torch.tensor([passes, lacking], dtype=torch.float64, device=self._device)
-        self._wire.wait(self._wire.add_up(asked, largest=True))
-        most, any_lacking = asked.tolist()
-        self.passes = int(most)
         if take is not None:
             self.spare = take()
-        if any_lacking and most:
+        self.passes, any_lacking = self._exchange(passes, lacking=self.spare is None)
+        if any_lacking and self.passes:
             given = self._wire.gather(self.spare)
             self.spare = self.spare if self.spare is not None else next(each for each in given if each is not None)
+
+    def _exchange(self, passes: int, *, lacking: bool, failed: str | None = None) -> tuple[int, bool]:
+        """Say how many passes this rank has to make, or why it makes none; return what holds for all.
+
+        Raises:
+            RankError: Another rank failed before its first pass.
+        """
+        self._awaited = False
+        asked = torch.tensor([passes, lacking, failed is not None], dtype=torch.float64, device=self._device)
+        self._wire.wait(self._wire.add_up(asked, largest=True))
+        most, any_lacking, any_failed = asked.tolist()
+        if any_failed:
+            said = self._wire.gather(failed)
+            if failed is None:
+                raise told([(rank, why) for rank, why in enumerate(said) if why is not None])
+        return int(most), bool(any_lacking)
 
     def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
         """Return what the window came to, over all ranks; the gradient is there already."""
@@ -113,14 +132,22 @@ class InStep:
         common = self.reference
         ended = self.ended + self.idle * (self.ranks + 1)
         rows = math.nan if state.rows is None else state.rows
-        fields = [state.targets, weighing.loss_sum, rows, spoilt(weighing, state), _square(sums), ended, 0.0, 0.0]
+        presence = [parameter in self._present for parameter in sums.parameters]
+        mask = mask_of(presence, self.ranks)
+        wrong = spoilt(weighing, state)
+        fields = [state.targets, weighing.loss_sum, rows, wrong, _square(sums), ended, mask, mask**2]
         (scale,), heard = summed(self._wire, fields, [weighing.scale], self._device)
-        targets, loss_sum, rows, failed, square, ends, _, _ = heard
+        targets, loss_sum, rows, failed, square, ends, masks, squares = heard
         self.all_ended, self.all_idle = ends % (self.ranks + 1) == self.ranks, ends // (self.ranks + 1) == self.ranks
         if failed:
             return Reading(math.nan, math.nan, 0.0, math.nan, math.nan, -1.0)
-        if targets and sums.empty:
+        if differ(masks, squares, self.ranks):
+            presence = anywhere(self._wire, presence, self._device)
+        if targets and not any(presence):
             raise no_gradient()
+        for parameter, present in zip(sums.parameters, presence, strict=True):
+            if not present:  # what nobody has used was sent as zeros, and is not to be moved
+                parameter.grad = None
         state.rows = None if math.isnan(rows) else int(rows)
         self.reference = common_of(targets, common)
         norm = math.sqrt(square) if square >= 0 else math.nan
@@ -142,7 +169,7 @@ class InStep:
 
     def withdraw(self, why: BaseException | None) -> None:
         """Note that this rank left a window in the middle; nobody hears of it."""
-        if why is not None and self.passes and not isinstance(why, RankError):
+        if why is not None and not self._awaited and not isinstance(why, RankError):
             self._wire.lost = f"it left a window in the middle ({words(why)})."
 
     def report_shortage(self, said: str, finer: Size) -> list[Size]:
@@ -154,6 +181,16 @@ class InStep:
 
     def take_shortages(self) -> list[Size]:
         return []
+
+    def _watch(self) -> None:
+        """Note from now on which weights receive a gradient on this rank. Gathers one layer after the other."""
+        for module in self._sharded:
+            shards = dict(module.named_parameters())
+            module.unshard()
+            for name, leaf in dict(module.named_parameters()).items():
+                if leaf is not shards[name] and leaf.requires_grad:
+                    leaf.register_post_accumulate_grad_hook(lambda _, shard=shards[name]: self._present.add(shard))
+            module.reshard()
 
     @property
     def _device(self) -> torch.device:
@@ -168,8 +205,8 @@ def _require_shards(sums: GradientSum) -> None:
     for parameter in sums.parameters:
         if not hasattr(parameter, "device_mesh"):
             raise OptimizerError(
-                f'A parameter of shape {tuple(parameter.shape)} is on every rank, and communication="each" adds up only '
-                "what fully_shard has spread.",
+                f'A parameter of shape {tuple(parameter.shape)} is on every rank, and communication="each" adds up '
+                "only what fully_shard has spread.",
                 hint='call fully_shard(model) on the root too, or pass communication="once".',
             )
     if sums.sums_apart:
