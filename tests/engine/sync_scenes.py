@@ -567,6 +567,28 @@ def counted(place: Place, wrap: str) -> dict[str, Any]:
 for_each_wrap("counted", counted, (2,))
 
 
+def by_default(place: Place, wrap: str) -> dict[str, Any]:
+    """Nothing but what has to be said: the cut is planned, and the first batch is looked at."""
+    found = {}
+    for kind, options in {"auto": {"micro_batch": "auto"}, "budget": {"micro_batch": "auto", "memory": "2GiB"}}.items():
+        trial = Trial(MLP, wrap, check="first", **options)
+        batch = MLP.batch(ROWS, torch.float64)
+        trial.accumulator.step(part_of(MLP, batch, place.share(ROWS)))
+        trial.reference(batch)
+        found[kind] = {"off": trial.off, "reasons": trial.accumulator.reasons}
+    trial = Trial(MLP, wrap, check="first", micro_batch=wb.Rows(2))
+    trial.accumulator.step(part_of(MLP, batch, place.share(ROWS)))
+    trial.reference(batch)
+    found["check"] = {"off": trial.off, "reasons": trial.accumulator.reasons}
+    if wrap in ("bare", "ddp") and place.rank == 0:
+        plan = wb.plan(trial.wrapped, trial.optimizer, mean_square, batch, memory="1GiB", timed=False)
+        found["plan"] = {"off": 0.0, "reasons": [], "fits": plan.fits}
+    return found
+
+
+for_each_wrap("by default", by_default, (2,), in_step=False)
+
+
 @SCENES("while the backward pass runs")
 def overlapping(place: Place) -> dict[str, Any]:
     """Buckets are sent before the last backward pass is over, and not before."""

@@ -31,21 +31,37 @@ def four(tmp_path_factory):
     return ranks.launch("engine.sync_scenes", 4, tmp_path_factory.mktemp("four"))
 
 
-@pytest.fixture(
-    params=[*((2, wrap) for wrap in WRAPS), *((4, wrap) for wrap in ON_FOUR)], ids=lambda p: f"{p[1]}-{p[0]}"
-)
-def scene(request):
-    """Returns what each rank found in a scene, for every number of ranks and every wrapper."""
+EVERY_WAY = [*((2, wrap) for wrap in WRAPS), *((4, wrap) for wrap in ON_FOUR)]
+UNDONE_TOGETHER = [way for way in EVERY_WAY if not way[1].endswith("each")]
+
+
+def name_of(way):
+    return f"{way[1]}-{way[0]}"
+
+
+def in_scene(request):
     num_ranks, wrap = request.param
     found = request.getfixturevalue("two" if num_ranks == 2 else "four")
     return lambda name: ranks.result(found, f"{name} [{wrap}]", num_ranks)
 
 
+@pytest.fixture(params=EVERY_WAY, ids=name_of)
+def scene(request):
+    """Returns what each rank found in a scene, for every number of ranks and every wrapper."""
+    return in_scene(request)
+
+
+@pytest.fixture(params=UNDONE_TOGETHER, ids=name_of)
+def undoing(request):
+    """The same, where ranks can go back together."""
+    return in_scene(request)
+
+
 @pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("animal", CALM)
-def test_every_animal_is_trained_as_by_one_process(two, wrap, animal):
+def test_every_animal_is_trained_as_by_one_process(two, wrap):
     for found in ranks.result(two, f"every animal [{wrap}]", 2):
-        assert found[animal] <= EXACT
+        assert set(CALM) - set(found) <= ({"sparse gradients"} if wrap == "each" else set())
+        assert {animal: off for animal, off in found.items() if off > EXACT} == {}
 
 
 def test_every_target_counts_once_on_whatever_rank_it_is(scene):
@@ -80,12 +96,19 @@ def test_loaders_of_different_length_end_together(scene, kind):
         assert all(update["skipped"] is None for update in found["updates"])
 
 
-@pytest.mark.parametrize("kind", ["no labels", "no rows", "None", "an empty list", "no window"])
+@pytest.mark.parametrize("kind", ["no labels", "no rows", "None", "an empty list"])
 def test_a_rank_with_nothing_to_learn_takes_part(scene, kind):
     *others, last = scene("nothing here")
     for found in (*others, last):
         assert found[kind]["off"] <= EXACT
     assert last[kind]["update"]["micro_batches"] == 0
+
+
+def test_a_loop_of_one_s_own_may_have_nothing_on_a_rank(undoing):
+    *others, last = undoing("nothing here")
+    for found in (*others, last):
+        assert found["no window"]["off"] <= EXACT
+    assert last["no window"]["update"]["micro_batches"] == 0
 
 
 def test_nothing_to_learn_anywhere_is_no_update(scene):
@@ -95,8 +118,8 @@ def test_nothing_to_learn_anywhere_is_no_update(scene):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_shortage_on_one_rank_recuts_all_of_them(scene, where):
-    *others, last = scene("shortage")
+def test_a_shortage_on_one_rank_recuts_all_of_them(undoing, where):
+    *others, last = undoing("shortage")
     assert last[where]["times"] == 2
     for found in (*others, last):
         assert found[where]["retries"] == [2, 0]
@@ -132,8 +155,8 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_a_failure_on_one_rank_is_told_on_all_and_moves_nothing(scene, kind):
-    *others, last = scene("failure")
+def test_a_failure_on_one_rank_is_told_on_all_and_moves_nothing(undoing, kind):
+    *others, last = undoing("failure")
     number = len(others)
     assert last[kind]["said"][0] == FAILURES[kind].split(":")[0].replace("it rolled its window back", "nothing")
     for found in others:
@@ -199,6 +222,26 @@ def test_sharded_weights_are_gathered_once_a_window(two):
             names = [name for name, _ in found[kind]]
             assert names == ["gloo:all_gather"] * 2 + ["gloo:all_reduce"] * 2
             assert found[kind][2:] == [["gloo:all_reduce", found["gradient"]], ["gloo:all_reduce", 64]]
+
+
+def test_sharded_weights_may_be_gathered_with_each_pass(two):
+    for found in ranks.result(two, "counted [each]", 2):
+        for rows, passes in ((1, 17), (4, 5), (24, 1)):
+            names = [name for name, _ in found[f"step of {rows}"]]
+            assert names.count("gloo:all_gather") == 4 * passes  # two layers, forward and backward
+            assert len(names) == 6 * passes + 2  # two layers are reduced; passes are agreed on, and the message is sent
+            assert found[f"step of {rows}"][-1] == ["gloo:all_reduce", 64]
+
+
+@pytest.mark.parametrize("wrap", ["bare", "ddp", "fsdp"])
+def test_each_rank_plans_and_checks_for_itself(two, wrap):
+    first, second = ranks.result(two, f"by default [{wrap}]", 2)
+    for found in (first, second):
+        assert all(each["off"] <= EXACT for each in found.values())
+        assert any("the whole batch of" in reason for reason in found["auto"]["reasons"])
+        assert any("compared cut and uncut" in reason for reason in found["check"]["reasons"])
+    assert "plan" not in second
+    assert wrap == "fsdp" or first["plan"]["fits"]
 
 
 def test_buckets_are_sent_while_the_last_backward_pass_runs(two):

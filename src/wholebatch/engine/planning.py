@@ -29,6 +29,7 @@ from wholebatch.engine.room import available_bytes
 from wholebatch.engine.rowsize import largest_row
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import SumIn, check_sum_in
+from wholebatch.engine.wrapping import quiet
 
 MEASURED = 32
 """Real runs are made with at most so many rows, and with twice as many."""
@@ -136,7 +137,10 @@ def plan(
         check_sum_in(accumulate_in),
         sample,
     )
-    made = Planning(job, spread.rows_each, budget, length, precision, shared=ranks > 1).plan(micro_batch, timed=timed)
+    with quiet(model):  # each rank plans for itself
+        made = Planning(job, spread.rows_each, budget, length, precision, shared=ranks > 1).plan(
+            micro_batch, timed=timed
+        )
     return spread(made)
 
 
