@@ -73,6 +73,8 @@ def every_option(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
         on_nonfinite="raise",
         batch_norm="per_micro_batch",
         check=None,
+        reduce_in="bf16",
+        communication="once",
     )
     accumulator.step(rows)
 

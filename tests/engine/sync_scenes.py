@@ -2,6 +2,8 @@
 
 import copy
 import math
+import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +83,7 @@ class Trial:
         options = {"micro_batch": wb.Rows(2), "check": None, **animal.objective, **options}
         if wrap.endswith("each"):
             options["communication"] = "each"
+        self.communication = {"communication": options["communication"]} if "communication" in options else {}
         self.clip_norm = options.get("clip_norm")
         self.accumulator = wb.Accumulator(
             self.wrapped, self.optimizer, options.pop("loss_fn", animal.loss_fn), **options
@@ -450,6 +453,71 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
 
 
 for_each_wrap("failure", failure, in_step=False)
+
+
+def random_faults(place: Place, wrap: str) -> dict[str, Any]:
+    """One fault in each logical batch, on a rank and at a place drawn at random."""
+    draw = random.Random(f"faults of {wrap} on {place.ranks}")
+    trial = Trial(MLP, wrap, micro_batch=wb.Rows(4))
+    fault: dict[str, Any] = {}
+
+    def strike(kind: str, rows: int) -> None:
+        if fault["kind"] != kind or fault["rank"] != place.rank:
+            return
+        fault["seen"] += 1
+        if fault["seen"] == fault["at"]:
+            if kind in ("short", "short in backward"):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if kind in ("raise", "raise in backward"):
+                raise SampleError(f"at {rows} rows")
+            time.sleep(0.2)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        rows = len(batch["x"])
+        for kind in ("short", "raise", "stop"):
+            strike(kind, rows)
+        loss = mean_square(model, batch)
+        if fault["kind"] == "infinite" and fault["rank"] == place.rank:
+            loss = loss * math.inf
+        loss.register_hook(
+            lambda _: [strike(kind, rows) for kind in ("short in backward", "raise in backward")] and None
+        )
+        return loss
+
+    accumulator = wb.Accumulator(
+        trial.wrapped, trial.optimizer, loss_fn, micro_batch=wb.Rows(4), check=None, **trial.communication
+    )
+    found = []
+    for _ in range(30):
+        kinds = ("none", "short", "short in backward", "raise", "raise in backward", "stop", "infinite", "empty")
+        fault.update(kind=draw.choice(kinds), rank=draw.randrange(place.ranks), at=draw.randint(1, 2), seen=0)
+        rows = draw.randint(place.ranks, 30)
+        batch = MLP.batch(rows, torch.float64)
+        mine = part_of(MLP, batch, place.share(rows))
+        if fault["kind"] == "empty":
+            gone = set(Place(fault["rank"], place.ranks).share(rows))
+            batch = part_of(MLP, batch, [row for row in range(rows) if row not in gone])
+            mine = None if place.rank == fault["rank"] else mine
+        before = trial.weights
+        made: list[wb.Update] = []
+        said = raised(lambda mine=mine, made=made: made.append(accumulator.step(mine)))
+        applied = bool(made) and made[0].applied
+        if applied:
+            trial.reference(batch)
+        found.append(
+            {
+                "kind": fault["kind"],
+                "said": said[0],
+                "applied": applied,
+                "moved": bool((trial.weights != before).any()),
+                "struck": fault["seen"] >= fault["at"],
+                "off": trial.off if trial.moved else 0.0,
+            }
+        )
+    return {"faults": found}
+
+
+for_each_wrap("random faults", random_faults, in_step=False)
 
 
 def not_finite(place: Place, wrap: str) -> dict[str, Any]:

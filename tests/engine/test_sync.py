@@ -168,6 +168,25 @@ def test_a_failure_on_one_rank_is_told_on_all_and_moves_nothing(undoing, kind):
         assert found[kind]["off"] <= EXACT  # and the next logical batch is trained on
 
 
+def test_a_fault_is_the_right_update_or_an_error_on_every_rank(undoing):
+    by_rank = [found["faults"] for found in undoing("random faults")]
+    struck = set()
+    for of_one in zip(*by_rank, strict=True):
+        assert len({each["applied"] for each in of_one}) == 1
+        assert all(each["moved"] == each["applied"] for each in of_one)
+        assert all(each["off"] <= EXACT for each in of_one)
+        said = sorted(each["said"] for each in of_one)
+        if of_one[0]["kind"].startswith("raise") and any(each["struck"] for each in of_one):
+            assert said == ["RankError"] * (len(of_one) - 1) + ["SampleError"]
+            struck.add(of_one[0]["kind"])
+        elif of_one[0]["applied"]:
+            assert set(said) == {"nothing"}
+            struck.add(of_one[0]["kind"])
+        elif of_one[0]["kind"] != "infinite":  # a single row that does not fit
+            assert said == ["OutOfMemoryError"] + ["RankError"] * (len(of_one) - 1)
+    assert {"none", "short", "raise", "raise in backward", "stop", "empty"} <= struck
+
+
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_infinity_on_one_rank_skips_the_update_on_all(two, wrap, precision):
@@ -327,7 +346,7 @@ DYING = """
         if rank == 1 and passes == 4:
             if how == "dies":
                 os._exit(7)
-            time.sleep(8)
+            time.sleep(5)
         return model(x).square().mean()
 
     accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, check=None,

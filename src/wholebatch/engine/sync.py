@@ -242,6 +242,10 @@ class Many:
         except Exception as error:
             self._tell(error)
             raise
+        except BaseException as stop:  # such as Ctrl-C, which waits for nobody
+            if self._owed:
+                self._wire.lost = f"it was stopped inside a window ({words(stop)})."
+            raise
         finally:
             self._supervised = False
             self._wrapping.release()
@@ -387,6 +391,7 @@ class Many:
         wrong = bool(spoilt(weighing, state))
         said = f"its targets add up to {targets}, and a micro-batch holds {least}"
         outcomes = self._wire.gather(_Outcome("failed", said) if wrong else _Outcome())
+        self._started.start()  # which frees what was reduced
         if wrong:
             return Reading(math.nan, math.nan, 0.0, math.nan, targets, least)
         self._judge(outcomes, always=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -61,9 +62,10 @@ class Wire:
         return said
 
     def take_first(self, tensor: Tensor) -> None:
-        """Make a tensor on all ranks that of the first."""
+        """Make a contiguous tensor on all ranks that of the first."""
+        as_bytes = tensor.reshape(-1).view(torch.uint8)  # no network knows every dtype
         with self._speaking():
-            dist.broadcast(tensor, src=dist.get_global_rank(self._process_group, 0), group=self._process_group)
+            dist.broadcast(as_bytes, src=dist.get_global_rank(self._process_group, 0), group=self._process_group)
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
