@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from wholebatch.core.batch import paths
 from wholebatch.core.budget import parse_bytes, say_bytes
 from wholebatch.core.errors import ConfigError, LossError, SplitError
 from wholebatch.core.need import Need, Size
@@ -116,7 +117,7 @@ def plan(
     if isinstance(micro_batch, Tokens) and length is None:
         length = micro_batch.length
     budget = parse_bytes(memory) if memory is not None else None
-    sample = Sample(rows, collate, tuple(whole), dims, copied=length is not None)
+    sample = Sample(rows, collate, paths(whole), dims, copied=length is not None)
     count = sample.rows.rows
     if count == 0:
         raise SplitError("The sample holds no rows.", hint="pass a few rows like those that will be trained on.")
