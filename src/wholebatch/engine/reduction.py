@@ -113,7 +113,7 @@ class Reduction:
         self._hooks = []
 
     def finish(self, factor: Count) -> None:
-        """Send what has not been sent, and wait for all of it.
+        """Send what has not been sent. What is said next is on its way at once; `wait` says when all is there.
 
         Args:
             factor: What the gradients are multiplied by on their way.
@@ -124,6 +124,9 @@ class Reduction:
                 if bucket.flat is None:
                     self._fill(bucket, factor)
         self._send()
+
+    def wait(self) -> None:
+        """Wait for all that was sent."""
         for bucket in self._buckets:
             self._wait(bucket)
 
@@ -137,6 +140,7 @@ class Reduction:
         before, present = [bucket.flat for bucket in self._buckets], self._present
         self.start()
         self.finish(factor)
+        self.wait()
         self._present |= present
         for bucket, flat in zip(self._buckets, before, strict=True):
             assert bucket.flat is not None

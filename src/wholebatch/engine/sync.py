@@ -339,7 +339,9 @@ class Many:
         self._owed = True
 
     def _exchange(self, weighing: Weighing, state: WindowState) -> "_Heard":
-        """Send the message of a window, and read what all ranks have sent, with one wait for the device."""
+        """Send the message of a window behind its gradient, and read what all ranks have sent, with one wait for the
+        device. The message does not wait for the gradient, so that it costs no latency of its own.
+        """
         reduction = self._started
         mask = _mask(reduction.presence(), self.ranks)
         ended = self.ended + self.idle * (self.ranks + 1)
@@ -359,7 +361,9 @@ class Many:
         for place, field in enumerate(fields):
             if isinstance(field, Tensor):
                 message[place] = field
-        self._wire.wait(self._wire.add_up(message))
+        sent = self._wire.add_up(message)
+        reduction.wait()
+        self._wire.wait(sent)
         norms = reduction.norms()
         scale = [] if weighing.scale is None else [weighing.scale]
         read = read_numbers([*norms, *scale, *message.unbind()])
