@@ -178,11 +178,11 @@ def scaling(seconds: float) -> str:
 
 
 MODEL = """\
-A window takes `k c + max(0, f - b) + m`, where k micro-batches take c each on a rank. The gradient of G bytes leaves in
+A window takes `k c + max(0, f - b)`, where k micro-batches take c each on a rank. The gradient of G bytes leaves in
 pieces of 25 MiB as the last backward pass (b, two thirds of c) makes them; each takes `2 (n - 1) (piece / n / bandwidth
-+ latency)`, a ring over n ranks, and f is when the last one is there. `m = ceil(log2 n) latency` is the message of 64
-bytes at the end. Adding up after each micro-batch takes `k (c + max(0, f - b) + m)`. Not in the model: waiting for a
-slower rank, links that several ranks share, the optimizer's step, and TCP's slow start."""
++ latency)`, a ring over n ranks, and f is when the last one is there. The message of 64 bytes travels beside it. Adding
+up after each micro-batch takes `k (c + max(0, f - b))`. Not in the model: waiting for a slower rank, links that several
+ranks share, the optimizer's step, and TCP's slow start."""
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wholebatch.core.communication import BUCKET_BYTES
 from wholebatch.core.errors import ConfigError
 from wholebatch.core.weights import Count
 from wholebatch.engine.sums import GradientSum
@@ -19,9 +20,6 @@ from wholebatch.engine.wire import Wire
 
 ReduceIn: TypeAlias = Literal["fp32", "bf16"]
 """The dtype in which gradients travel."""
-
-BUCKET_BYTES = 25 << 20
-"""About how much is sent at once. Unit: bytes."""
 
 
 def check_reduce_in(reduce_in: str | None) -> torch.dtype | None:
