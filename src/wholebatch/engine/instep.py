@@ -136,7 +136,7 @@ class InStep:
         mask = mask_of(presence, self.ranks)
         wrong = spoilt(weighing, state)
         fields = [state.targets, weighing.loss_sum, rows, wrong, _square(sums), ended, mask, mask**2]
-        (scale,), heard = summed(self._wire, fields, [weighing.scale], self._device)
+        (scale,), heard = summed(self._wire, fields, lambda: [weighing.scale], self._device)
         targets, loss_sum, rows, failed, square, ends, masks, squares = heard
         self.all_ended, self.all_idle = ends % (self.ranks + 1) == self.ranks, ends // (self.ranks + 1) == self.ranks
         if failed:

@@ -366,7 +366,9 @@ class Many:
         self._owed = True
 
     def _exchange(self, weighing: Weighing, state: WindowState) -> "_Heard":
-        """Send the message of a window, and read what all ranks have sent, with one wait for the device."""
+        """Send the message of a window behind its gradient, and read what all ranks have sent, with one wait for the
+        device. The message does not wait for the gradient, so that it costs no latency of its own.
+        """
         reduction = self._started
         mask = mask_of(reduction.presence(), self.ranks)
         ended = self.ended + self.idle * (self.ranks + 1)
@@ -381,9 +383,13 @@ class Many:
             mask,
             mask**2,
         ]
-        norms = reduction.norms()
-        beside, heard = summed(self._wire, fields, [weighing.scale, *norms], reduction.device)
-        return _Heard(beside[1:], beside[0], heard, self.ranks)
+
+        def beside() -> list[Tensor | None]:
+            reduction.wait()
+            return [weighing.scale, *reduction.norms()]
+
+        read, heard = summed(self._wire, fields, beside, reduction.device)
+        return _Heard(read[1:], read[0], heard, self.ranks)
 
     def _hear_why(self, weighing: Weighing, state: WindowState) -> Reading:
         """Raise what keeps the ranks from moving; on a rank whose own targets do, return them."""
@@ -449,14 +455,14 @@ class _Heard:
 
 
 def summed(
-    wire: Wire, fields: Sequence[Tensor | float], beside: Sequence[Tensor | None], device: torch.device
+    wire: Wire, fields: Sequence[Tensor | float], beside: Callable[[], Sequence[Tensor | None]], device: torch.device
 ) -> tuple[list[float], list[float]]:
     """Add up the message of a window over all ranks, and read it with one wait for the device.
 
     Args:
         wire: Speaks to the other ranks.
         fields: The message, of `FIELDS` numbers.
-        beside: What else is read, of this rank alone; 1 for None.
+        beside: Returns what else is read, of this rank alone, when the message is on its way; 1 for None.
         device: Where the message is written.
 
     Returns:
@@ -467,9 +473,11 @@ def summed(
     for place, field in enumerate(fields):
         if isinstance(field, Tensor):
             message[place] = field
-    wire.wait(wire.add_up(message))
-    read = iter(read_numbers([*(each for each in beside if each is not None), *message.unbind()]))
-    return [1.0 if each is None else next(read) for each in beside], list(read)
+    sent = wire.add_up(message)
+    others = beside()
+    wire.wait(sent)
+    read = iter(read_numbers([*(each for each in others if each is not None), *message.unbind()]))
+    return [1.0 if each is None else next(read) for each in others], list(read)
 
 
 def anywhere(wire: Wire, presence: Sequence[bool], device: torch.device) -> list[bool]:
