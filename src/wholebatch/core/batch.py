@@ -239,6 +239,12 @@ class Layout:
         """Return a logical batch as it comes from the loader."""
         return LogicalBatch(batch, collate=self.collate, whole=self.whole, dims=self.dims)
 
+    def logical_or_nothing(self, batch: Any) -> LogicalBatch:
+        """Return one process's part of a logical batch, which may be None or empty where others have rows."""
+        if batch is None or (isinstance(batch, list | tuple | dict) and len(batch) == 0):
+            return LogicalBatch([], collate=list)
+        return self.logical(batch)
+
     def loaded(self, micro_batch: Any) -> LogicalBatch:
         """Return the rows of a micro-batch that a loader has cut and collated."""
         return LogicalBatch(micro_batch, whole=self.whole, dims=self.dims)

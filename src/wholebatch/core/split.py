@@ -11,6 +11,10 @@ Indices: TypeAlias = Sequence[int]
 """The rows of one micro-batch, as places in the logical batch; a `range` where they stand side by side."""
 
 
+Size: TypeAlias = tuple[str, int]
+"""How large micro-batches are: a unit, ``"rows"`` or ``"tokens"``, and how many of it."""
+
+
 _PASS = 200
 """What a micro-batch costs beside its padded tokens, for passing through the model once more. Unit: tokens.
 

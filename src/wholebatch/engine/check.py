@@ -9,6 +9,7 @@ from torch import nn
 from wholebatch.core.batch import Layout, LogicalBatch
 from wholebatch.core.errors import VerifyError
 from wholebatch.core.split import Indices, Tokens
+from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.causes import diagnose
 from wholebatch.engine.cutting import Cutting
@@ -81,7 +82,14 @@ class FirstCheck:
                 logging.INFO,
             )
         elif num_rows > 1:
-            self.look(layout.loaded(micro_batch), range(num_rows))
+            try:
+                self.look(layout.loaded(micro_batch), range(num_rows))
+            except Exception as error:  # the next one is looked at
+                if not memory.is_out_of_memory(error):
+                    raise
+            else:
+                return
+            memory.free_cached(self._forward.setup.device)
 
 
 def check_first(

@@ -107,6 +107,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
+def in_a_line(error: BaseException) -> str:
+    """Return what an exception says, without the tensors that its traceback holds alive.
+
+    Example:
+        >>> in_a_line(MemoryError()), in_a_line(ValueError("one\\ntwo"))
+        ('MemoryError', 'one')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def free_cached(device: torch.device) -> None:
     """Give back what the allocator keeps for later, after memory has run out and the tensors are gone.
 
