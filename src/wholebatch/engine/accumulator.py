@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from wholebatch.core.batch import Layout, LogicalBatch
+from wholebatch.core.batch import Layout, LogicalBatch, paths
 from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError, SplitError
 from wholebatch.core.record import Update
@@ -131,9 +131,9 @@ class Accumulator:
                 f"micro_batch={micro_batch!r} says nothing about which rows go together.",
                 hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
             )
-        if clip_norm is not None and not clip_norm > 0:
+        if clip_norm is not None and not _is_positive(clip_norm):
             raise ConfigError(
-                f"clip_norm={clip_norm!r} would leave nothing of a gradient.", hint="pass a norm above 0, or None."
+                f"clip_norm={clip_norm!r} is no norm to clip a gradient to.", hint="pass a number above 0, or None."
             )
         check_reduce_in(reduce_in)
         self._reasons = say = Reasons()
@@ -153,7 +153,7 @@ class Accumulator:
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
         )
-        self._layout = Layout(collate, tuple(whole), dims)
+        self._layout = Layout(collate, paths(whole), dims)
         budget = parse_bytes(memory) if memory is not None else None
         self._setup.update.budgeted = budget is not None
         fitting = Fitting(
@@ -282,6 +282,10 @@ class Accumulator:
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""
         return self._precision.autocast()
+
+
+def _is_positive(number: object) -> bool:
+    return hasattr(number, "__float__") and float(number) > 0
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
