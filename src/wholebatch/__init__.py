@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         OptimizerError,
         OutOfMemoryError,
+        RankError,
         SplitError,
         VerifyError,
         WeightError,
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from wholebatch.core.weights import mean_weights
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
+    from wholebatch.engine.batches import LogicalBatches
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
     from wholebatch.engine.checkpointing import checkpoint_blocks, uncheckpoint_blocks
     from wholebatch.engine.exactnorm import exact_batch_norm
+    from wholebatch.engine.exploration import AccumulatedGradientNormalization
     from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
     from wholebatch.engine.optimizers import AdamA
     from wholebatch.engine.planning import plan
@@ -51,10 +54,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AccumulatedGradientNormalization": "engine.exploration",
     "Accumulator": "engine.accumulator",
     "AdamA": "engine.optimizers",
     "BatchNormError": "core.errors",
     "ConfigError": "core.errors",
+    "LogicalBatches": "engine.batches",
     "LossError": "core.errors",
     "MeetingError": "core.errors",
     "MissingExtraError": "core.errors",
@@ -62,6 +67,7 @@ _HOMES = {
     "OptimizerError": "core.errors",
     "OutOfMemoryError": "core.errors",
     "Plan": "core.plan",
+    "RankError": "core.errors",
     "Rows": "core.split",
     "SplitError": "core.errors",
     "Tokens": "core.split",
@@ -88,10 +94,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "AccumulatedGradientNormalization",
     "Accumulator",
     "AdamA",
     "BatchNormError",
     "ConfigError",
+    "LogicalBatches",
     "LossError",
     "MeetingError",
     "MissingExtraError",
@@ -99,6 +107,7 @@ __all__ = [
     "OptimizerError",
     "OutOfMemoryError",
     "Plan",
+    "RankError",
     "Rows",
     "SplitError",
     "Tokens",

@@ -9,10 +9,11 @@ from torch import nn
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.company import Again, Order, recomputing_with
-from wholebatch.engine.cutting import Place, Say
+from wholebatch.engine.company import Again, Order, not_over_ranks, recomputing_with
+from wholebatch.engine.cutting import Place
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.joined import run_joined
+from wholebatch.engine.reasons import Say
 from wholebatch.engine.replay import Run, run_replayed
 from wholebatch.engine.taps import Taps
 from wholebatch.engine.transaction import Transaction
@@ -46,12 +47,23 @@ class Lockstep:
         """Whether it is known that the micro-batches of a window meet."""
         return self._found or bool(exact_layers(self._model))
 
-    def learn(self, again: Again) -> None:
+    def require_reach(self, ranks: int) -> None:
+        """Refuse to let micro-batches meet that are on several ranks.
+
+        Raises:
+            MeetingError: They would have to.
+        """
+        if ranks > 1 and self.meets:
+            raise not_over_ranks("The micro-batches of this model meet", ranks)
+
+    def learn(self, again: Again, ranks: int = 1) -> None:
         """Take note of what ended an attempt at a window.
 
         Raises:
-            MeetingError: The graphs have to be joined, and the user wants a replay.
+            MeetingError: The graphs have to be joined, and the user wants a replay; or there are several ranks.
         """
+        if ranks > 1:
+            raise not_over_ranks(again.why, ranks) from None
         if not again.joined:
             self._found = True
             return

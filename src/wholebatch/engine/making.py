@@ -1,0 +1,184 @@
+"""How does one logical batch become an update? In one cut; made again when its micro-batches turn out to meet."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.errors import OutOfMemoryError, RankError
+from wholebatch.core.record import Update
+from wholebatch.core.split import Indices, side_by_side
+from wholebatch.core.weights import Count
+from wholebatch.engine import memory
+from wholebatch.engine.batchnorm import require_row_by_row
+from wholebatch.engine.check import FirstCheck
+from wholebatch.engine.company import Again, Scout
+from wholebatch.engine.cutting import Place, Shortage
+from wholebatch.engine.forward import Forward
+from wholebatch.engine.lockstep import Lockstep
+from wholebatch.engine.opening import Windows
+from wholebatch.engine.reasons import Say
+from wholebatch.engine.window import Window
+
+
+class Making:
+    """Makes one window from the micro-batches of one logical batch.
+
+    Args:
+        windows: Where the window is opened.
+        forward: Runs the micro-batches.
+        lockstep: Runs those that meet.
+        first_check: Looks at the first batch that is cut.
+        say: Takes the reason of an automatic choice.
+    """
+
+    def __init__(
+        self, windows: Windows, forward: Forward, lockstep: Lockstep, first_check: FirstCheck, say: Say
+    ) -> None:
+        self._windows = windows
+        self._forward = forward
+        self._lockstep = lockstep
+        self._first_check = first_check
+        self._say = say
+
+    def attempt(self, rows: LogicalBatch, cut: Sequence[Indices], padding: float | None) -> Update | Shortage:
+        """Return the update of a logical batch in one cut, or what is known of a shortage of memory that undid it."""
+        place = Place()
+        return self._attempted(lambda: self.make(rows, cut, padding, place), place)
+
+    def attempt_of(self, micro_batches: Sequence[Any], rows: Sequence[int | None]) -> Update | Shortage:
+        """Return the same of micro-batches that somebody else has cut, as for `make_of`."""
+        place = Place()
+        return self._attempted(lambda: self.make_of(micro_batches, rows, place), place)
+
+    def make(self, rows: LogicalBatch, cut: Sequence[Indices], padding: float | None, place: Place) -> Update:
+        """Make one update from a logical batch in one cut.
+
+        Args:
+            rows: The logical batch.
+            cut: The rows of each micro-batch.
+            padding: Share of padding, if known.
+            place: Told which micro-batch runs.
+
+        Raises:
+            BatchNormError, VerifyError: The cut would change the gradient.
+            Exception: What the loss function raised; nothing has changed then.
+        """
+        ranks = self._windows.rules.setup.group.ranks
+        if len(cut) > 1 or ranks > 1:
+            self._require_row_by_row()
+            self._lockstep.require_reach(ranks)
+        if len(cut) > 1:
+            self._first_check.look(rows, max(cut, key=len))
+        # Rows of a list are collated once, when their turn comes, so that the padded logical batch never exists.
+        objective = self._forward.objective
+        counts: list[Count | None] = [None] * len(cut)
+        if objective.targets is None:
+            counts = [len(part) for part in cut]
+        elif not rows.collates or rows.kept is not None:
+            counts = [objective.count(rows.take(part), len(part)) for part in cut]
+        known = [count for count in counts if count is not None]
+        total = sum(known) if len(known) == len(cut) else None
+        opened = {"targets": total, "micro_batches": len(cut), "padding": padding}
+        update = None
+        if len(cut) < 2 or not self._lockstep.meets:
+
+            def pass_each(window: Window) -> None:
+                for number, (part, count) in enumerate(zip(cut, counts, strict=True), 1):
+                    place.rows = len(part)
+                    if number == len(cut):
+                        window.expect_last()
+                    self._forward.into(window, rows.take(part), len(part), count)
+                place.rows = None
+
+            update = self._fill(pass_each, Scout() if len(cut) > 1 or ranks > 1 else None, **opened)
+        while update is None:  # they meet
+            takes = [partial(rows.take, part) for part in cut]
+            update = self._meet(takes, list(map(len, cut)), counts, cut, place, **opened)
+        return update
+
+    def make_of(self, micro_batches: Sequence[Any], rows: Sequence[int | None], place: Place) -> Update:
+        """Make one update from micro-batches that somebody else has cut: from one, or from several that meet.
+
+        Args:
+            micro_batches: As the loss function takes them.
+            rows: Of each, if known. Unit: rows.
+            place: Told which micro-batch runs.
+        """
+        if len(micro_batches) < 2:
+
+            def pass_each(window: Window) -> None:
+                for micro_batch in micro_batches:
+                    place.rows = rows[0]
+                    self._forward.into(window, micro_batch, rows[0], None)
+                place.rows = None
+
+            update = self._fill(pass_each, None)
+            assert update is not None
+            return update
+        self._require_row_by_row()
+        takes = [partial(_itself, each) for each in micro_batches]
+        update = None
+        while update is None:
+            update = self._meet(
+                takes, rows, [None] * len(rows), side_by_side(rows), place, micro_batches=len(micro_batches)
+            )
+        return update
+
+    def _fill(self, fill: Callable[[Window], None], company: Scout | None, **opened: Any) -> Update | None:
+        """Return the update of a window that is filled, or None where it has to be made again, knowing more."""
+        window = self._windows.open(row_by_row=True, company=company, **opened)
+        try:
+            fill(window)
+            if company is not None:
+                company.require_alone()
+            return window.close()
+        except Again as again:
+            self._windows.take_back(window)
+            self._lockstep.learn(again, self._windows.rules.setup.group.ranks)
+        except BaseException:
+            if window.is_open:
+                window.rollback()
+            raise
+        return None
+
+    def _meet(
+        self,
+        takes: Sequence[Callable[[], Any]],
+        rows: Sequence[int | None],
+        counts: Sequence[Count | None],
+        cut: Sequence[Indices] | None,
+        place: Place,
+        **opened: Any,
+    ) -> Update | None:
+        """Return the update of micro-batches that meet, or None where it has to be made again, knowing more."""
+        runs = [partial(self._forward.meeting, *each) for each in zip(takes, rows, counts, strict=True)]
+
+        def meet(window: Window) -> None:
+            transaction = self._windows.rules.transaction
+            self._lockstep.run(window, transaction, runs, rows, cut, place, self._say)
+
+        return self._fill(meet, None, **opened)
+
+    def _attempted(self, make: Callable[[], Update], place: Place) -> Update | Shortage:
+        try:
+            return make()
+        except RankError as error:
+            elsewhere = self._windows.rules.setup.group.take_shortages()
+            if not elsewhere:
+                raise
+            return Shortage(error.found, None, elsewhere)
+        except Exception as error:
+            if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+                raise
+            # Only words leave this block: the error's traceback holds the tensors of the attempt.
+            return Shortage(memory.in_a_line(error), place.rows)
+
+    def _require_row_by_row(self) -> None:
+        rules = self._windows.rules
+        if rules.batch_norm == "refuse":
+            require_row_by_row(rules.setup.model)
+
+
+def _itself(micro_batch: Any) -> Any:
+    return micro_batch

@@ -1,0 +1,126 @@
+"""Which window is open? One at a time, and its optimizers step at its close and nowhere else."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from operator import is_
+
+from torch import Tensor
+
+from wholebatch.core.errors import WindowError
+from wholebatch.core.weights import Count, check_count
+from wholebatch.engine.company import Company, OneByOne, Seat, leave, sit_down
+from wholebatch.engine.objective import plain_count
+from wholebatch.engine.setup import Setup
+from wholebatch.engine.sums import GradientSum, SumIn
+from wholebatch.engine.window import Rules, Window
+
+
+class Windows:
+    """The windows of an accumulator, one after the other.
+
+    Args:
+        rules: Under which they are made.
+        sum_in: How gradients of 16-bit weights are summed.
+
+    Attributes:
+        rules: In force for the next window.
+        current: The window that is open, or None.
+    """
+
+    def __init__(self, rules: Rules, sum_in: SumIn) -> None:
+        self.rules = rules
+        self.current: Window | None = None
+        self._sum_in = sum_in
+        self._number = 0
+        self._seat: Seat | None = None
+        guard = _guard(weakref.ref(self))
+        for each in rules.setup.optimizers:
+            hook = each.register_step_pre_hook(guard)
+            weakref.finalize(self, hook.remove)
+
+    def open(
+        self,
+        *,
+        targets: Count | None = None,
+        micro_batches: int = 1,
+        padding: float | None = None,
+        row_by_row: bool = False,
+        company: Company | None = None,
+    ) -> Window:
+        """Open the next window.
+
+        Args:
+            targets: Of the whole window, if known. Unit: targets.
+            micro_batches: About how many will come.
+            padding: Share of padding, if known.
+            row_by_row: Whether it is known that no layer computes over the micro-batch that it sees.
+            company: What its micro-batches find where they want to meet.
+
+        Raises:
+            WindowError: The last window is still open.
+        """
+        if self.current is not None:
+            raise WindowError(
+                "A window is open already, and two of one accumulator would share its gradient.",
+                hint="close or roll back the first one (accumulator.open_window); a second model or optimizer takes an "
+                "accumulator of its own.",
+            )
+        self.rules.setup.group.open(self.renew_sums)
+        self.renew_sums()
+        if targets is not None:
+            targets = plain_count(targets)
+            check_count(targets)
+            targets = None if not isinstance(targets, Tensor) and targets == 0 else targets
+        self._number += 1
+        self.current = Window(
+            self.rules,
+            number=self._number,
+            targets=targets,
+            micro_batches=micro_batches,
+            padding=padding,
+            row_by_row=row_by_row,
+            company=company if isinstance(company, OneByOne) else None,
+            ended=self._ended,
+        )
+        self._seat = sit_down(company)
+        return self.current
+
+    def renew_sums(self) -> GradientSum:
+        """Return the running sum of what the optimizers step now."""
+        parameters = self.rules.setup.group.leaves(self.rules.setup.parameters)
+        summed = self.rules.sums.parameters
+        if len(parameters) != len(summed) or not all(map(is_, parameters, summed)):  # a parameter group was added
+            self.rules = replace(self.rules, sums=gradient_sum(self.rules.setup, self._sum_in))
+        return self.rules.sums
+
+    def take_back(self, window: Window) -> None:
+        """Undo a window that is to be made again under the same number."""
+        if window.is_open:
+            window.rollback()
+        self._number -= 1
+
+    def _ended(self) -> None:
+        self.current = None
+        if self._seat is not None:
+            leave(self._seat)
+
+
+def gradient_sum(setup: Setup, sum_in: SumIn) -> GradientSum:
+    """Return the running sum of the gradients of what the optimizers step."""
+    leaves = setup.group.leaves
+    return GradientSum(leaves(setup.parameters), leaves(setup.bystanders), sum_in, setup.consumption())
+
+
+def _guard(windows: "weakref.ref[Windows]") -> Callable[..., None]:
+    """A hook that keeps an optimizer from stepping inside an open window."""
+
+    def refuse(*_arguments: object) -> None:
+        owner = windows()
+        if owner is not None and owner.current is not None and not owner.rules.setup.stepping:
+            raise WindowError(
+                "The optimizer was stepped inside an open window, before its gradient was that of the logical batch.",
+                hint="leave out optimizer.step(): window.close() steps, once, at the end.",
+            )
+
+    return refuse
