@@ -78,6 +78,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["epochs"].help)] = None,
     updates: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["updates"].help)] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["lr"].help)] = None,
+    batch_norm: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["batch_norm"].help)] = None,
     clip_norm: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["clip_norm"].help)] = None,
     precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
     accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
@@ -103,6 +104,7 @@ def train(
       wholebatch train text --logical-batch '65536 tokens' --micro-batch '4096 tokens' --out runs/first
       wholebatch train my_file.py:recipe --config job.toml --lr 3e-4
       wholebatch train text --sink tensorboard --sink wandb
+      wholebatch train images --batch-norm exact --micro-batch '4 rows'
 
     \b
     A file job.toml:
@@ -121,6 +123,7 @@ def train(
         "epochs": epochs,
         "updates": updates,
         "lr": lr,
+        "batch_norm": batch_norm,
         "clip_norm": clip_norm,
         "precision": precision,
         "accumulate_in": accumulate_in,

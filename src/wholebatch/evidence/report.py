@@ -16,6 +16,7 @@ REPORT_NAME = "report.html"
 _STATED = {
     "logical_batch": "Logical batch",
     "micro_batch": "Micro-batch",
+    "batch_norm": "Batch norm",
     "precision": "Precision",
     "seed": "Seed",
     "device": "Device",
