@@ -253,19 +253,38 @@ app.command()(conformance)
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or the log in it.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, or the log in it; or several.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of several runs: the page; left out, comparison.html in their folder."),
+    ] = None,
     debug: _Debug = False,
 ) -> None:
-    """Write report.html anew from the log of a run.
+    """Write report.html anew from the log of a run, or one page that shows several runs side by side.
 
-    Also of one that was killed. The path of the report goes to stdout, a summary in words to stderr.
+    Also of one that was killed. The path of the page goes to stdout, a summary in words to stderr.
 
     \b
     Examples:
       wholebatch report runs/text
       open "$(wholebatch report runs/text)"
+      wholebatch report runs/exact runs/group runs/frozen
+      wholebatch report runs/* --out side-by-side.html
     """
     with edge(debug=debug):
+        if len(runs) > 1:
+            from wholebatch.evidence.beside import summarize_runs, write_comparison
+
+            say(summarize_runs(runs))
+            print(write_comparison(runs, out))
+            return
+        (run,) = runs
+        if out is not None:
+            raise ConfigError(
+                "`--out` is for several runs; the report of one is written beside its log.", hint="leave it out."
+            )
         from wholebatch.evidence.report import read_log, summarize, write_report
 
         say(summarize(read_log(run)))

@@ -71,11 +71,18 @@ def write_page(page: Path, html: str) -> Path:
     return page
 
 
-def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return a table of numbers that scrolls for itself on a narrow screen."""
+def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, named: bool = False) -> list[str]:
+    """Return a table of numbers that scrolls for itself on a narrow screen.
+
+    Args:
+        name: For screen readers.
+        head: A cell for each column.
+        rows: Cells by row.
+        named: Whether the first column holds the names of the rows.
+    """
     return [
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">',
-        '<table class="numbers">',
+        f'<table class="numbers{" named" * named}">',
         f"<thead>{_row('th scope=col', head)}</thead>",
         "<tbody>",
         *(_row("td", row) for row in rows),
