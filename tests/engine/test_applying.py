@@ -95,9 +95,7 @@ def test_the_update_is_the_same_bit_for_bit(options, dtype, meets):
     plain, stream = trained(stack(dtype, inner=inner, meets=meets), **options)
     model = stack(dtype, inner=inner, meets=meets)
     names = tuple(f"blocks.{place}" for place in range(len(inner)))[:2]
-    plan = wb.plan(
-        model, torch.optim.SGD(model.parameters()), loss_fn, rows(4, dtype), 12, "1GiB", timed=False
-    )
+    plan = wb.plan(model, torch.optim.SGD(model.parameters()), loss_fn, rows(4, dtype), 12, "1GiB", timed=False)
     applied = plan.hand(replaced(plan, names), model)
     assert applied.blocks == names
     found, found_stream = trained(model, **options)
