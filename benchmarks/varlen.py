@@ -26,8 +26,8 @@ The documents are the paragraphs of the embedded novel, cut at 512 and at 2,048 
 at 512; of each corpus every n-th row by length, so that the sample pads as the whole corpus does. The weights stay as
 they are (learning rate 0), so that every round does the same. Takes about twenty minutes of one core.
 
-Most micro-batches have a shape of their own, and oneDNN compiles kernels for each. It keeps 1,024 of them, too few for
-all; ONEDNN_PRIMITIVE_CACHE_CAPACITY=16384 in the environment lets it keep more, for all ways alike.
+Each way lives in a process of its own (apart.py), as it would for whoever trains with it alone: most micro-batches have
+a shape of their own, oneDNN compiles kernels for each and keeps 1,024 of them, too few for all ways together.
 """
 
 import os
@@ -35,14 +35,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import peers
 import wholebatch as wb
+from apart import Apart
 from documents import DOCSTRINGS, NOVEL, dense, documents, padding, sample
 from page import Bar, arguments, table, tell
 from wholebatch.recipes import text as recipe
@@ -75,6 +79,10 @@ ROUND = (*TWICE, HAND, GROUPED, MEAN, TRAINER, LIGHTNING, *reversed(TWICE))
 
 def slices(rows: Sequence[bytes]) -> list[list[bytes]]:
     return [list(rows[start : start + PLAIN_ROWS]) for start in range(0, len(rows), PLAIN_ROWS)]
+
+
+Shape: TypeAlias = tuple[int, int]
+"""Blocks of the transformer, and its longest row."""
 
 
 class Contender:
@@ -126,19 +134,49 @@ def error(gradient: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 @dataclass
 class Way:
-    """One of the things that take turns.
+    """One of the things that take turns, in its own process.
 
     Attributes:
-        run: Makes an update, and returns the CPU seconds that it took.
+        update: Makes an update, and returns the CPU seconds that it took.
         contender: Whose update it is.
-        parts: The micro-batches of the last run.
-        seconds: CPU seconds, round by round.
+        parts: The micro-batches of the last update.
     """
 
-    run: Callable[[], float]
+    update: Callable[[], float]
     contender: Contender
     parts: list[list[bytes]]
+
+    def run(self) -> float:
+        """Make an update, and return the CPU seconds that it took."""
+        return self.update()
+
+    def shown(self) -> list[list[bytes]]:
+        """Return the micro-batches of the last update."""
+        return self.parts
+
+    def moved(self) -> list[np.ndarray]:
+        """Return the gradient of the last update."""
+        return [each.numpy() for each in self.contender.gradient]
+
+
+@dataclass
+class Measured:
+    """A way, as it is seen from here.
+
+    Attributes:
+        apart: Where it runs.
+        parts: Its micro-batches.
+        seconds: CPU seconds of an update, round by round.
+    """
+
+    apart: Apart
+    parts: list[list[bytes]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+
+    def warm_up(self) -> None:
+        """Make a first update, and see what its micro-batches are."""
+        self.apart.call("run")
+        self.parts = self.apart.call("shown")
 
     @property
     def tokens(self) -> int:
@@ -155,6 +193,10 @@ class Way:
         """Real tokens per CPU second."""
         return self.tokens / statistics.median(self.seconds)
 
+    def error(self, exact: Sequence[Tensor]) -> float:
+        """Return how far its gradient is off."""
+        return error([torch.from_numpy(each) for each in self.apart.call("moved")], exact)
+
 
 def timed(update: Callable[[], object]) -> Callable[[], float]:
     """Return the update as something that returns the CPU seconds that it took."""
@@ -167,11 +209,13 @@ def timed(update: Callable[[], object]) -> Callable[[], float]:
     return run
 
 
-def by_hand(contender: Contender, batch: list[bytes]) -> Way:
+def by_hand(shape: Shape, batch: list[bytes]) -> Way:
+    contender = Contender(*shape)
     return Way(timed(lambda: hand_written(contender, batch)), contender, slices(batch))
 
 
-def accumulated(contender: Contender, batch: list[bytes], budget: int) -> Way:
+def accumulated(shape: Shape, batch: list[bytes], budget: int) -> Way:
+    contender = Contender(*shape)
     cut = wb.Tokens(budget, length=len)
     accumulator = wb.Accumulator(
         contender.model, contender.optimizer, recipe.loss, micro_batch=cut, collate=recipe.collate, check=None
@@ -180,8 +224,9 @@ def accumulated(contender: Contender, batch: list[bytes], budget: int) -> Way:
     return Way(timed(lambda: accumulator.step(batch)), contender, parts)
 
 
-def with_lightning(contender: Contender, batch: list[bytes]) -> Way:
+def with_lightning(shape: Shape, batch: list[bytes]) -> Way:
     """A loader in random order, and the mean loss of a micro-batch."""
+    contender = Contender(*shape)
     parts: list[list[bytes]] = []
 
     def collate(rows: list[bytes]) -> Tensor:
@@ -214,8 +259,9 @@ class Logits(nn.Module):
         return {"logits": self.model(input_ids)}
 
 
-def with_trainer(contender: Contender, batch: list[bytes], sampling: str, rows: int = PLAIN_ROWS) -> Way:
+def with_trainer(shape: Shape, batch: list[bytes], sampling: str, rows: int = PLAIN_ROWS) -> Way:
     """A dataset of the rows, and a loss that is a sum over the items of the window."""
+    contender = Contender(*shape)
     parts: list[list[bytes]] = []
     dataset = [{"input_ids": row} for row in batch]
 
@@ -247,7 +293,7 @@ def with_trainer(contender: Contender, batch: list[bytes], sampling: str, rows: 
     return Way(run, contender, parts)
 
 
-def ratio(way: Way, other: Way) -> float:
+def ratio(way: Measured, other: Measured) -> float:
     """Return how many times the rate of `other` this one reached: the median over the rounds."""
     return statistics.median(
         (way.tokens / ours) / (other.tokens / theirs) for ours, theirs in zip(way.seconds, other.seconds, strict=True)
@@ -260,35 +306,39 @@ def measure(corpus: str, longest: int, *, rows: int, rounds: int, budget: int, b
     tokens, squares = sum(map(len, batch)), sum(len(row) ** 2 for row in batch)
     work, mean = round(squares / tokens), round(tokens / rows)
 
-    def fresh() -> Contender:
-        return Contender(blocks, longest)
+    shape = (blocks, longest)
+    with ExitStack() as stack:
 
-    rivals = {name: with_trainer(fresh(), batch, "batch_rebalance", each) for each, name in REBALANCED.items()}
-    rivals[RIVAL].run()  # to see how large its micro-batches are
-    ways = {
-        HAND: by_hand(fresh(), batch),
-        OURS: accumulated(fresh(), batch, budget),
-        DENSE: accumulated(fresh(), dense(tokens, work), budget),
-        MEAN: accumulated(fresh(), dense(tokens, mean), budget),
-        LIGHTNING: with_lightning(fresh(), batch),
-        TRAINER: with_trainer(fresh(), batch, "random"),
-        GROUPED: with_trainer(fresh(), batch, "group_by_length"),
-        **rivals,
-        AS_LARGE: accumulated(fresh(), batch, rivals[RIVAL].largest),
-    }
-    judged = fresh()
-    exact = exact_gradient(judged, batch)
-    for name, way in ways.items():
-        way.run()
-        if name not in (DENSE, MEAN) and sorted(row for part in way.parts for row in part) != sorted(batch):
-            raise RuntimeError(f"{name} did not see each row once")
-    for _ in range(rounds):
-        taken: dict[str, list[float]] = {name: [] for name in ways}
-        for name in ROUND:
-            taken[name].append(ways[name].run())
-        for name, seconds in taken.items():
-            ways[name].seconds.append(statistics.mean(seconds))
-    errors = {name: error(way.contender.gradient, exact) for name, way in ways.items() if name not in (DENSE, MEAN)}
+        def apart(make: Callable[..., Way], *given: object) -> Measured:
+            return Measured(stack.enter_context(Apart(make, shape, *given)))
+
+        ways = {
+            HAND: apart(by_hand, batch),
+            OURS: apart(accumulated, batch, budget),
+            DENSE: apart(accumulated, dense(tokens, work), budget),
+            MEAN: apart(accumulated, dense(tokens, mean), budget),
+            LIGHTNING: apart(with_lightning, batch),
+            TRAINER: apart(with_trainer, batch, "random"),
+            GROUPED: apart(with_trainer, batch, "group_by_length"),
+            **{name: apart(with_trainer, batch, "batch_rebalance", each) for each, name in REBALANCED.items()},
+        }
+        for way in ways.values():
+            way.warm_up()
+        ways[AS_LARGE] = apart(accumulated, batch, ways[RIVAL].largest)
+        ways[AS_LARGE].warm_up()
+        documents_seen = {name: way for name, way in ways.items() if name not in (DENSE, MEAN)}
+        for name, way in documents_seen.items():
+            if sorted(row for part in way.parts for row in part) != sorted(batch):
+                raise RuntimeError(f"{name} did not see each row once")
+        for _ in range(rounds):
+            taken: dict[str, list[float]] = {name: [] for name in ways}
+            for name in ROUND:
+                taken[name].append(ways[name].apart.call("run"))
+            for name, seconds in taken.items():
+                ways[name].seconds.append(statistics.mean(seconds))
+        judged = Contender(*shape)
+        exact = exact_gradient(judged, batch)
+        errors = {name: way.error(exact) for name, way in documents_seen.items()}
     few = batch[: 4 * PLAIN_ROWS]
     hand_written(judged, few, mean_of_means=True)
     mistaken = error(judged.gradient, exact_gradient(judged, few))

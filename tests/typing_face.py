@@ -120,6 +120,26 @@ def rows_that_meet(model: nn.Module, batch: Batch) -> Tensor:
     return loss + wb.losses.load_balancing(queries.softmax(-1), mask=batch["mask"])
 
 
+def ranks_that_speak_seldom(model: nn.Module, loader: Iterator[Batch]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with wb.AccumulatedGradientNormalization(
+        model, optimizer, mean_loss, local_steps=10, synchronous=False
+    ) as exploring:
+        for batch in loader:
+            step = exploring.step(batch)
+            assert_type(step.loss, Tensor | None)
+            assert_type(step.merged, bool)
+            assert_type(step.stale, int)
+        exploring.finish()
+
+
+def rows_of_a_rank(rows: list[tuple[Tensor, int]]) -> None:
+    batches = wb.LogicalBatches([length_of_row(row) for row in rows], rows=512, balance="tokens", shuffle=True, seed=0)
+    batches.set_epoch(1)
+    assert_type(next(iter(batches)), list[int])
+    wb.LogicalBatches(len(rows), 512, rank=0, ranks=2)
+
+
 def will_it_fit(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     plan = wb.plan(

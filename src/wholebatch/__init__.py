@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         OptimizerError,
         OutOfMemoryError,
+        RankError,
         SplitError,
         VerifyError,
         WeightError,
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from wholebatch.core.weights import mean_weights
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
+    from wholebatch.engine.batches import LogicalBatches
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
     from wholebatch.engine.checkpointing import checkpoint_blocks, uncheckpoint_blocks
     from wholebatch.engine.exactnorm import exact_batch_norm
+    from wholebatch.engine.exploration import AccumulatedGradientNormalization
     from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
     from wholebatch.engine.normmask import mask_batch_norm
     from wholebatch.engine.optimizers import AdamA
@@ -52,10 +55,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AccumulatedGradientNormalization": "engine.exploration",
     "Accumulator": "engine.accumulator",
     "AdamA": "engine.optimizers",
     "BatchNormError": "core.errors",
     "ConfigError": "core.errors",
+    "LogicalBatches": "engine.batches",
     "LossError": "core.errors",
     "MeetingError": "core.errors",
     "MissingExtraError": "core.errors",
@@ -63,6 +68,7 @@ _HOMES = {
     "OptimizerError": "core.errors",
     "OutOfMemoryError": "core.errors",
     "Plan": "core.plan",
+    "RankError": "core.errors",
     "Rows": "core.split",
     "SplitError": "core.errors",
     "Tokens": "core.split",
@@ -90,10 +96,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "AccumulatedGradientNormalization",
     "Accumulator",
     "AdamA",
     "BatchNormError",
     "ConfigError",
+    "LogicalBatches",
     "LossError",
     "MeetingError",
     "MissingExtraError",
@@ -101,6 +109,7 @@ __all__ = [
     "OptimizerError",
     "OutOfMemoryError",
     "Plan",
+    "RankError",
     "Rows",
     "SplitError",
     "Tokens",

@@ -1,18 +1,24 @@
 """How does a loader that already yields micro-batches become updates? One window after the other, with its tail."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from wholebatch.core.batch import Layout
-from wholebatch.core.errors import MeetingError
+from torch.utils.data import DataLoader, IterableDataset
+
+from wholebatch.core.batch import Layout, LogicalBatch
+from wholebatch.core.errors import MeetingError, RankError
 from wholebatch.core.record import Update
 from wholebatch.core.window import group
+from wholebatch.engine import memory
 from wholebatch.engine.check import FirstCheck
 from wholebatch.engine.company import Again, Scout, leave, sit_down
+from wholebatch.engine.cutting import Shortage
 from wholebatch.engine.forward import Forward
 from wholebatch.engine.lockstep import Lockstep
 from wholebatch.engine.making import Making
 from wholebatch.engine.opening import Windows
+from wholebatch.engine.splitting import Splitting
 from wholebatch.engine.window import Window
 
 
@@ -25,6 +31,7 @@ class Loading:
         lockstep: Knows whether they meet.
         making: Makes the windows of those that do.
         first_check: Looks at the first batch.
+        splitting: Runs those that do not meet, in parts where memory runs out.
         layout: How rows lie in a micro-batch.
     """
 
@@ -35,6 +42,7 @@ class Loading:
         lockstep: Lockstep,
         making: Making,
         first_check: FirstCheck,
+        splitting: Splitting,
         layout: Layout,
     ) -> None:
         self._windows = windows
@@ -42,27 +50,68 @@ class Loading:
         self._lockstep = lockstep
         self._making = making
         self._first_check = first_check
+        self._splitting = splitting
         self._layout = layout
 
     def updates(self, loader: Iterable[Any], micro_batches: int) -> Iterator[Update]:
         """Make updates from a loader; see `wb.Accumulator.updates`."""
-        window: Window | None = None
-        held: list[Any] | None = None  # the micro-batches of a window that meet
+        ranks = self._windows.rules.setup.group
+        stream = self._stream(loader, micro_batches)
+        update: Update | None = None
+        while update is None or not ranks.all_ended:
+            with ranks.together(self._windows.renew_sums):
+                self._lockstep.require_reach(ranks.ranks)
+                update = self._next(stream, micro_batches)
+            if update is None:
+                return
+            yield update
+        for _ in stream:  # so that the loader, too, comes to its end
+            raise RankError(
+                "A loader yields more micro-batches than its length says, after all ranks had come to their end.",
+                hint="let len(loader) be right, or hand in iter(loader), whose length is not asked.",
+            )
+
+    def _stream(self, loader: Iterable[Any], micro_batches: int) -> Iterator[tuple[Any, bool]]:
+        """The micro-batches of this process, and empty windows for as long as other ranks have more."""
+        ranks = self._windows.rules.setup.group
+        length = _known_length(loader)
+        ranks.begin_stream()
+
+        def read() -> Iterator[Any]:
+            for number, micro_batch in enumerate(loader, 1):
+                ranks.ended = number == length
+                yield micro_batch
+            ranks.ended = True
+
+        yield from group(read(), micro_batches)
+        ranks.idle = True
+        while ranks.others_go_on:
+            yield None, True
+
+    def _next(self, stream: Iterator[tuple[Any, bool]], micro_batches: int) -> Update | None:
+        """Make the next window; None where no rank has a micro-batch left."""
+        ranks, several = self._windows.rules.setup.group, micro_batches > 1
+        alone = not several and ranks.ranks == 1
+        # The micro-batches of a window that meet, or of which there is one.
+        held: list[Any] | None = [] if alone or (several and self._lockstep.meets) else None
         unlearned: list[Any] = []  # those without targets, that may have to meet others yet
-        scout = Scout() if micro_batches > 1 else None
+        retries = 0
+        scout = Scout() if several or ranks.ranks > 1 else None
+        window: Window | None = None
         try:
-            for micro_batch, closes in group(loader, micro_batches):
-                if window is None and held is None:
-                    held = [] if micro_batches > 1 and self._lockstep.meets else None
+            for micro_batch, closes in stream:
                 if window is None and held is None:
                     window = self._windows.open(micro_batches=micro_batches)
+                    window.steps_again = True
                 if micro_batch is not None:
-                    if micro_batches > 1:
+                    if several:
                         self._first_check.look_at_loaded(micro_batch, self._layout)
                     if window is not None:
                         seat = sit_down(scout)
                         try:
-                            self._forward.into(window, micro_batch, self._layout.count(micro_batch), None)
+                            if closes:
+                                window.expect_last()
+                            retries += self._splitting.into(window, micro_batch)
                             if window.is_empty and scout is not None:
                                 unlearned.append(micro_batch)
                         except Again as again:
@@ -75,15 +124,42 @@ class Loading:
                     del micro_batch
                 if closes:
                     update = window.close() if window is not None else self._make_of(held or [])
-                    window, held, unlearned = None, None, []
-                    yield update
+                    self._splitting.closed()
+                    if not ranks.all_idle:
+                        return replace(update, retries=update.retries + retries) if retries else update
+                    assert window is not None
+                    self._windows.take_back(window)
+                    return None
         except BaseException:
             if window is not None and window.is_open:
                 window.rollback()
             raise
+        return None
 
     def _make_of(self, held: list[Any]) -> Update:
-        return self._making.make_of(held, [self._layout.count(each) for each in held])
+        """Make the update of micro-batches that are all there, in parts where they do not fit."""
+        retries = 0
+        rows = [self._layout.count(each) for each in held]
+        taken: list[LogicalBatch] = []
+        while True:
+            if not taken and not self._splitting.splits(rows):
+                made = self._making.attempt_of(held, rows)
+            else:
+                taken = taken or [self._layout.loaded(each) for each in held]
+                made = self._made_in_parts(taken)
+            if isinstance(made, Update):
+                return replace(made, retries=retries) if retries else made
+            memory.free_cached(self._windows.rules.setup.device)
+            taken = taken or [self._splitting.rows_of(each, made.said) for each in held]
+            at_once = max(len(part) for each in taken for part in self._splitting.parts(each))
+            self._splitting.take_finer(max(taken, key=lambda each: each.rows), made.rows or at_once, made.said)
+            retries += 1
+
+    def _made_in_parts(self, taken: list[LogicalBatch]) -> Update | Shortage:
+        if len(taken) == 1:
+            return self._making.attempt(taken[0], self._splitting.parts(taken[0]), None)
+        parts = [(each, part) for each in taken for part in self._splitting.parts(each)]
+        return self._making.attempt_of([each.take(part) for each, part in parts], [len(part) for _, part in parts])
 
     def _require_first(self, window: Window, again: Again) -> None:
         """Undo a window whose first micro-batch has come to a meeting; refuse it if others have run without one."""
@@ -94,4 +170,13 @@ class Loading:
                 f"{again.why}, and an earlier micro-batch of this window ended without meeting.",
                 hint="let every micro-batch make the same meetings in the same order.",
             )
-        self._lockstep.learn(again)
+        self._lockstep.learn(again, self._windows.rules.setup.group.ranks)
+
+
+def _known_length(loader: Any) -> int | None:
+    """How many micro-batches a loader yields, where that can be relied on."""
+    if isinstance(loader, list | tuple):
+        return len(loader)
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return len(loader)
+    return None

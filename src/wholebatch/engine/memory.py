@@ -84,7 +84,7 @@ _SAID_OUT_OF_MEMORY = re.compile(
     | can't\ allocate\ memory | cannot\ allocate\ memory      # DefaultCPUAllocator on Linux and macOS
     | not\ enough\ memory         # DefaultCPUAllocator on Windows
     | std::bad_alloc
-    | could\ not\ create\ a\ (memory|primitive)               # oneDNN, which says no more than that
+    | could\ not\ create\ a\ (memory|primitive(?!\ desc))     # oneDNN, which says no more; a descriptor is no memory
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -105,6 +105,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and _SAID_OUT_OF_MEMORY.search(str(error)):
         return True
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return what an exception says, without the tensors that its traceback holds alive.
+
+    Example:
+        >>> in_a_line(MemoryError()), in_a_line(ValueError("one\\ntwo"))
+        ('MemoryError', 'one')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def free_cached(device: torch.device) -> None:

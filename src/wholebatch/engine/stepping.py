@@ -4,7 +4,8 @@ What a step is about to move is copied first. A step that fails is undone, and t
 batch can be cut finer. Copying everything would cost as much memory as weights and optimizer state take. So where it is
 known that a step moves each parameter on its own, as with the optimizers of PyTorch, parameters are stepped in pieces,
 and only the piece under way has a copy. A piece for which memory runs out is undone and tried again in smaller ones;
-once a piece has moved for good, the rest follow, because the gradients of what has moved make room.
+once a piece has moved for good, the rest follow: the gradients of what has moved make room, and where that is taken
+away as well, a reserve suffices for the rest in slices (`slicing.py`). What cannot be sliced moves first.
 """
 
 import time
@@ -22,6 +23,7 @@ from torch.optim import optimizer as of_torch
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.engine import memory
 from wholebatch.engine.consuming import takers
+from wholebatch.engine.slicing import FEWER, NUMBERS, RESERVE, Reserve, Slices, can_be_sliced
 from wholebatch.engine.undo import SMALL, Away, Beside, Undo, nbytes_of
 
 WHOLE = 4 << 20
@@ -34,7 +36,7 @@ BESIDE = 64 << 20
 """Bytes of weights and state up to which a copy of everything stays on the device."""
 
 WAITS = (0.0, 0.1, 1.0, 4.0)
-"""Seconds before each further attempt at a piece, after other pieces have moved."""
+"""Seconds before each further attempt at the slices of a parameter, after other pieces have moved."""
 
 ONE_BY_ONE = frozenset(
     getattr(optim, name)
@@ -64,6 +66,7 @@ class Stepping:
         self._device = device
         self._beside = Beside()
         self._away = Away()
+        self._reserve = Reserve(device)
         self.budgeted = False
         self._tight = False
         self._proven: list[_Proof] = []
@@ -85,6 +88,7 @@ class Stepping:
             return self._step()
         finally:
             self._beside.give_back(above=WHOLE)
+            self._reserve.give_back()
 
     def _step(self) -> BaseException | None:
         if not all(map(_moves_one_by_one, self._optimizers)):
@@ -98,10 +102,11 @@ class Stepping:
             return None
         pieces = _cut(whole, nbytes // PIECES)
         proof = [_Proof(each.param_groups, _kind(each)) for each in self._optimizers]
-        if len(self._proven) == len(proof) and all(
+        known = len(self._proven) == len(proof) and all(
             new.is_that_of(old) for new, old in zip(proof, self._proven, strict=True)
-        ):
-            return self._step_in_pieces(pieces)
+        )
+        if known and not any(map(_lacks_state, whole)):
+            return self._step_in_pieces(*_sorted_out(whole, nbytes // PIECES))
         # What a step cannot digest, such as a sparse gradient or a state of the wrong shape, shows the first time.
         self._step_or_undo(_undo_of(whole, self._away, self._beside), pieces if self._tight else None)
         self._proven = proof
@@ -131,11 +136,16 @@ class Stepping:
             self._tight = self._tight or memory.is_out_of_memory(error)
             raise
 
-    def _step_in_pieces(self, pieces: "list[_Piece]") -> BaseException | None:
-        """Step in pieces with a copy of the one under way. Once one has moved, the others are made to."""
-        ahead, done = deque(pieces), list[_Piece]()
+    def _step_in_pieces(self, first: "list[_Piece]", pieces: "list[_Piece]") -> BaseException | None:
+        """Step what cannot be sliced as one piece, and then the rest, each with a copy. Once one has moved, all do."""
+        self._reserve.take()
+        done = list[_Piece]()
+        if first:
+            near, far = self._rooms(not self.budgeted)
+            self._step_or_undo(_undo_of(first, near, far), first)
+            done += first
+        ahead = deque(pieces)
         late: BaseException | None = None
-        waits = iter(WAITS)
         while ahead:
             piece = ahead.popleft()
             undo = self._undo_of_piece(piece) if len(piece.parameters) > 1 else None
@@ -155,27 +165,52 @@ class Stepping:
                     late = error.with_traceback(None)
             else:
                 done.append(piece)
-                waits = iter(WAITS)
                 continue
-            ahead.appendleft(piece)
             del undo
-            self._make_room(done, next(waits, None), said)
+            self._make_room(done)
+            if said is None:
+                ahead.appendleft(piece)
+            else:
+                self._finish(piece)
+                done.append(piece)
         return late
 
-    def _make_room(self, done: "list[_Piece]", seconds: float | None, said: str | None) -> None:
-        """Free what is used up, and wait for what others may free."""
-        if seconds is None:
-            raise OutOfMemoryError(
-                f"Memory ran out inside optimizer.step(), and did not come back, after a part of the weights had moved "
-                f"({said}).",
-                hint="start again from the last checkpoint, with less in memory: a smaller model, or an optimizer with "
-                "less state.",
-            )
+    def _make_room(self, done: "list[_Piece]") -> None:
+        """Free what is used up."""
         for piece in done:
             for parameter in piece.parameters:
                 parameter.grad = None
         memory.free_cached(self._device)
-        time.sleep(seconds)
+
+    def _finish(self, piece: "_Piece") -> None:
+        """Step a piece out of the reserve, where memory has run out and others have moved."""
+        for parameter in piece.parameters:
+            slices = Slices(piece.optimizer, parameter, self._reserve)
+            said: str | None = None
+            for place, seconds in enumerate(WAITS):
+                time.sleep(seconds)
+                said = self._finishes(slices, FEWER if place else NUMBERS)
+                if said is None:
+                    break
+            if said is not None:
+                raise OutOfMemoryError(
+                    f"Memory ran out inside optimizer.step(), to the last {RESERVE >> 10} KiB that were kept for it, "
+                    f"and did not come back, after a part of the weights had moved ({said}).",
+                    hint="start again from the last checkpoint, with less in memory: a smaller model, or an optimizer "
+                    "with less state.",
+                )
+
+    def _finishes(self, slices: Slices, numbers: int) -> str | None:
+        """Step what is left of a parameter, and return what was said where memory ran out."""
+        self._reserve.open()
+        try:
+            slices.step(numbers)
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                error.add_note("It was raised by optimizer.step(), after a part of the weights had moved for good.")
+                raise
+            return str(error) or type(error).__name__
+        return None
 
     def _undo_of_piece(self, piece: "_Piece") -> Undo | None:
         """Copy what a piece moves; None if there is no memory for that."""
@@ -223,7 +258,7 @@ def copy_bytes(optimizers: Sequence[Optimizer], state_bytes: int) -> int:
     a_weight = 1 + state_bytes / sum(weights)
     moved = sum(weights) * a_weight
     if moved > WHOLE and all(map(_moves_one_by_one, optimizers)):
-        return int(max(max(weights) * a_weight, moved / PIECES))
+        return int(max(max(weights) * a_weight, moved / PIECES)) + RESERVE
     return int(sum(each for each in weights if each <= SMALL) * a_weight)
 
 
@@ -270,15 +305,23 @@ def _kind(optimizer: Optimizer) -> list[Any]:
     """What decides which lines of a step run, for each group: options, and the kinds of gradients."""
     return [
         (
-            {
-                name: value if isinstance(value, bool | str | None) else type(value)
-                for name, value in group.items()
-                if name != "params"
-            },
+            {name: _kind_of_option(value) for name, value in group.items() if name != "params"},
             {(each.grad.layout, each.grad.dtype, each.dtype) for each in group["params"] if each.grad is not None},
         )
         for group in optimizer.param_groups
     ]
+
+
+def _kind_of_option(value: Any) -> Any:
+    """What decides which lines run: also whether a number, such as a momentum, is 0."""
+    if isinstance(value, bool | str | None):
+        return value
+    return (type(value), value == 0) if isinstance(value, int | float) else type(value)
+
+
+def _lacks_state(piece: "_Piece") -> bool:
+    """Whether an optimizer keeps a state for some parameters and not yet for others, as where an expert slept."""
+    return len({bool(piece.optimizer.state.get(each)) for each in piece.parameters}) > 1
 
 
 def _moves_one_by_one(optimizer: Optimizer) -> bool:
@@ -309,6 +352,20 @@ def _moved_bytes(optimizer: Optimizer, parameter: nn.Parameter) -> int:
     if not state:
         return nbytes_of(parameter)
     return nbytes_of(parameter) + sum(nbytes_of(value) for value in state.values() if isinstance(value, Tensor))
+
+
+def _sorted_out(whole: "Sequence[_Piece]", nbytes: int) -> "tuple[list[_Piece], list[_Piece]]":
+    """Return what cannot be sliced, a piece an optimizer, and pieces of the rest as `_cut` makes them."""
+    first, rest = list[_Piece](), list[_Piece]()
+    for piece in whole:
+        apart = [each for each in piece.parameters if not can_be_sliced(piece.optimizer, each)]
+        if not apart:
+            rest.append(piece)
+            continue
+        first.append(_Piece(piece.optimizer, apart))
+        known = set(map(id, apart))
+        rest.append(_Piece(piece.optimizer, [each for each in piece.parameters if id(each) not in known]))
+    return first, _cut(rest, nbytes)
 
 
 def _cut(whole: Sequence[_Piece], nbytes: int) -> list[_Piece]:

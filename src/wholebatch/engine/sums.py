@@ -8,7 +8,8 @@ than one parameter's gradient exists in 16 bits beside the sum.
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
@@ -20,6 +21,10 @@ from wholebatch.engine.consuming import Consumption
 
 SumIn: TypeAlias = Literal["fp32", "compensated", "weights"]
 """How gradients of 16-bit weights are summed: in 32 bits, in 24 (a 16-bit sum and the next 8 bits), or in 16."""
+
+
+Mark: TypeAlias = list[Any]
+"""How far the sums of all parameters had come at one moment."""
 
 
 def check_sum_in(accumulate_in: str | None) -> SumIn:
@@ -69,6 +74,8 @@ class GradientSum:
         self._found: list[Tensor | None] = []
         self._parked: list[Tensor | None] | None = None
         self._own: dict[Tensor, _OwnSum] = {}
+        self._totals: dict[Tensor, Tensor] = {}  # over all ranks, of 16-bit weights
+        self._left_out: set[Tensor] = set()
         self._listening = False
         self._watched: Tensor | None = None
         self._grad: Tensor | None = None
@@ -119,6 +126,80 @@ class GradientSum:
             self._watched = self._choose_watched()
         grad = self._grad = self._watched.grad
         self._version = -1 if grad is None else grad._version
+
+    def mark(self) -> "Mark":
+        """Return how far the sum of each parameter has come."""
+        return [self._how_far(parameter) for parameter in self.parameters]
+
+    def take_back(self, mark: "Mark") -> list[nn.Parameter]:
+        """Forget first gradients that have arrived since a mark, and return the parameters where they met others."""
+        self._listening = False
+        self._watched = self._grad = None
+        met: list[nn.Parameter] = []
+        for parameter, before in zip(self.parameters, mark, strict=True):
+            if parameter in self._own:
+                parameter.grad = None
+            if self._how_far(parameter) == before:
+                continue
+            if before is not None:
+                met.append(parameter)
+            elif parameter in self._own:
+                self._own[parameter].clear()
+            else:
+                parameter.grad = None
+        return met
+
+    def subtract(self, losses: Sequence[Tensor], roots: Sequence[Tensor], parameters: Collection[nn.Parameter]) -> None:
+        """Add what a backward pass brings to some parameters and to no other, and end it when all have theirs.
+
+        Args:
+            losses: Where the pass begins.
+            roots: The gradients that enter there.
+            parameters: Which.
+        """
+        left = set(parameters)
+
+        def arrived(parameter: nn.Parameter) -> None:
+            left.discard(parameter)
+            if not left:
+                raise _Enough
+
+        hooks = [_listen(parameter, arrived) for parameter in parameters]
+        others = [each for each in self.parameters if each.requires_grad and each not in left]
+        try:
+            with self._leaving_out(others):
+                self._listening = True
+                torch.autograd.backward(losses, roots)
+        except _Enough:
+            pass
+        finally:
+            self._listening = False
+            _remove(hooks)
+
+    @contextmanager
+    def _leaving_out(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Drop what arrives at some parameters, and leave their sums as they are."""
+        grads = [parameter.grad for parameter in parameters]
+        hooks = [_listen(parameter, _drop) for parameter in parameters]
+        self._left_out.update(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            _remove(hooks)
+            self._left_out.difference_update(parameters)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+
+    def _how_far(self, parameter: nn.Parameter) -> Any:
+        """What changes whenever something is added to a parameter's sum; None where it holds nothing."""
+        own = self._own.get(parameter) if self._own else None
+        tensor = own.held if own is not None else parameter.grad
+        if tensor is None:
+            return None
+        # The sum of sparse gradients may be a new tensor in the old one's place, unless that is kept.
+        return id(tensor), tensor._version, None if tensor.layout == torch.strided else _Same(tensor)
 
     def hold(self) -> None:
         """Make this the window whose sum is in ``.grad``.
@@ -190,6 +271,39 @@ class GradientSum:
             if own.holds:
                 parameter.grad = own.total().mul_(factor).to(parameter.dtype)
                 own.clear()
+        for parameter, total in self._totals.items():
+            parameter.grad = total.mul_(factor).to(parameter.dtype)
+        self._totals = {}
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether there is a gradient of a parameter."""
+        return parameter.grad is not None or (parameter in self._own and self._own[parameter].holds)
+
+    def take_out(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the sum of a parameter's gradients, and keep nothing of it; None if there is none."""
+        own = self._own.get(parameter)
+        if own is not None and own.holds:
+            total = own.total()
+            own.clear()
+            return total
+        gradient, parameter.grad = parameter.grad, None
+        return gradient
+
+    def put(self, parameter: nn.Parameter, total: Tensor) -> None:
+        """Put the sum of a parameter's gradients over all ranks in its place."""
+        if parameter.element_size() < 4:
+            self._totals[parameter] = total.to(torch.float32)
+        else:
+            parameter.grad = total.to(parameter.dtype)
+
+    def drain(self, factor: float) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each parameter with its sum times `factor`, in 32 bits at least, and keep nothing of it."""
+        for parameter in self.parameters:
+            total = self._totals.pop(parameter, None)
+            if total is None:
+                total, parameter.grad = parameter.grad, None
+            if total is not None:
+                yield parameter, total.mul_(factor)
 
     def commit(self) -> None:
         """End with an update: the gradients are used up."""
@@ -212,6 +326,7 @@ class GradientSum:
         self._listening = False
         for own in self._own.values():
             own.clear()
+        self._totals = {}
         found = [*left, *self._found[len(self.parameters) :]]
         for parameter, grad in zip(self._everything, found, strict=True):
             parameter.grad = grad
@@ -233,7 +348,9 @@ class GradientSum:
 
     def _take(self, parameter: nn.Parameter) -> None:
         if self._listening and parameter.grad is not None:
-            if parameter in self._own:
+            if parameter in self._left_out:
+                parameter.grad = None
+            elif parameter in self._own:
                 self._own[parameter].add(parameter.grad)
                 parameter.grad = None
             elif self._consumption is not None:
@@ -251,6 +368,10 @@ class _Fp32Sum:
     @property
     def holds(self) -> bool:
         return self._sum is not None
+
+    @property
+    def held(self) -> Tensor | None:
+        return self._sum
 
     def add(self, grad: Tensor) -> None:
         if self._sum is None:
@@ -283,6 +404,10 @@ class _CompensatedSum:
     def holds(self) -> bool:
         return self._high is not None
 
+    @property
+    def held(self) -> Tensor | None:
+        return self._high
+
     def add(self, grad: Tensor) -> None:
         total = _dense(grad).to(torch.float32, copy=True)
         if self._high is not None:
@@ -291,8 +416,9 @@ class _CompensatedSum:
         # Round to 24 bits, half to even, so that a sum of many does not drift; an infinity stays one.
         odd = bits.bitwise_right_shift(8).bitwise_and_(1)
         bits.add_(odd.add_(127).mul_(torch.isfinite(total)))
-        self._high = bits.bitwise_right_shift(16).to(torch.int16)
-        self._low = bits.bitwise_right_shift_(8).to(torch.uint8)
+        high = bits.bitwise_right_shift(16).to(torch.int16)
+        # Both or none, where memory runs out.
+        self._high, self._low = high, bits.bitwise_right_shift_(8).to(torch.uint8)
 
     def total(self) -> Tensor:
         assert self._high is not None
@@ -305,6 +431,24 @@ class _CompensatedSum:
 
 
 _OwnSum: TypeAlias = _Fp32Sum | _CompensatedSum
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Ends a backward pass that has brought all that is wanted."""
+
+
+class _Same:
+    """Equal to what holds the same tensor, which it keeps from being replaced unseen."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._tensor is self._tensor
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Holder(threading.local):
@@ -340,6 +484,10 @@ def _hook(listener: "weakref.ref[GradientSum]") -> Callable[[nn.Parameter], None
             gradient_sum._take(parameter)
 
     return take
+
+
+def _drop(parameter: nn.Parameter) -> None:
+    parameter.grad = None
 
 
 def _listen(parameter: Any, hook: Callable[[nn.Parameter], None]) -> RemovableHandle:

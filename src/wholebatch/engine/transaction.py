@@ -52,6 +52,13 @@ class RandomState:
             numpy=_numpy.state(),
         )
 
+    def stands(self) -> bool:
+        """Return whether nobody has drawn from any of the streams since."""
+        now = RandomState.now(self.device)
+        return _same(
+            (self.cpu, self.on_device, self.python, self.numpy), (now.cpu, now.on_device, now.python, now.numpy)
+        )
+
     def restore(self) -> None:
         """Put every stream back to where it stood."""
         torch.set_rng_state(self.cpu)
@@ -91,6 +98,18 @@ class _NumpyStream:
 
 _MT19937_BYTES = 625 * 4
 
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states are equal, made of dicts, tuples, arrays and numbers."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return _same(tuple(one.items()), tuple(other.items()))
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)
+
+
 _numpy = _NumpyStream()
 
 
@@ -113,37 +132,73 @@ class Transaction:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model = model
         self._device = device
-        self._copies: dict[int, Tensor] = {}
         self._modules: list[nn.Module] = []
-        self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
-        self._random: RandomState | None = None
+        self._begun = _Kept()
+        self._marked = _Kept()
 
     def begin(self) -> None:
         """Keep random state and buffers as they are now."""
-        self._random = RandomState.now(self._device)
         self._modules = modules(self._model)
-        self._buffers = {module: dict(module._buffers) for module in self._modules if module._buffers}
-        before, self._copies = self._copies, {}
-        for buffers in self._buffers.values():
-            for buffer in buffers.values():
-                if buffer is not None and id(buffer) not in self._copies:
-                    self._copies[id(buffer)] = _copy(buffer, before.get(id(buffer)))
+        self._begun.take([module for module in self._modules if module._buffers], self._device)
+
+    def mark(self) -> None:
+        """Keep both once more, in the middle of a window, to come back to."""
+        self._marked.take(self._begun.modules, self._device)
 
     def copy_of_buffer(self, module: nn.Module, name: str) -> Tensor | None:
         """Return what a buffer held at `begin`, or None if it was not there. To be read, not changed."""
-        buffer = self._buffers.get(module, {}).get(name)
-        return None if buffer is None else self._copies[id(buffer)]
+        return self._begun.copy_of(module, name)
 
     def roll_back(self) -> None:
         """Put random state and buffers back to where they were at `begin`."""
-        if self._random is None:
+        if self._begun.random is None:
             return
-        self._random.restore()
-        self.roll_back_buffers()
+        self._begun.random.restore()
+        self._begun.put_back_buffers(self._modules)
+
+    def roll_back_to_mark(self) -> None:
+        """Put both back to where they were at `mark`."""
+        assert self._marked.random is not None
+        self._marked.random.restore()
+        self._marked.put_back_buffers(self._modules)
 
     def roll_back_buffers(self) -> None:
         """Put buffers back to where they were at `begin`, and let the random streams go on."""
-        for module in self._modules:
+        self._begun.put_back_buffers(self._modules)
+
+
+class _Kept:
+    """Random state and buffers at one moment, in copies that are used again for the next.
+
+    Attributes:
+        modules: Those that had buffers.
+        random: The random state; None before the first moment.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.random: RandomState | None = None
+        self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
+        self._copies: dict[int, Tensor] = {}
+
+    def take(self, modules: list[nn.Module], device: torch.device) -> None:
+        self.random = RandomState.now(device)
+        self.modules = modules
+        self._buffers = {module: dict(module._buffers) for module in modules}
+        there = {id(each): each for held in self._buffers.values() for each in held.values() if each is not None}
+        if there.keys() == self._copies.keys() and all(map(_alike, there.values(), map(self._copies.get, there))):
+            if there:
+                with torch.no_grad():
+                    torch._foreach_copy_([self._copies[key] for key in there], list(there.values()))
+            return
+        self._copies = {key: buffer.detach().clone() for key, buffer in there.items()}
+
+    def copy_of(self, module: nn.Module, name: str) -> Tensor | None:
+        buffer = self._buffers.get(module, {}).get(name)
+        return None if buffer is None else self._copies[id(buffer)]
+
+    def put_back_buffers(self, modules: list[nn.Module]) -> None:
+        for module in modules:
             buffers = self._buffers.get(module, {})
             for name in [name for name in module._buffers if name not in buffers]:
                 del module._buffers[name]
@@ -157,11 +212,9 @@ class Transaction:
                 module._buffers[name] = buffer
 
 
-def _copy(buffer: Tensor, into: Tensor | None) -> Tensor:
-    """A copy of a buffer, in the memory of its last copy where that fits."""
-    if into is not None and into.shape == buffer.shape and into.dtype == buffer.dtype and into.device == buffer.device:
-        return into.copy_(buffer.detach())
-    return buffer.detach().clone()
+def _alike(buffer: Tensor, copy: Tensor | None) -> bool:
+    """Whether a buffer can be copied into its last copy."""
+    return copy is not None and copy.shape == buffer.shape and copy.dtype is buffer.dtype
 
 
 class uninterrupted:  # noqa: N801 - reads as what it does

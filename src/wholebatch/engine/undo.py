@@ -46,7 +46,7 @@ class Beside:
 
     def copy(self, tensor: Tensor) -> Callable[[], None]:
         """Copy a tensor, and return what puts the copy back."""
-        if nbytes_of(tensor) <= SMALL or not _fills_its_memory(tensor):
+        if nbytes_of(tensor) <= SMALL or not fills_its_memory(tensor):
             copy = tensor.detach().clone()
         else:
             start = self._ends[tensor.device]
@@ -85,7 +85,7 @@ class Away:
         """
         if tensor.device.type != "cpu":
             return self._copy_to_host(tensor)
-        if nbytes_of(tensor) <= SMALL or not _fills_its_memory(tensor):
+        if nbytes_of(tensor) <= SMALL or not fills_its_memory(tensor):
             copy = tensor.detach().clone()
             return lambda: _put(tensor, copy)
         if self._file is None:
@@ -269,8 +269,8 @@ def _host_memory(tensor: Tensor) -> Tensor:
         return host
 
 
-def _fills_its_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is one stretch of memory without holes."""
+def fills_its_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is one stretch of memory without holes."""
     if tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
         return False
     return tensor.is_contiguous() or (

@@ -57,17 +57,39 @@ class Weighing:
         self._loss_sum: Tensor | None = None
         self._least: Tensor | None = None
         self._root: tuple[float, Tensor] | None = None
+        self._noted: list[tuple[Tensor, Count, Count]] = []
 
     @property
     def scaled(self) -> bool:
         """Whether there is a loss scale."""
         return self._scale is not None
 
+    @property
+    def reference(self) -> Count:
+        """What every loss was divided by; 1 where there was none. Unit: targets."""
+        return 1 if self._reference is None else self._reference
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The loss scale, on the device, or None."""
+        return self._scale
+
+    @property
+    def loss_sum(self) -> Tensor | float:
+        """What the losses add up to, on their device. Shape ``[]``."""
+        return 0.0 if self._loss_sum is None else self._loss_sum
+
+    @property
+    def least(self) -> Tensor | float:
+        """The fewest targets that a device counted in one micro-batch; 0 where none did. Unit: targets."""
+        return 0.0 if self._least is None else self._least
+
     def weigh(self, part: Part) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the losses of a micro-batch and the gradients that enter at them; note the losses for the record.
+        """Return the losses of a micro-batch and the gradients that enter at them.
 
         Args:
-            part: Loss and targets, more than 0 of them unless a device counted.
+            part: Loss and targets, more than 0 of them unless a device counted. What it adds to the record is noted by
+                `settle`.
 
         Returns:
             The two arguments of `torch.autograd.backward`.
@@ -75,21 +97,29 @@ class Weighing:
         count = part.targets
         if isinstance(count, Tensor):
             count = widen(count)
-            self._least = count if self._least is None else torch.minimum(self._least, count)
         if self._reference is None:
             guess = self._known is None or (part.counted and not self._early)
             self._reference = _positive(count) * self._expected if guess else self._known
         if self._early and self._known is None:
             self._require_the_only_one()
-        self._note(part.loss, count if part.reduction == "mean" else 1, count)
+        self._noted = [(part.loss.detach(), count if part.reduction == "mean" else 1, count)]
         losses = [part.loss]
         roots = [self._enter(loss_factor(part.reduction, count, self._reference), count, part.loss)]
         if part.once is not None:
-            self._note(part.once, count, count)
+            self._noted.append((part.once.detach(), count, count))
             if part.once.requires_grad:
                 losses.append(part.once)
                 roots.append(self._enter(loss_factor("mean", count, self._reference), count, part.once))
         return losses, roots
+
+    def settle(self) -> None:
+        """Note the losses that were weighed last for the record: they count."""
+        count = self._noted[0][2]
+        if isinstance(count, Tensor):
+            self._least = count if self._least is None else torch.minimum(self._least, count)
+        for loss, times, count in self._noted:
+            self._note(loss, times, count)
+        self._noted = []
 
     def read(self, norms: Sequence[Tensor], targets: Count) -> Reading:
         """Return what the window came to, with one wait for the device.
@@ -99,7 +129,7 @@ class Weighing:
             targets: Targets of the window. Unit: targets.
         """
         asked = [self._loss_sum, targets, self._reference, self._scale, self._least]
-        numbers = _read([*norms, *(each for each in asked if isinstance(each, Tensor))])
+        numbers = read_numbers([*norms, *(each for each in asked if isinstance(each, Tensor))])
         rest = iter(numbers[len(norms) :])
         loss_sum, total, reference, scale, least = [next(rest) if isinstance(each, Tensor) else each for each in asked]
         if self._early and total and abs(reference / total - 1) > 1e-6:
@@ -146,7 +176,7 @@ class Weighing:
 
         One tensor for all: a small one for each loss would pin places in the heap between large blocks.
         """
-        noted = loss.detach().reshape(()) if loss.ndim else loss.detach()
+        noted = loss.reshape(()) if loss.ndim else loss
         if self._loss_sum is None:
             wide = noted.dtype if noted.element_size() >= 4 else torch.float32
             self._loss_sum = torch.zeros((), dtype=wide, device=noted.device)
@@ -176,8 +206,8 @@ def _positive(count: Count) -> Count:
     return torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count
 
 
-def _read(tensors: list[Tensor]) -> list[float]:
-    """The numbers of some tensors of shape ``[]``, with one wait for the device."""
+def read_numbers(tensors: list[Tensor]) -> list[float]:
+    """Return the numbers of some tensors of shape ``[]``, with one wait for the device."""
     if len({each.device for each in tensors}) > 1:
         tensors = [each.to(tensors[0].device) for each in tensors]
     numbers: list[float] = torch.stack(tensors).tolist()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import LossError, NonFiniteError, WeightError, WindowError
+from wholebatch.core.errors import NonFiniteError, OutOfMemoryError, WeightError, WindowError
 from wholebatch.core.record import Update
 from wholebatch.core.weights import Count, Reduction
 from wholebatch.core.window import Phase, WindowState
@@ -21,7 +22,7 @@ from wholebatch.engine.company import OneByOne
 from wholebatch.engine.objective import Part, learns, part_of
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import OnNonFinite, Setup
-from wholebatch.engine.sums import GradientSum
+from wholebatch.engine.sums import GradientSum, Mark
 from wholebatch.engine.transaction import Transaction, uninterrupted
 from wholebatch.engine.weighing import Weighing, widen
 
@@ -46,6 +47,19 @@ class Rules:
 _NOTHING = "no micro-batch held a target, so there was nothing to learn"
 
 
+_MAKE_IT_AGAIN = (
+    "the window was rolled back, so that weights, gradients, buffers and random state are as before; open it again and "
+    "give it smaller micro-batches. accumulator.step(batch) and accumulator.updates(loader) do so by themselves."
+)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What an error says of memory that ran out; any other is raised again."""
+    if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+        raise error
+    return memory.in_a_line(error)
+
+
 class Window:
     """The micro-batches of one logical batch, from the first backward pass to the update.
 
@@ -54,6 +68,8 @@ class Window:
 
     Attributes:
         row_by_row: Whether it is known that no layer computes over the rows of a part, or that this is wanted.
+        steps_again: Whether a step for which memory ran out is tried a second time, since nobody makes the window
+            again.
 
     Example:
         >>> import wholebatch as wb
@@ -85,8 +101,11 @@ class Window:
         self._company = company
         self._ended = ended
         self.row_by_row = row_by_row or rules.batch_norm != "refuse"
+        self.steps_again = False
         self._state = WindowState()
         self._update: Update | None = None
+        self._mark: Mark | None = None
+        self._marked = 0  # the first mark is where the window began
         scale = rules.precision.scale()
         self._sums = rules.sums
         early = self._sums.consumes
@@ -135,9 +154,21 @@ class Window:
             LossError: The loss is not a scalar tensor with a graph. The window stays open.
             WeightError: The targets are missing, negative or not a number. The window stays open.
             BatchNormError: This is the second micro-batch and the model computes over the rows of a part.
+            OutOfMemoryError: Memory ran out; the window was rolled back.
         """
         self._state.require_open("take a loss")
-        self.add(part_of(loss, targets=targets, reduction=self._rules.reduction), rows=rows)
+        part = part_of(loss, targets=targets, reduction=self._rules.reduction)
+        try:
+            self.add(part, rows=rows)
+        except Exception as error:
+            said = _out_of_memory(error)
+        else:
+            return
+        del loss, part
+        raise OutOfMemoryError(
+            f"Memory ran out in the backward pass of micro-batch {self._state.micro_batches + 1} of a window ({said}).",
+            hint=_MAKE_IT_AGAIN,
+        )
 
     def close(self) -> Update:
         """Turn the window into one update: divide, clip, step the optimizers and the schedules.
@@ -150,15 +181,20 @@ class Window:
             NonFiniteError: The loss or the gradient is not finite, and ``on_nonfinite="raise"``.
             LossError: No parameter that an optimizer steps received a gradient.
             WeightError: Targets that were counted on the device turn out to be negative or not a number.
+            OutOfMemoryError: Memory ran out; the window was rolled back.
         """
         self._state.require_open("close")
         try:
             self._update = self._close()
-        except BaseException:
+        except BaseException as error:
             if self.is_open:
                 self.rollback()
-            raise
-        return self._update
+            if not self.steps_again or not isinstance(error, Exception):
+                raise
+            said = _out_of_memory(error)
+        else:
+            return self._update
+        raise OutOfMemoryError(f"Memory ran out at the end of a window ({said}).", hint=_MAKE_IT_AGAIN)
 
     def rollback(self) -> None:
         """End the window as if nothing had happened: gradients, buffers and random state are what they were.
@@ -170,6 +206,7 @@ class Window:
         self._rules.transaction.roll_back()
         self._sums.roll_back()
         self._end(Phase.ROLLED_BACK)
+        self._rules.setup.group.withdraw(sys.exception())
 
     def __enter__(self) -> "Window":
         return self
@@ -183,13 +220,17 @@ class Window:
             else:
                 self.rollback()
 
+    def expect_last(self) -> None:
+        """Say that the next micro-batch is the last of this process, so that ranks speak during its backward pass."""
+        self._rules.setup.group.expect_last(self._weighing)
+
     def before_forward(self) -> None:
         """Refuse a second forward pass that a batch-dependent layer would spoil. Not needed once `row_by_row` holds.
 
         Raises:
             BatchNormError: The window is cut, and the model computes over the rows of a part.
         """
-        if self._state.micro_batches > 0:
+        if self._state.micro_batches > 0 or self._rules.setup.group.ranks > 1:
             require_row_by_row(self._rules.setup.model)
             self.row_by_row = True
 
@@ -220,11 +261,50 @@ class Window:
             self._sums.open_backward()
             torch.autograd.backward(losses, roots)
             self._sums.close_backward()
-        except BaseException:
-            self.rollback()
+            self._weighing.settle()
+        except BaseException as error:
+            if self._mark is None or not memory.is_out_of_memory(error):
+                self.rollback()
             raise
         targets = part.targets
         self._state.add(rows=rows, targets=widen(targets) if isinstance(targets, Tensor) else targets)
+
+    def mark(self) -> None:
+        """Let memory run out in the next micro-batch without the end of the window: `take_back` undoes it."""
+        if self._marked:
+            self._rules.transaction.mark()
+        self._mark, self._marked = self._sums.mark(), self._marked + 1
+
+    def take_back(self) -> list[nn.Parameter]:
+        """Undo what happened since `mark`, but for gradients that were added to those of earlier micro-batches.
+
+        Returns:
+            The parameters whose gradients were: what they have too much is to be subtracted.
+        """
+        assert self._mark is not None
+        mark, self._mark = self._mark, None
+        self._go_back()
+        return self._sums.take_back(mark)
+
+    def subtract(self, part: Part, parameters: Collection[nn.Parameter]) -> None:
+        """Take a micro-batch's part out of the gradients of some parameters again, as after `take_back`.
+
+        Args:
+            part: What came of the same micro-batch, run once more as it was run before.
+            parameters: Which; every other one is left as it is.
+        """
+        losses, roots = self._weighing.weigh(part)
+        try:
+            self._sums.subtract(losses, [-root for root in roots], parameters)
+        finally:
+            self._go_back()
+
+    def _go_back(self) -> None:
+        """Put random state and buffers back to where they were at `mark`."""
+        if self._marked > 1:
+            self._rules.transaction.roll_back_to_mark()
+        else:
+            self._rules.transaction.roll_back()
 
     def add_together(
         self,
@@ -244,6 +324,7 @@ class Window:
         counted = [(part, rows) for part, rows in parts if part is not None and learns(part)]
         for part, _ in counted:
             more_losses, more_roots = self._weighing.weigh(part)
+            self._weighing.settle()
             losses += more_losses
             roots += more_roots
         if losses:
@@ -272,15 +353,9 @@ class Window:
         return copy.copy(self._weighing)
 
     def _close(self) -> Update:
-        if self._state.micro_batches == 0:
-            return self._skip(_NOTHING, loss=math.nan, norm=None)
+        group = self._rules.setup.group
         self._sums.hold()
-        if self._sums.empty:
-            raise LossError(
-                "No parameter that the optimizer steps received a gradient.",
-                hint="the loss must depend on the weights of the model that was given to wb.Accumulator.",
-            )
-        read = self._weighing.read(self._sums.norms(), self._state.targets)
+        read = group.settle(self._sums, self._weighing, self._state)
         self._state.targets = int(read.targets) if read.targets % 1 == 0 else read.targets
         if not (math.isfinite(read.targets) and read.least >= 0):
             raise WeightError(
@@ -293,11 +368,11 @@ class Window:
             self._rules.precision.settle(read.scaled_norm)
             return self._refuse_nonfinite(read.loss, read.norm)
         clip = 1.0 if self._rules.clip_norm is None else min(1.0, self._rules.clip_norm / (read.norm + 1e-6))
-        self._sums.deliver(read.factor * clip)
         lr = self._rules.setup.lr
         with uninterrupted():
-            with self._rules.precision.settling(read.scaled_norm):
-                late = self._rules.setup.step()
+            with group.moving(), self._rules.precision.settling(read.scaled_norm):
+                group.deliver(self._sums, read.factor * clip)
+                late = self._step()
             self._sums.commit()
             self._end(Phase.CLOSED)
             self._update = self._record(loss=read.loss, norm=read.norm, lr=lr, skipped=None)
@@ -305,6 +380,16 @@ class Window:
         if late is not None:
             raise late
         return self._update
+
+    def _step(self) -> BaseException | None:
+        """Step the optimizers; a second time, in pieces, where memory ran out and nobody makes the window again."""
+        if self.steps_again or self._rules.setup.group.ranks > 1:
+            try:
+                return self._rules.setup.step()
+            except Exception as error:
+                _out_of_memory(error)
+            memory.free_cached(self._rules.setup.device)
+        return self._rules.setup.step()
 
     def _refuse_nonfinite(self, loss: float, norm: float) -> Update:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
@@ -338,4 +423,5 @@ class Window:
 
     def _end(self, phase: Phase) -> None:
         self._state.end(phase)
+        self._rules.setup.group.end()
         self._ended()
