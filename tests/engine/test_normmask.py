@@ -36,7 +36,7 @@ class ByHand(nn.Module):
         n = len(values)
         mean, var = values.mean(0), values.var(0, correction=0)
         self.num_batches_tracked += 1
-        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean += share * (mean.detach() - self.running_mean)
         self.running_var += share * (var.detach() * n / (n - 1) - self.running_var)
         shape = (1, -1, *(1,) * (x.ndim - 2))
@@ -104,14 +104,14 @@ def exact(apply: Any = in_a_block, dtype: torch.dtype = torch.float64, **options
 
 
 def trained(model: nn.Module, micro_batch: Any, collate: Any = padded, **options: Any) -> tuple[Tensor, Any]:
-    """What two updates change in the weights, and the buffers that they leave; None: undivided."""
+    """What three updates change in the weights, and the buffers that they leave; None: undivided."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = flat(model.parameters())
     rows = rows_of(next(model.parameters()).dtype)
     accumulator = wb.Accumulator(
         model, optimizer, loss_fn, micro_batch=micro_batch or wb.Rows(99), collate=collate, check=None, **options
     )
-    for _ in range(2):
+    for _ in range(3):
         if micro_batch is None:
             reference.update(model, optimizer, loss_fn, collate(rows))
         else:

@@ -82,17 +82,17 @@ class _Exact(nn.Module):
             with among(Alone()):
                 return _Exact.forward(self, x)
         layer._check_input_dim(x)  # type: ignore[no-untyped-call]
-        relay = Relay() if kept is None else None
-        value, count = moments_of_kept(x, kept) if relay is None else (moments_of(x, relay), x.numel() // x.shape[1])
+        relay, count = Relay(), x.numel() // x.shape[1]
+        value, counted = (moments_of(x, relay), count) if kept is None else moments_of_kept(x, kept)
         moments = meet(
             "exact batch norm",
             value,
             partial(_merge, layer.eps),
-            beside=(count, tuple(x.shape)),
+            beside=(counted, tuple(x.shape)),
             once=partial(_track, layer),
             of=self,
         )
-        on_the_way = moments.requires_grad and value.requires_grad
+        on_the_way = kept is None and moments.requires_grad and value.requires_grad
         return normalize(x, moments, layer.weight, layer.bias, relay if on_the_way else None)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -204,20 +204,17 @@ def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
     if not (layer.training and layer.track_running_stats) or layer.running_mean is None or layer.running_var is None:
         return
     counts = [count for count, _ in beside]
-    total, moves = total_of(counts), 1
-    if isinstance(total, Tensor):
-        moves = (sum(counts) > 0).to(torch.int64)  # type: ignore[attr-defined]
+    total, (mean, _, variance) = total_of(counts), moments.detach()
+    moves: Any = torch.as_tensor(sum(counts) > 0) if isinstance(total, Tensor) else 1
     share: Any = layer.momentum
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(moves)
         if layer.momentum is None:
-            share = 1.0 / layer.num_batches_tracked
-    mean, _, variance = moments.detach()
+            share = 1.0 / layer.num_batches_tracked.to(variance.dtype)
     if isinstance(total, Tensor):
-        share = share * moves
-        unbiased = total.to(variance.dtype) / (total - 1).clamp(min=1)
-    else:
-        unbiased = total / (total - 1)
+        share = share * moves.to(variance.dtype)
+    fewer = (total - 1).clamp(min=1) if isinstance(total, Tensor) else total - 1
+    unbiased = variance * total / fewer
     with torch.no_grad():
-        for running, value in ((layer.running_mean, mean), (layer.running_var, variance * unbiased)):
+        for running, value in ((layer.running_mean, mean), (layer.running_var, unbiased)):
             running.lerp_(value.to(running.dtype), share)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
@@ -51,11 +52,7 @@ def mask_batch_norm(kept: Tensor | None) -> Iterator[None]:
         >>> norm.running_mean / norm.momentum
         tensor([3.])
     """
-    if kept is not None and (not isinstance(kept, Tensor) or kept.is_floating_point() or kept.is_complex()):
-        found = str(kept.dtype) if isinstance(kept, Tensor) else type(kept).__name__
-        raise BatchNormError(
-            f"A mask of {found} does not say which positions count.", hint="pass booleans: lengths > 0, tokens != 0."
-        )
+    _check_mask(kept)
     mask = _Mask(None if kept is None else kept.bool())
     token = _mask.set(mask)
     try:
@@ -66,6 +63,14 @@ def mask_batch_norm(kept: Tensor | None) -> Iterator[None]:
         raise BatchNormError(
             "A mask was given, and no exact batch norm ran in its block: it would have changed nothing.",
             hint="make the layers exact with wb.exact_batch_norm(model); ordinary ones know no masks.",
+        )
+
+
+def _check_mask(kept: Any) -> None:
+    if kept is not None and (not isinstance(kept, Tensor) or kept.is_floating_point() or kept.is_complex()):
+        found = str(kept.dtype) if isinstance(kept, Tensor) else type(kept).__name__
+        raise BatchNormError(
+            f"A mask of {found} does not say which positions count.", hint="pass booleans: lengths > 0, tokens != 0."
         )
 
 
