@@ -106,6 +106,8 @@ def layers_that_see_the_cut(model: nn.Module) -> None:
     assert_type(wb.convert_batch_norm(model, to="group"), nn.Module)
     assert_type(wb.freeze_batch_norm(model), nn.Module)
     assert_type(wb.exact_batch_norm(nn.Sequential(model)), nn.Sequential)
+    with wb.mask_batch_norm(torch.ones(2, dtype=torch.bool)):
+        model(torch.ones(2, 3))
 
 
 def rows_that_meet(model: nn.Module, batch: Batch) -> Tensor:
