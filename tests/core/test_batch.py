@@ -173,6 +173,8 @@ def test_tensors_that_disagree_on_rows_are_named_with_both_ways_out():
         (iter([X]), {"collate": list}, "this one is a list_iterator", "collate_fn=list"),
         ({"x": 3}, {}, "no tensor with rows", "collate="),
         (None, {}, "no tensor with rows", "collate="),
+        ({}, {}, "is empty: a dict with nothing in it", "out of the loader"),
+        ([], {}, "is empty: a list with nothing in it", "out of the loader"),
         ({"inputs": X}, {"whole": ["input"]}, "has no `input`; it has inputs", "did you mean `inputs`"),
         ({"inputs": X}, {"dims": {"qqq": 1}}, "has no `qqq`", "as they are listed"),
         ({"x": torch.ones(4)}, {"dims": {"x": 1}}, "shape \\(4,\\), and no dimension 1", "counts from 0"),

@@ -17,6 +17,7 @@ KINDS = {
     errors.NonFiniteError: ArithmeticError,
     errors.VerifyError: AssertionError,
     errors.OutOfMemoryError: MemoryError,
+    errors.RankError: RuntimeError,
     errors.ConfigError: ValueError,
     errors.MissingExtraError: ImportError,
 }

@@ -106,5 +106,21 @@ def test_a_micro_batch_holds_something():
         Tokens(-1, length=len)
 
 
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        (lambda: Rows(2.5), r"wb.Rows\(2.5\) is no whole number"),
+        (lambda: Rows("8"), r"wb.Rows\('8'\) is no whole number"),
+        (lambda: Tokens("4k", len), r"wb.Tokens\('4k'\) is no whole number"),
+        (lambda: Tokens(64, "length"), "length is a str, which cannot be called"),
+    ],
+    ids=["half a row", "a text", "tokens as a text", "no function"],
+)
+def test_a_way_to_cut_that_cannot_be_is_refused(rule, found):
+    with pytest.raises(wb.SplitError, match=found) as error:
+        rule()
+    assert error.value.hint
+
+
 def test_ways_to_cut_say_what_they_are():
     assert (str(Rows(8)), str(Tokens(4096, length=len))) == ("8 rows", "4096 tokens")

@@ -179,6 +179,29 @@ def test_updates_of_no_micro_batches_are_refused():
     assert list(accumulator.updates([], micro_batches=2)) == []
 
 
+@pytest.mark.parametrize(
+    ("loader", "micro_batches", "found"),
+    [
+        ([], None, "micro_batches=None is no whole number"),
+        ([], "4", "micro_batches='4' is no whole number"),
+        ([], 2.5, "micro_batches=2.5 is no whole number"),
+        (None, 2, "A NoneType yields no micro-batches"),
+    ],
+    ids=["none", "a text", "a half", "no loader"],
+)
+def test_updates_of_what_is_no_loader_are_refused(loader, micro_batches, found):
+    accumulator, _ = trained()
+    with pytest.raises(wb.WindowError, match=found) as error:
+        list(accumulator.updates(loader, micro_batches=micro_batches))
+    assert error.value.hint
+
+
+def test_one_path_may_be_given_by_itself():
+    accumulator, _ = trained(lambda model, batch: (model(batch["x"]) + batch["bias"]).square().mean(), whole="bias")
+    batch = {"x": regression(6, torch.float64)["x"], "bias": torch.ones(3, dtype=torch.float64)}
+    assert accumulator.step(batch).rows == 6
+
+
 @pytest.mark.parametrize(("batch", "collate"), [({"x": torch.ones(0, 5)}, None), ([], list)], ids=["tensors", "rows"])
 def test_an_empty_batch_is_refused(batch, collate):
     accumulator, model = trained(collate=collate)
@@ -247,6 +270,10 @@ def test_a_cut_that_was_asked_for_needs_no_reason():
         ({"micro_batch": "all"}, "micro_batch='all'", '"auto"'),
         ({"clip_norm": 0}, "clip_norm=0", "above 0"),
         ({"clip_norm": math.nan}, "clip_norm=nan", "above 0"),
+        ({"clip_norm": "1"}, "clip_norm='1'", "above 0"),
+        ({"collate": 3}, "collate is a int", "default_collate"),
+        ({"dims": "x"}, "dims='x'", "dims=1"),
+        ({"dims": {"x": "first"}}, "dims={'x': 'first'}", "dims=1"),
     ],
     ids=str,
 )

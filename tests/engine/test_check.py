@@ -1,5 +1,7 @@
 """The first batch, cut and uncut: what is wrong raises, what is random does not, and no trace is left."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -108,6 +110,85 @@ def test_the_first_batch_is_compared_in_the_precision_in_which_it_trains(precisi
     accumulator = accumulator_of(animal, animal.model(torch.float32), precision=precision)
     assert accumulator.step(regression(10, dtype)).applied
     assert "compared cut and uncut on 8 rows" in accumulator.reasons[0]
+
+
+@pytest.mark.parametrize("way", ["step", "updates"])
+def test_a_first_batch_that_is_not_finite_is_skipped_and_the_next_one_is_compared(way):
+    animal = Animal(mlp, regression, mean_square)
+    model = animal.model()
+    accumulator = accumulator_of(animal, model)
+    bad, good = animal.batch(10, torch.float64), animal.batch(10, torch.float64)
+    bad["x"] = bad["x"] * torch.nan
+
+    def update(batch):
+        return (
+            accumulator.step(batch)
+            if way == "step"
+            else next(iter(accumulator.updates([batch, batch], micro_batches=2)))
+        )
+
+    with assert_leaves_no_trace(model):
+        assert update(bad).skipped == "the loss is nan"
+    assert accumulator.reasons == []
+    assert update(good).applied
+    assert "compared cut and uncut" in accumulator.reasons[0]
+
+
+def test_a_first_batch_that_is_not_finite_raises_where_that_is_wanted():
+    animal = Animal(mlp, regression, mean_square)
+    accumulator = accumulator_of(animal, animal.model(), on_nonfinite="raise")
+    batch = animal.batch(10, torch.float64)
+    batch["y"][3] = torch.inf
+    with pytest.raises(wb.NonFiniteError, match="loss is inf"):
+        accumulator.step(batch)
+
+
+class MagnifiesRounding(nn.Module):
+    """Normalises over two values of 16 bits, so that their rounding is much of what is seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.widen, self.narrow = nn.Linear(5, 2), nn.Linear(2, 3)
+
+    def forward(self, x):
+        wide = self.widen(x)
+        return self.narrow((wide - wide.mean(1, keepdim=True)) / (wide.std(1, keepdim=True) + 1e-3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_that_autocast_makes_large_is_no_mistake(seed):
+    torch.manual_seed(seed)
+    model = MagnifiesRounding()
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), mean_square, micro_batch=wb.Rows(4), precision="bf16")
+    assert accumulator.step(regression(10, torch.float32)).applied
+    assert "compared cut and uncut on 8 rows" in accumulator.reasons[0]
+
+
+def test_a_mistake_is_seen_under_autocast_all_the_same():
+    animal, cause = WRONG["targets"]
+    accumulator = accumulator_of(animal, animal.model(torch.float32), precision="bf16")
+    with pytest.raises(wb.VerifyError, match=cause):
+        accumulator.step(animal.batch(10, torch.float32))
+
+
+class SometimesSkips(nn.Module):
+    """Leaves its second layer out once in a while, as LayerDrop does, by a draw of Python's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return hidden if random.random() < 0.2 else self.second(hidden)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_rare_draw_is_told_from_a_mistake(seed):
+    animal = Animal(SometimesSkips, regression, mean_square)
+    random.seed(seed)
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(animal.batch(10, torch.float64)).applied
 
 
 class Detector(nn.Module):

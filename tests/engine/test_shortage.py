@@ -290,6 +290,7 @@ def test_a_step_of_ones_own_that_ran_out_is_undone_and_made_again(when):
         RuntimeError(SAID),
         RuntimeError("[enforce fail at CPUAllocator.cpp:67] . DefaultCPUAllocator: not enough memory: you tried"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),
         MemoryError(),
     ],
     ids=lambda error: (str(error) or type(error).__name__)[:40],
@@ -306,6 +307,7 @@ def test_out_of_memory_wears_many_messages(error):
     [
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("could not create a primitive descriptor for the LSTM forward propagation primitive."),
         ValueError("out of memory, says the user"),
         KeyboardInterrupt(),
     ],

@@ -340,6 +340,32 @@ def test_the_stream_of_numpy_is_put_back_between_draws_of_every_kind(draw):
         assert draw() == first
 
 
+@pytest.mark.parametrize("generator", [np.random.MT19937, np.random.PCG64])
+@pytest.mark.parametrize(
+    "draw",
+    [torch.rand, lambda _: random.random(), np.random.rand, np.random.standard_normal, None],
+    ids=["torch", "Python", "NumPy", "NumPy's normal", "nobody"],
+)
+def test_a_state_stands_until_somebody_draws(draw, generator):
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(generator(3))
+    try:
+        state = RandomState.now()
+        assert state.stands()
+        if draw is not None:
+            draw(1)
+        assert state.stands() is (draw is None)
+    finally:
+        np.random.set_bit_generator(before)
+
+
+def test_a_state_does_not_stand_once_numpy_is_loaded(monkeypatch):
+    with monkeypatch.context() as without:
+        without.delitem(transaction.sys.modules, "numpy")
+        state = RandomState.now()
+    assert not state.stands()
+
+
 def test_a_stream_of_numpy_with_another_generator_is_put_back_too():
     before = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(3))

@@ -244,3 +244,9 @@ def test_a_batch_without_targets_cannot_be_verified():
     batch["labels"] = torch.full_like(batch["labels"], -100)
     with assert_leaves_no_trace(model), pytest.raises(wb.WeightError, match="nothing to compare"):
         wb.verify(model, animal.loss_fn, batch, targets=num_labels)
+
+
+def test_what_is_no_module_cannot_be_verified():
+    with pytest.raises(wb.OptimizerError, match="model is a function") as error:
+        wb.verify(mean_square, mlp(), regression(4, torch.float32))
+    assert "wb.verify(model, loss_fn, batch)" in error.value.hint

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from wholebatch.cli.edge import DONE, FAILED, edge
+from wholebatch.core.spread import Spread
 from wholebatch.recipes.finding import BUILT_IN
 from wholebatch.recipes.options import OPTIONS
 
@@ -22,14 +23,23 @@ def plan(
     precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
     accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["seed"].help)] = None,
+    ranks: Annotated[int, typer.Option(min=1, metavar="N", help="On how many ranks like this one.")] = 1,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(metavar="SPEED", help="What a rank sends in a second: '25GB/s' (bytes), '100Gbit/s' (bits)."),
+    ] = None,
+    latency: Annotated[
+        str, typer.Option(metavar="TIME", help="How long an empty message takes: '20us', '1ms'.")
+    ] = "0s",
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time a few passes, to choose the fastest.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Say whether a recipe fits into memory, where that goes, and how its logical batch is best cut.
 
-    Nothing is trained. What a flag leaves open, the recipe says; without a micro-batch the plan chooses it. Ends with 0
-    when it fits, and with 1 when it does not.
+    Nothing is trained. What a flag leaves open, the recipe says; without a micro-batch the plan chooses it. On several
+    ranks it is the plan of each, and with a bandwidth it predicts the time of a window. Ends with 0 when it fits, and
+    with 1 when it does not.
 
     \b
     Examples:
@@ -37,6 +47,7 @@ def plan(
       wholebatch plan images --memory 64MiB --no-time
       wholebatch plan my_file.py:recipe --memory 8GiB --precision bf16
       wholebatch plan my_file.py:recipe --memory 8GiB --json | jq .reasons
+      wholebatch plan text --ranks 8 --bandwidth 25GB/s --latency 20us
     """
     flags = {
         "recipe": recipe,
@@ -53,10 +64,19 @@ def plan(
         layer = Layer("on the command line", {key: value for key, value in flags.items() if value is not None}, "--{}")
         configure([layer])  # a wrong value is said before anything slow is loaded
 
+        Spread.of(ranks, ranks, bandwidth, latency)
+
         from wholebatch.recipes.finding import find_recipe
         from wholebatch.recipes.planning import plan_recipe
 
         found = find_recipe(recipe)
-        made = plan_recipe(found, configure([defaults_of(found), layer]), timed=timed)
+        made = plan_recipe(
+            found,
+            configure([defaults_of(found), layer]),
+            timed=timed,
+            ranks=ranks,
+            bandwidth=bandwidth,
+            latency=latency,
+        )
         print(json.dumps(made.to_dict(), indent=2) if as_json else made)
         sys.exit(DONE if made.fits else FAILED)

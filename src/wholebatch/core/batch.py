@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wholebatch.core.errors import SplitError
+from wholebatch.core.errors import ConfigError, SplitError
 from wholebatch.core.split import Indices
 from wholebatch.core.tree import flatten, is_array, is_column
 
@@ -166,6 +166,11 @@ class LogicalBatch:
                 columns[path] = len(leaf)
         self._check_paths([path for path, _, _ in self._leaves])
         found = counts or columns
+        if not found and not self._leaves:
+            raise SplitError(
+                f"The logical batch is empty: a {type(self._batch).__name__} with nothing in it.",
+                hint="leave empty batches out of the loader.",
+            )
         if not found:
             raise SplitError(
                 f"The logical batch ({type(self._batch).__name__}) holds no tensor with rows.",
@@ -235,9 +240,28 @@ class Layout:
     whole: tuple[str, ...] = ()
     dims: int | Mapping[str, int] | None = None
 
+    def __post_init__(self) -> None:
+        if self.collate is not None and not callable(self.collate):
+            raise ConfigError(
+                f"collate is a {type(self.collate).__name__}, which cannot be called.",
+                hint="pass a function of a list of rows, such as torch.utils.data.default_collate.",
+            )
+        said = self.dims.values() if isinstance(self.dims, Mapping) else [self.dims or 0]
+        if not all(isinstance(dim, int) for dim in said):
+            raise ConfigError(
+                f"dims={self.dims!r} does not say on which dimension rows lie.",
+                hint="pass a number for all tensors, as in dims=1, or numbers by path, as in dims={'image': 1}.",
+            )
+
     def logical(self, batch: Any) -> LogicalBatch:
         """Return a logical batch as it comes from the loader."""
         return LogicalBatch(batch, collate=self.collate, whole=self.whole, dims=self.dims)
+
+    def logical_or_nothing(self, batch: Any) -> LogicalBatch:
+        """Return one process's part of a logical batch, which may be None or empty where others have rows."""
+        if batch is None or (isinstance(batch, list | tuple | dict) and len(batch) == 0):
+            return LogicalBatch([], collate=list)
+        return self.logical(batch)
 
     def loaded(self, micro_batch: Any) -> LogicalBatch:
         """Return the rows of a micro-batch that a loader has cut and collated."""
@@ -258,6 +282,16 @@ class _Column:
         if isinstance(index, list):
             return type(self._entries)([self._entries[row] for row in index])
         return self._entries[index]
+
+
+def paths(whole: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the paths that were given as one or several.
+
+    Example:
+        >>> paths("image"), paths(["image", "mask"])
+        (('image',), ('image', 'mask'))
+    """
+    return (whole,) if isinstance(whole, str) else tuple(whole)
 
 
 def _looks_like_rows(batch: Any) -> bool:

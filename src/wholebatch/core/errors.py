@@ -76,6 +76,10 @@ class OutOfMemoryError(WholeBatchError, MemoryError):
     """Memory ran out where no finer cut can help: in a single row, or in the optimizer's step."""
 
 
+class RankError(WholeBatchError, RuntimeError):
+    """Another rank failed or does not answer, so that no rank made the update."""
+
+
 class ConfigError(WholeBatchError, ValueError):
     """An option, a configuration file or a recipe is not what it should be."""
 

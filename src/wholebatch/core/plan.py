@@ -2,10 +2,11 @@
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wholebatch.core.budget import say_bytes, say_rows
+from wholebatch.core.communication import Ranks
 from wholebatch.core.need import Need
 from wholebatch.core.split import Rows, Tokens
 
@@ -34,20 +35,22 @@ class Plan:
     Attributes:
         fits: Whether it can be trained within the budget at all.
         micro_batch: What is in memory at once.
-        micro_batches: How many make a logical batch.
+        micro_batches: How many make a logical batch; on several ranks, those of each.
         peak_bytes: What training will take at most. Unit: bytes.
         budget_bytes: What there is. Unit: bytes.
-        logical_batch: Rows of a logical batch.
+        logical_batch: Rows of a logical batch, over all ranks.
         longest: Tokens of the longest row; 0 where rows have no length.
         precision: In which forward passes run.
         checkpointing: Which blocks must recompute their activations, for `wb.checkpoint_blocks`; empty: none.
         memory: What is live at the highest moment, by kind; adds up to `peak_bytes`. Unit: bytes.
         bytes_per_row: What one row more keeps until its backward pass. Unit: bytes.
-        seconds: Time of a window without its step, where passes were timed. Unit: seconds.
+        seconds: Time of a window without its step, where passes were timed; on several ranks with what is exposed of
+            the reduction, where the bandwidth is known. Unit: seconds.
         timed: Time of a pass by its rows, where passes were timed. Unit: seconds.
         alternatives: What other ways to train would take.
         reasons: Why it is planned so, and how it is known; one sentence each.
         need: What training takes at any size.
+        ranks: What a window takes on several ranks; None on one.
 
     Example:
         >>> from wholebatch.core.need import Passes, Trace
@@ -77,6 +80,23 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     reasons: tuple[str, ...]
     need: Need = field(repr=False)
+    ranks: Ranks | None = None
+
+    @property
+    def share(self) -> int:
+        """Rows of a logical batch that one rank has at most; on one rank, all of them."""
+        return self.ranks.rows if self.ranks is not None else self.logical_batch
+
+    def on(self, ranks: Ranks, logical_batch: int) -> "Plan":
+        """Return the plan of several ranks, of which this is one.
+
+        Args:
+            ranks: What they take together.
+            logical_batch: Rows of a logical batch, over all ranks.
+        """
+        window = ranks.window_seconds if ranks.window_seconds is not None else self.seconds
+        reasons = (*self.reasons, *ranks.reasons())
+        return replace(self, logical_batch=logical_batch, seconds=window, ranks=ranks, reasons=reasons)
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -98,7 +118,7 @@ class Plan:
         Returns:
             Unit: bytes.
         """
-        return self.need.peak(rows, self.longest if length is None else length, alone=rows >= self.logical_batch)
+        return self.need.peak(rows, self.longest if length is None else length, alone=rows >= self.share)
 
     def fits_at(self, rows: int, length: int | None = None) -> bool:
         """Return whether a micro-batch of so many rows stays within the budget."""
@@ -106,7 +126,7 @@ class Plan:
 
     def largest(self) -> int:
         """Return the most rows that stay within the budget at once; 0: not even one."""
-        low, high = 0, self.logical_batch
+        low, high = 0, self.share
         if self.fits_at(high):
             return high
         while low < high:
@@ -158,6 +178,7 @@ class Plan:
                 }
                 for each in self.alternatives
             ],
+            "ranks": self.ranks.to_dict() if self.ranks is not None else None,
             "reasons": list(self.reasons),
         }
 
@@ -166,6 +187,9 @@ class Plan:
         lines += _columns([(name, value, "") for name, value in self._kinds()])
         lines += ["", "Another way:"] if self.alternatives else []
         lines += _columns([(each.name, say_bytes(each.peak_bytes), _rows(each)) for each in self.alternatives])
+        if self.ranks is not None:
+            lines += ["", f"{self.ranks.heading}:", *_columns(self.ranks.table())]
+            lines += ["", "Weights, gradients and optimizer state:", *_columns(self.ranks.sharing_table())]
         lines += ["", *(f"- {reason}" for reason in self.reasons)]
         return "\n".join(lines)
 
@@ -177,9 +201,10 @@ class Plan:
             if self.micro_batches == 1
             else f"{self.micro_batches} micro-batches of {_amount(self.micro_batch)}"
         )
+        ranks = f"{self.share} on each of {self.ranks.ranks} ranks, " if self.ranks is not None else ""
         speed = f", {self.rows_per_second:,.3g} rows a second" if self.rows_per_second else ""
         return (
-            f"It fits: {self.logical_batch} rows, {parts}, {self.precision}, "
+            f"It fits: {self.logical_batch} rows, {ranks}{parts}, {self.precision}, "
             f"{say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)}{speed}."
         )
 
@@ -196,6 +221,11 @@ class Plan:
             f"<tr><td>{html.escape(name)}</td><td style='text-align:right'>{html.escape(value)}</td></tr>"
             for name, value in self._kinds()
         )
+        if self.ranks is not None:
+            rows += "".join(
+                f"<tr><td>{html.escape(name)}</td><td style='text-align:right'>{html.escape(value)}</td></tr>"
+                for name, value, _ in [*self.ranks.table(), *self.ranks.sharing_table()]
+            )
         reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
         return (
             f"<div><p><b>{html.escape(self._headline())}</b></p><table>{rows}</table>"
@@ -205,7 +235,7 @@ class Plan:
     def to_svg(self) -> str:
         """Return a picture of memory against the micro-batch, with the budget as a line."""
         width, height, left, bottom = 480, 220, 70, 30
-        most = max(2, min(self.logical_batch, 2 * max(1, self.largest())))
+        most = max(2, min(self.share, 2 * max(1, self.largest())))
         sizes = sorted({max(1, round(most * step / 24)) for step in range(25)})
         peaks = [self.peak_at(rows) for rows in sizes]
         top = 1.1 * max(*peaks, self.budget_bytes if self.budget_bytes < 4 * max(peaks) else 0)

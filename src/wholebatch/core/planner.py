@@ -45,6 +45,7 @@ class Task:
         length: Says how long a row is; goes into `wb.Tokens`.
         precision: In which forward passes run.
         folds: Whether the optimizer takes gradients in as they arrive, as AdamA does.
+        shared: Whether these are the rows of one rank among several.
     """
 
     rows: int
@@ -53,6 +54,16 @@ class Task:
     length: Callable[[Any], int] | None = None
     precision: str = "fp32"
     folds: bool = False
+    shared: bool = False
+
+    @property
+    def whole(self) -> str:
+        """What the rows are, in words."""
+        return (
+            f"The whole share of a rank, {self.rows} rows,"
+            if self.shared
+            else f"The whole logical batch of {self.rows} rows"
+        )
 
     @property
     def longest(self) -> int:
@@ -132,14 +143,14 @@ class Planner:
         if whole:
             micro_batch, parts, peak = Rows(task.rows), 1, need.peak(task.rows, task.longest, alone=True)
             self._say(
-                f"The whole logical batch of {task.rows} rows fits at once ({say_bytes(peak)} of "
+                f"{task.whole} fits at once ({say_bytes(peak)} of "
                 f"{say_bytes(task.budget)}), so nothing is cut: accumulation would only take time."
             )
             if self.clock is not None and not way.blocks:
                 seconds = self.clock(candidates(task.rows)[:1])
         else:
             self._say(
-                f"The whole logical batch of {task.rows} rows would take "
+                f"{task.whole} would take "
                 f"{say_bytes(need.peak(task.rows, task.longest, alone=True))} of {say_bytes(task.budget)}; "
                 f"at most {say_rows(most)} at once{', of the longest' if task.longest else ''}."
             )

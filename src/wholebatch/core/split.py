@@ -11,6 +11,10 @@ Indices: TypeAlias = Sequence[int]
 """The rows of one micro-batch, as places in the logical batch; a `range` where they stand side by side."""
 
 
+Size: TypeAlias = tuple[str, int]
+"""How large micro-batches are: a unit, ``"rows"`` or ``"tokens"``, and how many of it."""
+
+
 _PASS = 200
 """What a micro-batch costs beside its padded tokens, for passing through the model once more. Unit: tokens.
 
@@ -29,7 +33,7 @@ class Rows:
         rows: Rows in a micro-batch. Unit: rows.
 
     Raises:
-        SplitError: Fewer than one row.
+        SplitError: Fewer than one row, or no whole number.
 
     Example:
         >>> Rows(4).cut(10)
@@ -39,6 +43,7 @@ class Rows:
     rows: int
 
     def __post_init__(self) -> None:
+        _require_whole("wb.Rows", self.rows, "wb.Rows(8)")
         if self.rows < 1:
             raise SplitError(f"A micro-batch of {self.rows} rows holds nothing.", hint="pass wb.Rows(1) or more.")
 
@@ -75,7 +80,7 @@ class Tokens:
             batch is made of tensors, the same structure without the row dimension.
 
     Raises:
-        SplitError: The budget is less than one token.
+        SplitError: The budget is less than one token, or no whole number; or `length` cannot be called.
 
     Example:
         >>> Tokens(12, length=len).cut([3, 6, 2, 5])
@@ -86,6 +91,12 @@ class Tokens:
     length: Callable[[Any], int]
 
     def __post_init__(self) -> None:
+        _require_whole("wb.Tokens", self.tokens, "wb.Tokens(4096, length=len)")
+        if not callable(self.length):
+            raise SplitError(
+                f"length is a {type(self.length).__name__}, which cannot be called.",
+                hint="pass a function that says how long a row is, such as length=len.",
+            )
         if self.tokens < 1:
             raise SplitError(
                 f"A micro-batch of {self.tokens} tokens holds nothing.",
@@ -121,6 +132,11 @@ class Tokens:
             cut.append(order[starts[end] : end])
             end = starts[end]
         return cut[::-1]
+
+
+def _require_whole(what: str, number: object, example: str) -> None:
+    if not hasattr(number, "__index__"):
+        raise SplitError(f"{what}({number!r}) is no whole number.", hint=f"pass one, as in {example}.")
 
 
 def side_by_side(rows: Sequence[int | None]) -> list[Indices] | None:

@@ -161,3 +161,21 @@ def gradient_factor(reference: Count, total: Count) -> Count:
         0.25
     """
     return reference / total
+
+
+def common_factor(reference: Count, common: Count) -> Count:
+    """Return what a rank's summed gradient is multiplied by before it is added to those of other ranks.
+
+    Each rank divides its losses by a reference of its own, as it knows only its own targets. Multiplied by reference
+    over common, the gradients of all ranks are divided by one reference, and `gradient_factor(common, total)` makes
+    their sum that of the logical batch. There is no mean over ranks: a target counts once, on whatever rank it is.
+
+    Args:
+        reference: What every loss of this rank was divided by. Unit: targets.
+        common: Any number on which all ranks agree; a power of two, so that it adds no rounding. Unit: targets.
+
+    Example:
+        >>> common_factor(8, 32)
+        0.25
+    """
+    return reference / common

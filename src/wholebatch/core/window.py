@@ -95,21 +95,35 @@ def group(items: Iterable[Item], micro_batches: int) -> Iterator[tuple[Item | No
         items: Micro-batches, with or without a length.
         micro_batches: Places in a window. A micro-batch of None takes its place.
 
-    Yields:
+    Returns:
         Pairs of an item and whether the window closes after it.
 
     Raises:
-        WindowError: `micro_batches` is less than 1.
+        WindowError: `micro_batches` is no whole number, or less than 1; `items` is nothing to walk over.
 
     Example:
         >>> list(group("abcde", 2))
         [('a', False), ('b', True), ('c', False), ('d', True), ('e', False), (None, True)]
     """
+    if not hasattr(micro_batches, "__index__"):
+        raise WindowError(
+            f"micro_batches={micro_batches!r} is no whole number.",
+            hint="pass how many micro-batches make one logical batch, such as micro_batches=8.",
+        )
     if micro_batches < 1:
         raise WindowError(
             f"A window of {micro_batches} micro-batches would never become an update.",
             hint="pass micro_batches=1 or more.",
         )
+    if not (hasattr(items, "__iter__") or hasattr(items, "__getitem__")):
+        raise WindowError(
+            f"A {type(items).__name__} yields no micro-batches.",
+            hint="pass a loader: anything that a for loop can walk over.",
+        )
+    return _walk(items, micro_batches)
+
+
+def _walk(items: Iterable[Item], micro_batches: int) -> Iterator[tuple[Item | None, bool]]:
     place = 0
     for item in items:
         place = place % micro_batches + 1

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from wholebatch.core.batch import Layout, LogicalBatch
+from wholebatch.core.batch import Layout, LogicalBatch, paths
 from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError, SplitError
 from wholebatch.core.record import Update
@@ -28,6 +28,7 @@ from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.reasons import Reasons
+from wholebatch.engine.reduction import ReduceIn, check_reduce_in
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.splitting import Splitting
 from wholebatch.engine.sums import SumIn, check_sum_in
@@ -72,6 +73,8 @@ class Accumulator:
             ``"joined"`` in one graph, or ``"auto"``: replay unless a meeting needs the gradient of an earlier one.
         check: ``"first"`` compares the gradient of a few rows of the first batch, cut and uncut, before training;
             None: off.
+        reduce_in: The dtype in which gradients travel between ranks: ``"fp32"``, or ``"bf16"`` for half the bytes and
+            8 bits of each number. None: as they are summed.
 
     Attributes:
         reasons: What was chosen automatically, and why; one sentence each.
@@ -116,6 +119,7 @@ class Accumulator:
         batch_norm: BatchNorm = "refuse",
         lockstep: Execution = "auto",
         check: Literal["first"] | None = "first",
+        reduce_in: ReduceIn | None = None,
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
@@ -126,13 +130,14 @@ class Accumulator:
                 f"micro_batch={micro_batch!r} says nothing about which rows go together.",
                 hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
             )
-        if clip_norm is not None and not clip_norm > 0:
+        if clip_norm is not None and not _is_positive(clip_norm):
             raise ConfigError(
-                f"clip_norm={clip_norm!r} would leave nothing of a gradient.", hint="pass a norm above 0, or None."
+                f"clip_norm={clip_norm!r} is no norm to clip a gradient to.", hint="pass a number above 0, or None."
             )
+        check_reduce_in(reduce_in)
         self._reasons = say = Reasons()
         self.reasons = say.said
-        self._setup = Setup.of(model, optimizer, lr_scheduler)
+        self._setup = Setup.of(model, optimizer, lr_scheduler, reduce_in=reduce_in, say=say)
         check_clip_norm(self._setup.optimizers, clip_norm)
         objective = Objective(loss_fn, targets, reduction)
         self._precision = Precision(precision, self._setup.device)
@@ -147,7 +152,7 @@ class Accumulator:
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
         )
-        self._layout = Layout(collate, tuple(whole), dims)
+        self._layout = Layout(collate, paths(whole), dims)
         budget = parse_bytes(memory) if memory is not None else None
         self._setup.update.budgeted = budget is not None
         fitting = Fitting(
@@ -185,23 +190,36 @@ class Accumulator:
             Exception: What the loss function raised, as it is. In every case weights, gradients, buffers and random
                 state are those of before.
         """
-        if batch is None:
-            return self.window().close()
-        rows = self._layout.logical(batch)
-        if self._windows.rules.sums.consumes:  # the targets must be known before the first backward pass
+        group = self._setup.group
+        if group.ranks == 1:
+            if batch is None:
+                return self.window().close()
+            rows = self._layout.logical(batch)
+            if rows.rows == 0:
+                raise SplitError(
+                    "The logical batch is empty: it holds no rows.", hint="leave empty batches out of the loader."
+                )
+            return self._step(rows)
+        with group.together(self._windows.renew_sums):
+            return self._step(self._layout.logical_or_nothing(batch))
+
+    def _step(self, rows: LogicalBatch) -> Update:
+        """Make one update from a logical batch of which this process has some rows, or none."""
+        group = self._setup.group
+        if self._windows.rules.sums.consumes:  # targets must be known before a backward pass
             rows.keep()
-        if rows.rows == 0:
-            raise SplitError(
-                "The logical batch is empty: it holds no rows.", hint="leave empty batches out of the loader."
-            )
         retries = 0
         while True:
-            cut, padding = self._cutting.cut(rows, self._reasons)
+            cut, padding = self._cutting.cut(rows, self._reasons) if rows.rows else ([], None)
             made = self._making.attempt(rows, cut, padding)
             if isinstance(made, Update):
                 return replace(made, retries=retries) if retries else made
             memory.free_cached(self._setup.device)
-            self._cutting.take_finer(rows, cut, made, self._reasons)
+            sizes = made.elsewhere
+            if not sizes:
+                self._cutting.take_finer(rows, cut, made, self._reasons)
+                sizes = group.report_shortage(made.said, self._cutting.size)
+            self._cutting.follow(sizes, self._reasons)
             retries += 1
 
     def updates(self, loader: Iterable[Any], *, micro_batches: int) -> Iterator[Update]:
@@ -238,7 +256,9 @@ class Accumulator:
         Raises:
             WindowError: The last window is still open.
         """
-        window = self._windows.open(targets=targets, micro_batches=micro_batches, company=OneByOne())
+        window = self._windows.open(
+            targets=targets, micro_batches=micro_batches, company=OneByOne(self._setup.group.ranks)
+        )
         window.steps_again = True
         return window
 
@@ -259,6 +279,10 @@ class Accumulator:
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""
         return self._precision.autocast()
+
+
+def _is_positive(number: object) -> bool:
+    return hasattr(number, "__float__") and float(number) > 0
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

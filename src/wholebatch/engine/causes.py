@@ -14,7 +14,9 @@ from torch import nn
 
 from wholebatch.core.split import Indices
 from wholebatch.engine.batchnorm import batch_dependent_layers
+from wholebatch.engine.device import input_device
 from wholebatch.engine.pieces import Piece, Probe, compare, errors, evaluating, is_rounding, weighted_sum
+from wholebatch.engine.transaction import RandomState
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,11 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
             return False
         return float((first.gradient - second.gradient).norm()) > probe.tolerance * float(first.gradient.norm())
 
+    def stirs() -> bool:
+        before = RandomState.now(input_device(probe.model))
+        probe.run(whole)
+        return not before.stands()
+
     if agree() or (probe.coarsen(lambda: probe.run(whole)) and agree()):
         return causes
     layers = batch_dependent_layers(probe.model)
@@ -84,16 +91,17 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
             causes.append(batch_norm_cause(layers))
             if agree():
                 return causes
-        random = draws()
-        if random:
-            causes.append(random_cause(probe.model))
-        with evaluating(list(probe.model.modules()) if random else []):
+        # What is drawn once in a while, as in LayerDrop, need not show in two runs; that it was drawn does.
+        random = [random_cause(probe.model)]
+        seen = random if draws() else []
+        drawn = bool(seen) or stirs()
+        with evaluating(list(probe.model.modules()) if drawn else []):
             try:
-                if random and (agree() or draws()):
-                    return causes
+                if drawn and (agree() or draws() or stirs()):
+                    return causes + random
             except Exception:  # some models give no loss in this mode, and what was found is all that can be
-                return causes
-            return causes + _arithmetic_causes(probe, whole, parts)
+                return causes + random
+            return causes + seen + _arithmetic_causes(probe, whole, parts)
 
 
 def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cause]:

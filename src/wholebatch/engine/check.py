@@ -1,6 +1,7 @@
 """Is the first batch safe to cut? A few of its rows as a whole against the same rows in parts, before training."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ from wholebatch.core.errors import VerifyError
 from wholebatch.core.split import Indices, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.causes import diagnose
+from wholebatch.engine.causes import Cause, diagnose
 from wholebatch.engine.cutting import Cutting
 from wholebatch.engine.device import input_device
 from wholebatch.engine.forward import Forward
+from wholebatch.engine.memory import is_out_of_memory
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.pieces import Probe, compare, evaluating, is_rounding
 from wholebatch.engine.precision import Precision
@@ -66,7 +68,7 @@ class FirstCheck:
             lengths=rows.lengths(rule.length) if isinstance(rule, Tokens) else None,
             precision=forward.precision,
         )
-        self._due = False
+        self._due = found is None  # else the next batch may tell
         if found is not None:
             self._say(found, logging.INFO)
 
@@ -115,7 +117,8 @@ def check_first(
         precision: In which forward passes run.
 
     Returns:
-        What was found, as a sentence, or None where there was nothing to compare.
+        What was found, as a sentence; None where the gradient is infinite or not a number as a whole already, so
+        that these rows do not tell, and the window will be judged by `on_nonfinite`.
 
     Raises:
         VerifyError: The cut changes the gradient; the error names the cause.
@@ -133,6 +136,8 @@ def check_first(
     finally:
         transaction.roll_back()
     errors = [each for each in found if isinstance(each, float)]
+    if any(map(math.isnan, errors)):
+        return None
     if not errors:
         return f"The first batch was not compared cut and uncut: {found[0]}."
     compared = sum(map(len, pieces))
@@ -154,14 +159,34 @@ def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
             return f"they differ in training mode, and in evaluation mode the loss raises {type(error).__name__}"
         if is_rounding(found, probe.tolerance):
             return max(found)
-        causes = diagnose(probe, piece, parts)
+        found, causes = _look_closer(probe, piece, parts, found)
+    if not causes:
+        return max(found)
     if any(cause.name in ("dropout", "randomness") for cause in causes):
         return "model or loss draw random numbers in evaluation mode too"
+    if any(cause.name == "not finite" for cause in causes):
+        return math.nan
     raise VerifyError(
         f"The cut changes the gradient: on {len(piece)} rows of the first batch, one against the others, it is off by "
         f"{max(found):.2g} (relative). " + " ".join(cause.found for cause in causes),
         hint=" ".join(cause.hint for cause in causes) or "look closer with wb.verify(model, loss_fn, batch).",
     )
+
+
+def _look_closer(
+    probe: Probe, piece: list[int], parts: list[list[int]], found: list[float]
+) -> tuple[list[float], list[Cause]]:
+    """Return the errors, and their causes: without autocast if that can be, whose rounding some layers magnify."""
+    if probe.autocasts:
+        try:
+            with probe.as_the_weights_are():
+                wide = compare(probe, piece, parts) or [0.0]
+                return wide, [] if is_rounding(wide, probe.tolerance) else diagnose(probe, piece, parts)
+        except Exception as error:  # such as inputs of 16 bits, which meet weights of 32 only under autocast
+            if is_out_of_memory(error):
+                raise
+    causes = diagnose(probe, piece, parts)
+    return found, causes
 
 
 def _few(num_rows: int, fitting: Indices, lengths: Sequence[int] | None) -> list[list[int]]:

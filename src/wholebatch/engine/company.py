@@ -202,8 +202,13 @@ class Scout:
 
 @dataclass(slots=True)
 class OneByOne:
-    """A window whose micro-batches come one by one, so that only a single one is its whole batch."""
+    """A window whose micro-batches come one by one, so that only a single one is its whole batch.
 
+    Args:
+        ranks: How many processes make the window together; of several, none has the whole batch.
+    """
+
+    ranks: int = 1
     micro_batches: int = 0
     _met: Call | None = None
 
@@ -227,6 +232,8 @@ class OneByOne:
         self.micro_batches += 1
 
     def _require_one(self) -> None:
+        if self._met is not None and self.ranks > 1:
+            raise not_over_ranks(f"The micro-batches of this window would have to meet at {self._met}", self.ranks)
         if self._met is not None and self.micro_batches > 0:
             raise MeetingError(
                 f"The micro-batches of this window would have to meet at {self._met}, and they come one by one: each "
@@ -234,6 +241,14 @@ class OneByOne:
                 hint="hand the logical batch to accumulator.step(batch), or the loader to accumulator.updates(loader, "
                 "micro_batches=n); a window of your own can meet only in a single micro-batch.",
             )
+
+
+def not_over_ranks(found: str, ranks: int) -> MeetingError:
+    """Return the error that micro-batches which meet are spread over ranks."""
+    return MeetingError(
+        f"{found}, and the others are on {ranks} ranks, where they cannot be reached.",
+        hint="train in one process, or with a loss that needs no other rows than those of its micro-batch.",
+    )
 
 
 class Seat:

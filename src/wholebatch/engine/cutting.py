@@ -9,7 +9,7 @@ from typing import Literal
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes
 from wholebatch.core.errors import OutOfMemoryError
-from wholebatch.core.split import Indices, Rows, Tokens, padding
+from wholebatch.core.split import Indices, Rows, Size, Tokens, padding
 from wholebatch.engine import memory as device_memory
 from wholebatch.engine.fitting import Fitting
 from wholebatch.engine.reasons import Say
@@ -36,10 +36,12 @@ class Shortage:
     Attributes:
         said: What PyTorch said, in a line.
         rows: Rows of the micro-batch in which it happened; None outside of any.
+        elsewhere: Where it happened on other ranks only: to which sizes they had to go.
     """
 
     said: str
     rows: int | None
+    elsewhere: list[Size] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -178,6 +180,37 @@ class Cutting:
             f"into micro-batches of {finer}.",
             logging.WARNING,
         )
+
+    @property
+    def size(self) -> Size:
+        """How large micro-batches are now."""
+        if isinstance(self.micro_batch, Tokens):
+            return "tokens", self.micro_batch.tokens
+        return "rows", self.micro_batch.rows if isinstance(self.micro_batch, Rows) else self._shares[self._kind].rows
+
+    def follow(self, sizes: Sequence[Size], say: Say) -> None:
+        """Take micro-batches no larger than those to which ranks had to go when memory ran out.
+
+        Args:
+            sizes: What each of them takes from now on.
+            say: Takes the reason of the choice.
+        """
+        before: object = self.micro_batch
+        share = self._shares.get(self._kind) if before == "auto" else None
+        for unit, most in sizes:
+            if isinstance(self.micro_batch, Tokens) and unit == "tokens" and most < self.micro_batch.tokens:
+                self.micro_batch = Tokens(most, self.micro_batch.length)
+            elif isinstance(self.micro_batch, Rows) and unit == "rows" and most < self.micro_batch.rows:
+                self.micro_batch = Rows(most)
+            elif share is not None and unit == "rows" and most < share.rows:
+                share.shrink(share.rows, most)
+                before = None
+        if self.micro_batch is not before:
+            say(
+                "Memory ran out on another rank: this logical batch and those that follow are cut into micro-batches "
+                f"of {self.size[1]} {self.size[0]} here too.",
+                logging.WARNING,
+            )
 
     def _share(self, rows: LogicalBatch, say: Say) -> Share:
         """How many rows of a batch like this are taken at once; planned when the first of its kind comes by."""

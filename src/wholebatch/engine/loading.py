@@ -4,8 +4,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from torch.utils.data import DataLoader, IterableDataset
+
 from wholebatch.core.batch import Layout, LogicalBatch
-from wholebatch.core.errors import MeetingError
+from wholebatch.core.errors import MeetingError, RankError
 from wholebatch.core.record import Update
 from wholebatch.core.window import group
 from wholebatch.engine import memory
@@ -53,24 +55,62 @@ class Loading:
 
     def updates(self, loader: Iterable[Any], micro_batches: int) -> Iterator[Update]:
         """Make updates from a loader; see `wb.Accumulator.updates`."""
-        window: Window | None = None
-        held: list[Any] | None = None  # the micro-batches of a window that meet, or of which there is one
+        ranks = self._windows.rules.setup.group
+        stream = self._stream(loader, micro_batches)
+        update: Update | None = None
+        while update is None or not ranks.all_ended:
+            with ranks.together(self._windows.renew_sums):
+                self._lockstep.require_reach(ranks.ranks)
+                update = self._next(stream, micro_batches)
+            if update is None:
+                return
+            yield update
+        for _ in stream:  # so that the loader, too, comes to its end
+            raise RankError(
+                "A loader yields more micro-batches than its length says, after all ranks had come to their end.",
+                hint="let len(loader) be right, or hand in iter(loader), whose length is not asked.",
+            )
+
+    def _stream(self, loader: Iterable[Any], micro_batches: int) -> Iterator[tuple[Any, bool]]:
+        """The micro-batches of this process, and empty windows for as long as other ranks have more."""
+        ranks = self._windows.rules.setup.group
+        length = _known_length(loader)
+        ranks.begin_stream()
+
+        def read() -> Iterator[Any]:
+            for number, micro_batch in enumerate(loader, 1):
+                ranks.ended = number == length
+                yield micro_batch
+            ranks.ended = True
+
+        yield from group(read(), micro_batches)
+        ranks.idle = True
+        while ranks.others_go_on:
+            yield None, True
+
+    def _next(self, stream: Iterator[tuple[Any, bool]], micro_batches: int) -> Update | None:
+        """Make the next window; None where no rank has a micro-batch left."""
+        ranks, several = self._windows.rules.setup.group, micro_batches > 1
+        alone = not several and ranks.ranks == 1
+        # The micro-batches of a window that meet, or of which there is one.
+        held: list[Any] | None = [] if alone or (several and self._lockstep.meets) else None
         unlearned: list[Any] = []  # those without targets, that may have to meet others yet
         retries = 0
-        scout = Scout() if micro_batches > 1 else None
+        scout = Scout() if several or ranks.ranks > 1 else None
+        window: Window | None = None
         try:
-            for micro_batch, closes in group(loader, micro_batches):
-                if window is None and held is None:
-                    held = [] if micro_batches == 1 or self._lockstep.meets else None
+            for micro_batch, closes in stream:
                 if window is None and held is None:
                     window = self._windows.open(micro_batches=micro_batches)
                     window.steps_again = True
                 if micro_batch is not None:
-                    if micro_batches > 1:
+                    if several:
                         self._first_check.look_at_loaded(micro_batch, self._layout)
                     if window is not None:
                         seat = sit_down(scout)
                         try:
+                            if closes:
+                                window.expect_last()
                             retries += self._splitting.into(window, micro_batch)
                             if window.is_empty and scout is not None:
                                 unlearned.append(micro_batch)
@@ -85,14 +125,16 @@ class Loading:
                 if closes:
                     update = window.close() if window is not None else self._make_of(held or [])
                     self._splitting.closed()
-                    if retries:
-                        update = replace(update, retries=update.retries + retries)
-                    window, held, unlearned, retries = None, None, [], 0
-                    yield update
+                    if not ranks.all_idle:
+                        return replace(update, retries=update.retries + retries) if retries else update
+                    assert window is not None
+                    self._windows.take_back(window)
+                    return None
         except BaseException:
             if window is not None and window.is_open:
                 window.rollback()
             raise
+        return None
 
     def _make_of(self, held: list[Any]) -> Update:
         """Make the update of micro-batches that are all there, in parts where they do not fit."""
@@ -128,4 +170,13 @@ class Loading:
                 f"{again.why}, and an earlier micro-batch of this window ended without meeting.",
                 hint="let every micro-batch make the same meetings in the same order.",
             )
-        self._lockstep.learn(again)
+        self._lockstep.learn(again, self._windows.rules.setup.group.ranks)
+
+
+def _known_length(loader: Any) -> int | None:
+    """How many micro-batches a loader yields, where that can be relied on."""
+    if isinstance(loader, list | tuple):
+        return len(loader)
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return len(loader)
+    return None

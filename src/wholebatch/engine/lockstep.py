@@ -9,7 +9,7 @@ from torch import nn
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.company import Again, Order, recomputing_with
+from wholebatch.engine.company import Again, Order, not_over_ranks, recomputing_with
 from wholebatch.engine.cutting import Place
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.joined import run_joined
@@ -47,12 +47,23 @@ class Lockstep:
         """Whether it is known that the micro-batches of a window meet."""
         return self._found or bool(exact_layers(self._model))
 
-    def learn(self, again: Again) -> None:
+    def require_reach(self, ranks: int) -> None:
+        """Refuse to let micro-batches meet that are on several ranks.
+
+        Raises:
+            MeetingError: They would have to.
+        """
+        if ranks > 1 and self.meets:
+            raise not_over_ranks("The micro-batches of this model meet", ranks)
+
+    def learn(self, again: Again, ranks: int = 1) -> None:
         """Take note of what ended an attempt at a window.
 
         Raises:
-            MeetingError: The graphs have to be joined, and the user wants a replay.
+            MeetingError: The graphs have to be joined, and the user wants a replay; or there are several ranks.
         """
+        if ranks > 1:
+            raise not_over_ranks(again.why, ranks) from None
         if not again.joined:
             self._found = True
             return

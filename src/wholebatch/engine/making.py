@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.core.errors import OutOfMemoryError
+from wholebatch.core.errors import OutOfMemoryError, RankError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Indices, side_by_side
 from wholebatch.core.weights import Count
@@ -44,12 +44,12 @@ class Making:
     def attempt(self, rows: LogicalBatch, cut: Sequence[Indices], padding: float | None) -> Update | Shortage:
         """Return the update of a logical batch in one cut, or what is known of a shortage of memory that undid it."""
         place = Place()
-        return _attempted(lambda: self.make(rows, cut, padding, place), place)
+        return self._attempted(lambda: self.make(rows, cut, padding, place), place)
 
     def attempt_of(self, micro_batches: Sequence[Any], rows: Sequence[int | None]) -> Update | Shortage:
         """Return the same of micro-batches that somebody else has cut, as for `make_of`."""
         place = Place()
-        return _attempted(lambda: self.make_of(micro_batches, rows, place), place)
+        return self._attempted(lambda: self.make_of(micro_batches, rows, place), place)
 
     def make(self, rows: LogicalBatch, cut: Sequence[Indices], padding: float | None, place: Place) -> Update:
         """Make one update from a logical batch in one cut.
@@ -64,8 +64,11 @@ class Making:
             BatchNormError, VerifyError: The cut would change the gradient.
             Exception: What the loss function raised; nothing has changed then.
         """
-        if len(cut) > 1:
+        ranks = self._windows.rules.setup.group.ranks
+        if len(cut) > 1 or ranks > 1:
             self._require_row_by_row()
+            self._lockstep.require_reach(ranks)
+        if len(cut) > 1:
             self._first_check.look(rows, max(cut, key=len))
         # Rows of a list are collated once, when their turn comes, so that the padded logical batch never exists.
         objective = self._forward.objective
@@ -78,15 +81,17 @@ class Making:
         total = sum(known) if len(known) == len(cut) else None
         opened = {"targets": total, "micro_batches": len(cut), "padding": padding}
         update = None
-        if len(cut) == 1 or not self._lockstep.meets:
+        if len(cut) < 2 or not self._lockstep.meets:
 
             def pass_each(window: Window) -> None:
-                for part, count in zip(cut, counts, strict=True):
+                for number, (part, count) in enumerate(zip(cut, counts, strict=True), 1):
                     place.rows = len(part)
+                    if number == len(cut):
+                        window.expect_last()
                     self._forward.into(window, rows.take(part), len(part), count)
                 place.rows = None
 
-            update = self._fill(pass_each, Scout() if len(cut) > 1 else None, **opened)
+            update = self._fill(pass_each, Scout() if len(cut) > 1 or ranks > 1 else None, **opened)
         while update is None:  # they meet
             takes = [partial(rows.take, part) for part in cut]
             update = self._meet(takes, list(map(len, cut)), counts, cut, place, **opened)
@@ -130,7 +135,7 @@ class Making:
             return window.close()
         except Again as again:
             self._windows.take_back(window)
-            self._lockstep.learn(again)
+            self._lockstep.learn(again, self._windows.rules.setup.group.ranks)
         except BaseException:
             if window.is_open:
                 window.rollback()
@@ -155,20 +160,24 @@ class Making:
 
         return self._fill(meet, None, **opened)
 
+    def _attempted(self, make: Callable[[], Update], place: Place) -> Update | Shortage:
+        try:
+            return make()
+        except RankError as error:
+            elsewhere = self._windows.rules.setup.group.take_shortages()
+            if not elsewhere:
+                raise
+            return Shortage(error.found, None, elsewhere)
+        except Exception as error:
+            if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+                raise
+            # Only words leave this block: the error's traceback holds the tensors of the attempt.
+            return Shortage(memory.in_a_line(error), place.rows)
+
     def _require_row_by_row(self) -> None:
         rules = self._windows.rules
         if rules.batch_norm == "refuse":
             require_row_by_row(rules.setup.model)
-
-
-def _attempted(make: Callable[[], Update], place: Place) -> Update | Shortage:
-    try:
-        return make()
-    except Exception as error:
-        if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
-            raise
-        # Only words leave this block: the error's traceback holds the tensors of the attempt.
-        return Shortage(memory.in_a_line(error), place.rows)
 
 
 def _itself(micro_batch: Any) -> Any:

@@ -84,7 +84,7 @@ _SAID_OUT_OF_MEMORY = re.compile(
     | can't\ allocate\ memory | cannot\ allocate\ memory      # DefaultCPUAllocator on Linux and macOS
     | not\ enough\ memory         # DefaultCPUAllocator on Windows
     | std::bad_alloc
-    | could\ not\ create\ a\ (memory|primitive)               # oneDNN, which says no more than that
+    | could\ not\ create\ a\ (memory|primitive(?!\ desc))     # oneDNN, which says no more; a descriptor is no memory
     """,
     re.VERBOSE | re.IGNORECASE,
 )

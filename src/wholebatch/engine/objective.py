@@ -79,9 +79,17 @@ def learns(part: Part) -> bool:
 
 def plain_count(count: Count) -> Count:
     """Return a count as a plain number wherever that asks no device for it: a tensor on an accelerator stays one."""
-    if isinstance(count, Tensor) and count.device.type == "cpu" and count.numel() == 1:
-        return count.detach().reshape(()).tolist()
-    return count
+    if type(count) is int:
+        return count
+    if isinstance(count, Tensor):
+        if count.device.type != "cpu" or count.numel() != 1:
+            return count
+        count = count.detach().reshape(())
+    return _plain(count.tolist() if hasattr(count, "tolist") else count)  # NumPy's numbers have it too
+
+
+def _plain(number: Any) -> Any:
+    return int(number) if isinstance(number, bool) else number
 
 
 class Objective:

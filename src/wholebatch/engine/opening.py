@@ -66,10 +66,8 @@ class Windows:
                 hint="close or roll back the first one (accumulator.open_window); a second model or optimizer takes an "
                 "accumulator of its own.",
             )
-        parameters = self.rules.setup.parameters
-        summed = self.rules.sums.parameters
-        if len(parameters) != len(summed) or not all(map(is_, parameters, summed)):  # a parameter group was added
-            self.rules = replace(self.rules, sums=gradient_sum(self.rules.setup, self._sum_in))
+        self.rules.setup.group.open(self.renew_sums)
+        self.renew_sums()
         if targets is not None:
             targets = plain_count(targets)
             check_count(targets)
@@ -88,6 +86,14 @@ class Windows:
         self._seat = sit_down(company)
         return self.current
 
+    def renew_sums(self) -> GradientSum:
+        """Return the running sum of what the optimizers step now."""
+        parameters = self.rules.setup.group.leaves(self.rules.setup.parameters)
+        summed = self.rules.sums.parameters
+        if len(parameters) != len(summed) or not all(map(is_, parameters, summed)):  # a parameter group was added
+            self.rules = replace(self.rules, sums=gradient_sum(self.rules.setup, self._sum_in))
+        return self.rules.sums
+
     def take_back(self, window: Window) -> None:
         """Undo a window that is to be made again under the same number."""
         if window.is_open:
@@ -102,7 +108,8 @@ class Windows:
 
 def gradient_sum(setup: Setup, sum_in: SumIn) -> GradientSum:
     """Return the running sum of the gradients of what the optimizers step."""
-    return GradientSum(setup.parameters, setup.bystanders, sum_in, setup.consumption())
+    leaves = setup.group.leaves
+    return GradientSum(leaves(setup.parameters), leaves(setup.bystanders), sum_in, setup.consumption())
 
 
 def _guard(windows: "weakref.ref[Windows]") -> Callable[..., None]:

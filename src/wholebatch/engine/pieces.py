@@ -87,6 +87,21 @@ class Probe:
             return 2.0**26 * self.eps
         return (4096 if self.eps < 1e-5 else 16) * self.eps
 
+    @property
+    def autocasts(self) -> bool:
+        """Whether forward passes run under autocast, which rounds more than the weights do."""
+        return not self._precision.as_is
+
+    @contextmanager
+    def as_the_weights_are(self) -> Iterator[None]:
+        """Run without autocast for a while, and judge by the rounding of the weights."""
+        before = self._precision, self._seen_eps
+        self._precision, self._seen_eps = Precision("fp32", input_device(self.model)), 0.0
+        try:
+            yield
+        finally:
+            self._precision, self._seen_eps = before
+
     def coarsen(self, run: Callable[[], object]) -> bool:
         """Look in which dtypes something computes, and allow for the rounding of the coarsest.
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from wholebatch.core.batch import paths
 from wholebatch.core.budget import parse_bytes, say_bytes
 from wholebatch.core.errors import ConfigError, LossError, SplitError
 from wholebatch.core.need import Need, Size
@@ -15,6 +16,7 @@ from wholebatch.core.plan import Plan
 from wholebatch.core.planner import Planner, Task, Way
 from wholebatch.core.sizes import largest_rows
 from wholebatch.core.split import Rows, Tokens
+from wholebatch.core.spread import Spread
 from wholebatch.core.weights import Reduction
 from wholebatch.engine import memory as device_memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
@@ -53,6 +55,9 @@ def plan(
     precision: Format = "fp32",
     accumulate_in: SumIn | None = None,
     timed: bool = True,
+    ranks: int = 1,
+    bandwidth: str | float | None = None,
+    latency: str | float = 0.0,
 ) -> Plan:
     """Say before training whether it fits into memory, how the logical batch is best cut, and why.
 
@@ -80,12 +85,17 @@ def plan(
         precision: As for `wb.Accumulator`.
         accumulate_in: The same.
         timed: Whether passes are timed, which takes less than two windows.
+        ranks: On how many ranks like this one the logical batch will be trained. The plan is that of each.
+        bandwidth: What a rank sends to another in a second, such as ``"25GB/s"`` or ``"100Gbit/s"``, or a number of
+            bytes; with it the plan predicts the time of a window on all ranks.
+        latency: How long an empty message takes from rank to rank, such as ``"20us"``, or a number of seconds.
 
     Returns:
         The plan; ``print`` shows it.
 
     Raises:
-        ConfigError: `memory` is no size, or `logical_batch` no number of rows.
+        ConfigError: `memory` is no size, `logical_batch` no number of rows, `ranks` no number of ranks, or a bandwidth
+            or latency is none.
         OptimizerError, WeightError, LossError, SplitError: As for `wb.Accumulator`.
 
     Example:
@@ -107,12 +117,13 @@ def plan(
     if isinstance(micro_batch, Tokens) and length is None:
         length = micro_batch.length
     budget = parse_bytes(memory) if memory is not None else None
-    sample = Sample(rows, collate, tuple(whole), dims, copied=length is not None)
+    sample = Sample(rows, collate, paths(whole), dims, copied=length is not None)
     count = sample.rows.rows
     if count == 0:
         raise SplitError("The sample holds no rows.", hint="pass a few rows like those that will be trained on.")
     if not _is_number_of_rows(logical_batch):
         raise ConfigError(f"logical_batch={logical_batch!r} is no number of rows.", hint="pass 1 or more, such as 512.")
+    spread = Spread.of(logical_batch or count, ranks, bandwidth, latency)
     if not callable(loss_fn):
         raise LossError(
             f"The loss function is a {type(loss_fn).__name__}.", hint="pass the one that will be trained on."
@@ -125,7 +136,8 @@ def plan(
         check_sum_in(accumulate_in),
         sample,
     )
-    return Planning(job, logical_batch or count, budget, length, precision).plan(micro_batch, timed=timed)
+    made = Planning(job, spread.rows_each, budget, length, precision, shared=ranks > 1).plan(micro_batch, timed=timed)
+    return spread(made)
 
 
 def _is_number_of_rows(said: object) -> bool:
@@ -141,12 +153,21 @@ class Planning:
         budget: What there is; None: what the device has free. Unit: bytes.
         length: Says how long a row is, or None.
         precision: In which forward passes run.
+        shared: Whether these are the rows of one rank among several.
     """
 
     def __init__(
-        self, probe: Probe, rows: int, budget: int | None, length: Callable[[Any], int] | None, precision: Format
+        self,
+        probe: Probe,
+        rows: int,
+        budget: int | None,
+        length: Callable[[Any], int] | None,
+        precision: Format,
+        *,
+        shared: bool = False,
     ) -> None:
         self._probe = probe
+        self._shared = shared
         self._rows = rows
         self._budget = budget
         self._length = length
@@ -171,7 +192,7 @@ class Planning:
             probe.reasons.append(f"No budget was given: {say_bytes(budget)} is what this machine leaves to training.")
         need = self._measured(need, budget)
         folds = bool(takers(probe.setup.optimizers))
-        task = Task(self._rows, budget, self._all_lengths(), self._length, self._precision, folds)
+        task = Task(self._rows, budget, self._all_lengths(), self._length, self._precision, folds, self._shared)
         ways = [Way("as it is", need), *self._others()]
         clock = self._clock if timed else None
         planner = Planner(task, ways, clock, tuple(probe.reasons))

@@ -7,6 +7,11 @@ from typing import TypeAlias
 Say: TypeAlias = Callable[[str, int], None]
 """Takes the reason of an automatic choice, and its level of logging."""
 
+
+def silent(_reason: str, _level: int) -> None:
+    """Keep a reason to oneself."""
+
+
 _log = logging.getLogger("wholebatch")
 
 

@@ -10,10 +10,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from wholebatch.core.errors import OptimizerError
+from wholebatch.core.errors import OptimizerError, OutOfMemoryError
+from wholebatch.engine import memory
 from wholebatch.engine.consuming import Consumption, takers
 from wholebatch.engine.device import input_device
+from wholebatch.engine.reasons import Say, silent
 from wholebatch.engine.stepping import Stepping
+from wholebatch.engine.sync import Group, group_of
 
 OnNonFinite: TypeAlias = Literal["skip", "raise"]
 """What an infinite or undefined gradient does to its window."""
@@ -29,6 +32,7 @@ class Setup:
         schedulers: Stepped once an applied update.
         device: Where the model takes its input.
         update: Steps the optimizers, once or not at all.
+        group: The ranks that train the model together.
         stepping: Whether a window is stepping the optimizers at this moment.
     """
 
@@ -37,11 +41,18 @@ class Setup:
     schedulers: tuple[Any, ...]
     device: torch.device
     update: Stepping
+    group: Group
     stepping: bool = False
 
     @classmethod
     def of(
-        cls, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], lr_scheduler: Any | Sequence[Any] | None
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        lr_scheduler: Any | Sequence[Any] | None,
+        *,
+        reduce_in: str | None = None,
+        say: Say = silent,
     ) -> "Setup":
         """Check that the three belong together.
 
@@ -49,19 +60,14 @@ class Setup:
             model: The module whose parameters learn.
             optimizer: One optimizer, or several that each step a part of the model.
             lr_scheduler: One schedule or several, or None.
+            reduce_in: In which dtype gradients travel between ranks.
+            say: Takes the reason of an automatic choice.
 
         Raises:
-            OptimizerError: There are several ranks; the three are not of the right kind, an optimizer holds
-                parameters that are not the model's, needs a closure, or shares a parameter with another; a scheduler
-                belongs to another optimizer.
+            OptimizerError: The three are not of the right kind, an optimizer holds parameters that are not the
+                model's, needs a closure, or shares a parameter with another; a scheduler belongs to another optimizer;
+                model or optimizer cannot be trained on several ranks.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
-            if ranks > 1:
-                raise OptimizerError(
-                    f"This process is one of {ranks} ranks, and a window does not reach over ranks yet.",
-                    hint="train in one process; the update would be that of this rank's rows alone.",
-                )
         optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
         if lr_scheduler is None:
             schedulers: tuple[Any, ...] = ()
@@ -71,7 +77,8 @@ class Setup:
         for scheduler in schedulers:
             _check_scheduler(scheduler, optimizers)
         device = input_device(model)
-        return cls(model, optimizers, schedulers, device, Stepping(optimizers, device))
+        group = group_of(model, optimizers, reduce_in, say)
+        return cls(model, optimizers, schedulers, device, Stepping(optimizers, device), group)
 
     def consumption(self) -> Consumption | None:
         """Return what hands gradients over to the optimizers that take them in as they arrive; None if none does."""
@@ -98,6 +105,13 @@ class Setup:
         """Step every optimizer once, for a window; see `Stepping.step`."""
         self.stepping = True
         try:
+            try:
+                return self.update.step()
+            except Exception as error:
+                # Other ranks step now, so this one has to: a second time it goes in pieces.
+                if self.group.ranks == 1 or not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+                    raise
+            memory.free_cached(self.device)
             return self.update.step()
         finally:
             self.stepping = False

@@ -57,7 +57,9 @@ class Splitting:
             Exception: What the loss function raised.
         """
         rows = self._layout.count(micro_batch)
-        if self._windows.rules.sums.consumes:  # what is taken in as it arrives cannot be taken back by parts
+        rules = self._windows.rules
+        # What is taken in as it arrives cannot be taken back by parts, nor can what other ranks have been sent.
+        if rules.sums.consumes or rules.setup.group.ranks > 1:
             self._forward.into(window, micro_batch, rows, None)
             return 0
         if self.splits([rows]):

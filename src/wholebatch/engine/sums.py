@@ -74,6 +74,7 @@ class GradientSum:
         self._found: list[Tensor | None] = []
         self._parked: list[Tensor | None] | None = None
         self._own: dict[Tensor, _OwnSum] = {}
+        self._totals: dict[Tensor, Tensor] = {}  # over all ranks, of 16-bit weights
         self._left_out: set[Tensor] = set()
         self._listening = False
         self._watched: Tensor | None = None
@@ -270,6 +271,39 @@ class GradientSum:
             if own.holds:
                 parameter.grad = own.total().mul_(factor).to(parameter.dtype)
                 own.clear()
+        for parameter, total in self._totals.items():
+            parameter.grad = total.mul_(factor).to(parameter.dtype)
+        self._totals = {}
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether there is a gradient of a parameter."""
+        return parameter.grad is not None or (parameter in self._own and self._own[parameter].holds)
+
+    def take_out(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the sum of a parameter's gradients, and keep nothing of it; None if there is none."""
+        own = self._own.get(parameter)
+        if own is not None and own.holds:
+            total = own.total()
+            own.clear()
+            return total
+        gradient, parameter.grad = parameter.grad, None
+        return gradient
+
+    def put(self, parameter: nn.Parameter, total: Tensor) -> None:
+        """Put the sum of a parameter's gradients over all ranks in its place."""
+        if parameter.element_size() < 4:
+            self._totals[parameter] = total.to(torch.float32)
+        else:
+            parameter.grad = total.to(parameter.dtype)
+
+    def drain(self, factor: float) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each parameter with its sum times `factor`, in 32 bits at least, and keep nothing of it."""
+        for parameter in self.parameters:
+            total = self._totals.pop(parameter, None)
+            if total is None:
+                total, parameter.grad = parameter.grad, None
+            if total is not None:
+                yield parameter, total.mul_(factor)
 
     def commit(self) -> None:
         """End with an update: the gradients are used up."""
@@ -292,6 +326,7 @@ class GradientSum:
         self._listening = False
         for own in self._own.values():
             own.clear()
+        self._totals = {}
         found = [*left, *self._found[len(self.parameters) :]]
         for parameter, grad in zip(self._everything, found, strict=True):
             parameter.grad = grad

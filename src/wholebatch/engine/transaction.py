@@ -53,6 +53,13 @@ class RandomState:
             numpy=_numpy.state(),
         )
 
+    def stands(self) -> bool:
+        """Return whether nobody has drawn from any of the streams since."""
+        now = RandomState.now(self.device)
+        return _same(
+            (self.cpu, self.on_device, self.python, self.numpy), (now.cpu, now.on_device, now.python, now.numpy)
+        )
+
     def restore(self) -> None:
         """Put every stream back to where it stood."""
         torch.set_rng_state(self.cpu)
@@ -119,6 +126,18 @@ class _PythonStream:
 
 
 _MT19937_BYTES = 625 * 4
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states are equal, made of dicts, tuples, arrays and numbers."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return _same(tuple(one.items()), tuple(other.items()))
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)
+
 
 _numpy = _NumpyStream()
 _python = _PythonStream()

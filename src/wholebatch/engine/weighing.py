@@ -64,6 +64,26 @@ class Weighing:
         """Whether there is a loss scale."""
         return self._scale is not None
 
+    @property
+    def reference(self) -> Count:
+        """What every loss was divided by; 1 where there was none. Unit: targets."""
+        return 1 if self._reference is None else self._reference
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The loss scale, on the device, or None."""
+        return self._scale
+
+    @property
+    def loss_sum(self) -> Tensor | float:
+        """What the losses add up to, on their device. Shape ``[]``."""
+        return 0.0 if self._loss_sum is None else self._loss_sum
+
+    @property
+    def least(self) -> Tensor | float:
+        """The fewest targets that a device counted in one micro-batch; 0 where none did. Unit: targets."""
+        return 0.0 if self._least is None else self._least
+
     def weigh(self, part: Part) -> tuple[list[Tensor], list[Tensor]]:
         """Return the losses of a micro-batch and the gradients that enter at them.
 
@@ -109,7 +129,7 @@ class Weighing:
             targets: Targets of the window. Unit: targets.
         """
         asked = [self._loss_sum, targets, self._reference, self._scale, self._least]
-        numbers = _read([*norms, *(each for each in asked if isinstance(each, Tensor))])
+        numbers = read_numbers([*norms, *(each for each in asked if isinstance(each, Tensor))])
         rest = iter(numbers[len(norms) :])
         loss_sum, total, reference, scale, least = [next(rest) if isinstance(each, Tensor) else each for each in asked]
         if self._early and total and abs(reference / total - 1) > 1e-6:
@@ -186,8 +206,8 @@ def _positive(count: Count) -> Count:
     return torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count
 
 
-def _read(tensors: list[Tensor]) -> list[float]:
-    """The numbers of some tensors of shape ``[]``, with one wait for the device."""
+def read_numbers(tensors: list[Tensor]) -> list[float]:
+    """Return the numbers of some tensors of shape ``[]``, with one wait for the device."""
     if len({each.device for each in tensors}) > 1:
         tensors = [each.to(tensors[0].device) for each in tensors]
     numbers: list[float] = torch.stack(tensors).tolist()

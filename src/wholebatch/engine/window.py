@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import LossError, NonFiniteError, OutOfMemoryError, WeightError, WindowError
+from wholebatch.core.errors import NonFiniteError, OutOfMemoryError, WeightError, WindowError
 from wholebatch.core.record import Update
 from wholebatch.core.weights import Count, Reduction
 from wholebatch.core.window import Phase, WindowState
@@ -205,6 +206,7 @@ class Window:
         self._rules.transaction.roll_back()
         self._sums.roll_back()
         self._end(Phase.ROLLED_BACK)
+        self._rules.setup.group.withdraw(sys.exception())
 
     def __enter__(self) -> "Window":
         return self
@@ -218,13 +220,17 @@ class Window:
             else:
                 self.rollback()
 
+    def expect_last(self) -> None:
+        """Say that the next micro-batch is the last of this process, so that ranks speak during its backward pass."""
+        self._rules.setup.group.expect_last(self._weighing)
+
     def before_forward(self) -> None:
         """Refuse a second forward pass that a batch-dependent layer would spoil. Not needed once `row_by_row` holds.
 
         Raises:
             BatchNormError: The window is cut, and the model computes over the rows of a part.
         """
-        if self._state.micro_batches > 0:
+        if self._state.micro_batches > 0 or self._rules.setup.group.ranks > 1:
             require_row_by_row(self._rules.setup.model)
             self.row_by_row = True
 
@@ -347,15 +353,9 @@ class Window:
         return copy.copy(self._weighing)
 
     def _close(self) -> Update:
-        if self._state.micro_batches == 0:
-            return self._skip(_NOTHING, loss=math.nan, norm=None)
+        group = self._rules.setup.group
         self._sums.hold()
-        if self._sums.empty:
-            raise LossError(
-                "No parameter that the optimizer steps received a gradient.",
-                hint="the loss must depend on the weights of the model that was given to wb.Accumulator.",
-            )
-        read = self._weighing.read(self._sums.norms(), self._state.targets)
+        read = group.settle(self._sums, self._weighing, self._state)
         self._state.targets = int(read.targets) if read.targets % 1 == 0 else read.targets
         if not (math.isfinite(read.targets) and read.least >= 0):
             raise WeightError(
@@ -368,10 +368,10 @@ class Window:
             self._rules.precision.settle(read.scaled_norm)
             return self._refuse_nonfinite(read.loss, read.norm)
         clip = 1.0 if self._rules.clip_norm is None else min(1.0, self._rules.clip_norm / (read.norm + 1e-6))
-        self._sums.deliver(read.factor * clip)
         lr = self._rules.setup.lr
         with uninterrupted():
-            with self._rules.precision.settling(read.scaled_norm):
+            with group.moving(), self._rules.precision.settling(read.scaled_norm):
+                group.deliver(self._sums, read.factor * clip)
                 late = self._step()
             self._sums.commit()
             self._end(Phase.CLOSED)
@@ -383,7 +383,7 @@ class Window:
 
     def _step(self) -> BaseException | None:
         """Step the optimizers; a second time, in pieces, where memory ran out and nobody makes the window again."""
-        if self.steps_again:
+        if self.steps_again or self._rules.setup.group.ranks > 1:
             try:
                 return self._rules.setup.step()
             except Exception as error:
@@ -423,4 +423,5 @@ class Window:
 
     def _end(self, phase: Phase) -> None:
         self._state.end(phase)
+        self._rules.setup.group.end()
         self._ended()

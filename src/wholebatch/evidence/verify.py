@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.batch import LogicalBatch
-from wholebatch.core.errors import NonFiniteError, SplitError, WeightError
+from wholebatch.core.batch import Layout, LogicalBatch, paths
+from wholebatch.core.errors import NonFiniteError, OptimizerError, SplitError, WeightError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
@@ -85,7 +85,8 @@ def verify(
         SplitError: The batch has fewer than two rows, or its parts disagree on how many rows there are.
         WeightError: The batch holds no target.
         NonFiniteError: Loss or gradient of the batch is infinite or not a number.
-        ConfigError: The step cannot be called with what it gets.
+        OptimizerError: The model is no module.
+        ConfigError: The step cannot be called with what it gets, or an argument is not one of those above.
         Exception: What loss function or step raised, as it is.
 
     Example:
@@ -108,8 +109,13 @@ def verify(
         >>> certificate.causes[0].where.rpartition(": ")[2]
         'loss = loss_fn(model, micro_batch) / len(micro_batches)'
     """
-    whole = tuple(whole)
-    rows = LogicalBatch(batch, collate=collate, whole=whole, dims=dims)
+    if not isinstance(model, nn.Module):
+        raise OptimizerError(
+            f"The model is a {type(model).__name__}, not a torch.nn.Module.",
+            hint="pass the module first: wb.verify(model, loss_fn, batch).",
+        )
+    whole = paths(whole)
+    rows = Layout(collate, whole, dims).logical(batch)
     if rows.rows < 2:
         raise SplitError("A batch of one row cannot be cut.", hint="verify with two rows or more.")
     micro_batch = micro_batch if micro_batch is not None else Rows(-(-rows.rows // 3))

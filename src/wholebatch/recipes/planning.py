@@ -12,13 +12,24 @@ SAMPLE = 256
 """A plan looks at so many rows: the longest, and others as they come. Unit: rows."""
 
 
-def plan_recipe(recipe: Recipe, config: TrainConfig, *, timed: bool = True) -> Plan:
+def plan_recipe(
+    recipe: Recipe,
+    config: TrainConfig,
+    *,
+    timed: bool = True,
+    ranks: int = 1,
+    bandwidth: str | None = None,
+    latency: str | float = 0.0,
+) -> Plan:
     """Return how a recipe is best trained within a budget.
 
     Args:
         recipe: What to look at.
         config: What was asked for: logical batch, micro-batch, budget, precision.
         timed: Whether passes are timed.
+        ranks: As for `wb.plan`.
+        bandwidth: The same.
+        latency: The same.
 
     Raises:
         ConfigError: The recipe cannot be used, or does not count tokens.
@@ -56,4 +67,7 @@ def plan_recipe(recipe: Recipe, config: TrainConfig, *, timed: bool = True) -> P
         precision=config.precision,
         accumulate_in=config.accumulate_in,
         timed=timed,
+        ranks=ranks,
+        bandwidth=bandwidth,
+        latency=latency,
     )

@@ -1,0 +1,501 @@
+"""When do ranks speak? A group of one, which never does, and a group of many, with the same methods.
+
+In a group of many each rank runs micro-batches of its own, as many as it has. They speak at the end of the window:
+the gradients are added up, and one message of 64 bytes says what they are the gradients of. A rank that fails takes
+part in both all the same, so that nobody waits for it, and says so in its message; then no rank moves, and only then
+are the reasons exchanged.
+"""
+
+import logging
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wholebatch.core.errors import LossError, OptimizerError, RankError
+from wholebatch.core.split import Size
+from wholebatch.core.weights import common_factor, gradient_factor
+from wholebatch.core.window import WindowState
+from wholebatch.engine.consuming import takers
+from wholebatch.engine.reasons import Say
+from wholebatch.engine.reduction import Reduction, check_reduce_in
+from wholebatch.engine.sharding import Sharding, sharded_modules
+from wholebatch.engine.sums import GradientSum
+from wholebatch.engine.weighing import Reading, Weighing, read_numbers, widen
+from wholebatch.engine.wire import Wire
+from wholebatch.engine.wrapping import Wrapping, make_equal, ranks_of, sparse_parameters
+
+
+class Group(Protocol):
+    """The ranks that make an update together.
+
+    Attributes:
+        ranks: How many they are.
+        ended: Set where this process has no micro-batch left after the window that is open.
+        idle: Set where it has none in that window either.
+        all_ended: Whether there are others, and all had said at the end of the last window that they have no more.
+        all_idle: Whether none of them had a micro-batch in it.
+        others_go_on: Whether there are others, and some may have more.
+    """
+
+    ranks: int
+    ended: bool
+    idle: bool
+    all_ended: bool
+    all_idle: bool
+
+    @property
+    def others_go_on(self) -> bool: ...
+
+    def begin_stream(self) -> None:
+        """Begin to read micro-batches: as far as is known, each rank has some."""
+        ...
+
+    def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:
+        """Return the context of a logical batch: an exception in it is told to the other ranks."""
+        ...
+
+    def open(self, sums: Callable[[], GradientSum]) -> None:
+        """Begin a window.
+
+        Args:
+            sums: Returns the running sum, now that weights are where they are in a window.
+        """
+        ...
+
+    def end(self) -> None:
+        """End a window, whatever has become of it."""
+        ...
+
+    def expect_last(self, weighing: Weighing) -> None:
+        """Say that the next backward pass of this rank is its last in the window."""
+        ...
+
+    def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
+        """Return what the window came to, over all ranks, and let `sums` hold the sum over all of them.
+
+        Raises:
+            LossError: No rank has a gradient.
+            RankError: A rank failed or is gone.
+        """
+        ...
+
+    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters whose gradients arrive in a backward pass, for those that an optimizer steps."""
+        ...
+
+    def deliver(self, sums: GradientSum, factor: float) -> None:
+        """Put the sum times `factor` where the optimizer looks for it."""
+        ...
+
+    def moving(self) -> AbstractContextManager[object]:
+        """Return the context in which the update happens, on all ranks."""
+        ...
+
+    def withdraw(self, why: BaseException | None) -> None:
+        """Tell the others that this rank's window was rolled back."""
+        ...
+
+    def report_shortage(self, said: str, finer: Size) -> list[Size]:
+        """Tell the others that memory ran out, and return to which sizes ranks have to go.
+
+        Raises:
+            RankError: Another rank failed otherwise.
+        """
+        ...
+
+    def take_shortages(self) -> list[Size]:
+        """Return to which sizes other ranks had to go, when that alone has undone the last window."""
+        ...
+
+
+_NOTHING = nullcontext()
+
+
+class One:
+    """A group of one: this process, which has nobody to speak to."""
+
+    ranks = 1
+    ended = idle = False
+    all_ended = all_idle = others_go_on = False
+
+    def begin_stream(self) -> None:
+        pass
+
+    def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:  # noqa: ARG002
+        return _NOTHING
+
+    def open(self, sums: Callable[[], GradientSum]) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def expect_last(self, weighing: Weighing) -> None:
+        pass
+
+    def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
+        if state.micro_batches == 0:
+            return Reading(loss=math.nan, norm=0.0, factor=0.0, scaled_norm=0.0, targets=0.0, least=0.0)
+        if sums.empty:
+            raise _no_gradient()
+        return weighing.read(sums.norms(), state.targets)
+
+    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        return list(parameters)
+
+    def deliver(self, sums: GradientSum, factor: float) -> None:
+        sums.deliver(factor)
+
+    def moving(self) -> AbstractContextManager[object]:
+        return _NOTHING
+
+    def withdraw(self, why: BaseException | None) -> None:
+        pass
+
+    def report_shortage(self, said: str, finer: Size) -> list[Size]:  # noqa: ARG002
+        return []
+
+    def take_shortages(self) -> list[Size]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of one rank's part of a logical batch."""
+
+    kind: Literal["done", "short", "failed"] = "done"
+    said: str = ""
+    finer: Size | None = None
+
+
+class Many:
+    """A group of several ranks.
+
+    Args:
+        model: As it was given to the accumulator.
+        wire: Speaks to the others.
+        introduce: Makes all ranks equal, with all of them, before the first window.
+        dtype: In which gradients travel; None: as the sums are, in 32 bits at least.
+    """
+
+    def __init__(self, model: nn.Module, wire: Wire, introduce: Callable[[], None], dtype: torch.dtype | None) -> None:
+        self.ranks = wire.ranks
+        self.ended = self.idle = False
+        self.all_ended = self.all_idle = False
+        self._wire = wire
+        sharded = sharded_modules(model)
+        self._wrapping = Sharding(model, sharded) if sharded else Wrapping(model)
+        self._sparse = sparse_parameters(model)
+        self._introduce: Callable[[], None] | None = introduce
+        self._dtype = dtype
+        self._reduction: Reduction | None = None
+        self._overlap = True
+        self._common = 1.0
+        self._supervised = False
+        self._owed = False  # whether the others wait for this rank's part of a window
+        self._shortages: list[Size] = []
+
+    @property
+    def others_go_on(self) -> bool:
+        """Whether other ranks may have more micro-batches."""
+        return not self.all_ended
+
+    def begin_stream(self) -> None:
+        """Begin to read micro-batches: as far as is known, each rank has some."""
+        self.ended = self.idle = self.all_ended = self.all_idle = False
+
+    @contextmanager
+    def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:
+        """The context of a logical batch: an exception in it is told to the other ranks."""
+        self.open(sums)
+        self._supervised = True
+        try:
+            yield
+        except Exception as error:
+            self._tell(error)
+            raise
+        finally:
+            self._supervised = False
+            self._wrapping.release()
+
+    def open(self, sums: Callable[[], GradientSum]) -> None:
+        """Begin a window: from now on the others wait for this rank's part."""
+        self._wire.require()
+        if self._introduce is not None:
+            self._introduce()
+            self._introduce = None
+        self._wrapping.hush()
+        summed = sums()
+        if self._reduction is None or not self._reduction.fits(summed):
+            self._reduction = Reduction(summed, self._sparse, self._dtype, self._wire)
+        self._owe()
+
+    def end(self) -> None:
+        """End a window, whatever has become of it."""
+        self._started.stop_listening()
+        if not self._supervised:
+            self._wrapping.release()
+
+    def expect_last(self, weighing: Weighing) -> None:
+        """Say that the next backward pass of this rank is its last in the window."""
+        if self._overlap:
+            self._started.listen(lambda: common_factor(weighing.reference, self._common))
+
+    def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
+        """Return what the window came to, over all ranks, and let `sums` hold the sum over all of them."""
+        reduction, common = self._started, self._common
+        assert reduction.sums is sums
+        factor = common_factor(weighing.reference, common)
+        reduction.finish(factor)
+        heard = self._exchange(weighing, state)
+        while heard.late and not heard.failed:
+            self._overlap = False  # such gradients come again
+            reduction.repeat(factor)
+            heard = self._exchange(weighing, state)
+        self._owed = False
+        self.all_ended, self.all_idle = heard.all_ended, heard.all_idle
+        if heard.failed:
+            return self._hear_why(weighing, state)
+        presence = reduction.presence()
+        if heard.differ:
+            presence = self._anywhere(presence)
+        if heard.targets and not any(presence):
+            raise _no_gradient()
+        with self.moving():
+            reduction.put(presence)
+        if 0 < heard.targets < math.inf:
+            self._common = 2.0 ** math.floor(math.log2(heard.targets))
+        state.rows = None if math.isnan(heard.rows) else int(heard.rows)
+        scale = heard.scale
+        norm = math.hypot(*heard.norms)
+        some = heard.targets != 0
+        gradient = gradient_factor(common, heard.targets) / scale if some else 0.0
+        return Reading(
+            loss=heard.loss_sum / heard.targets if some else math.nan,
+            norm=norm * gradient,
+            factor=gradient,
+            scaled_norm=norm,
+            targets=heard.targets,
+            least=0.0,
+        )
+
+    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters whose gradients arrive in a backward pass, for those that an optimizer steps."""
+        return self._wrapping.leaves(parameters)
+
+    def deliver(self, sums: GradientSum, factor: float) -> None:
+        """Put the sum times `factor` where the optimizer looks for it."""
+        self._wrapping.deliver(sums, factor)
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """The context in which all ranks have agreed to move: a rank that fails here cannot go on with the others."""
+        try:
+            yield
+        except BaseException as error:
+            self._wire.lost = f"it failed when all had agreed on an update ({_words(error)})."
+            raise
+
+    def withdraw(self, why: BaseException | None) -> None:
+        """Tell the others that this rank's window was rolled back."""
+        if self._supervised or not self._owed:
+            return
+        if why is None:
+            self._owed = False
+            self._join(_Outcome("failed", "it rolled its window back"))
+        elif isinstance(why, Exception):
+            self._tell(why)
+        else:  # such as Ctrl-C, which waits for nobody
+            self._wire.lost = f"it was stopped inside a window ({_words(why)})."
+
+    def report_shortage(self, said: str, finer: Size) -> list[Size]:
+        """Tell the others that memory ran out, and return to which sizes ranks have to go."""
+        outcomes = self._join(_Outcome("short", said, finer))
+        self._judge(outcomes)
+        return self.take_shortages()
+
+    def take_shortages(self) -> list[Size]:
+        """Return to which sizes ranks had to go, when that alone has undone the last window."""
+        shortages, self._shortages = self._shortages, []
+        if shortages:
+            self._owe()
+        return shortages
+
+    @property
+    def _started(self) -> Reduction:
+        assert self._reduction is not None
+        return self._reduction
+
+    def _owe(self) -> None:
+        self._started.start()
+        self._shortages = []
+        self._owed = True
+
+    def _exchange(self, weighing: Weighing, state: WindowState) -> "_Heard":
+        """Send the message of a window, and read what all ranks have sent, with one wait for the device."""
+        reduction = self._started
+        mask = _mask(reduction.presence(), self.ranks)
+        ended = self.ended + self.idle * (self.ranks + 1)
+        rows = math.nan if state.rows is None else state.rows
+        fields = [
+            state.targets,
+            weighing.loss_sum,
+            rows,
+            _spoilt(weighing, state),
+            reduction.late,
+            ended,
+            mask,
+            mask**2,
+        ]
+        numbers = [0.0 if isinstance(field, Tensor) else float(field) for field in fields]
+        message = torch.tensor(numbers, dtype=torch.float64, device=reduction.device)
+        for place, field in enumerate(fields):
+            if isinstance(field, Tensor):
+                message[place] = field
+        self._wire.wait(self._wire.add_up(message))
+        norms = reduction.norms()
+        scale = [] if weighing.scale is None else [weighing.scale]
+        read = read_numbers([*norms, *scale, *message.unbind()])
+        return _Heard(read[: len(norms)], read[len(norms)] if scale else 1.0, read[-_FIELDS:], self.ranks)
+
+    def _anywhere(self, presence: Sequence[bool]) -> list[bool]:
+        """Return for each parameter whether any rank has a gradient for it. Asked only where ranks differ."""
+        flags = torch.tensor(presence, dtype=torch.uint8, device=self._started.device)
+        self._wire.wait(self._wire.add_up(flags, largest=True))
+        return [bool(flag) for flag in flags.tolist()]
+
+    def _hear_why(self, weighing: Weighing, state: WindowState) -> Reading:
+        """Raise what keeps the ranks from moving; on a rank whose own targets do, return them."""
+        targets, least = float(widen(state.targets)), float(weighing.least)
+        spoilt = bool(_spoilt(weighing, state))
+        said = f"its targets add up to {targets}, and a micro-batch holds {least}"
+        outcomes = self._wire.gather(_Outcome("failed", said) if spoilt else _Outcome())
+        if spoilt:
+            return Reading(math.nan, math.nan, 0.0, math.nan, targets, least)
+        self._judge(outcomes, always=True)
+        raise AssertionError
+
+    def _tell(self, error: Exception) -> None:
+        """Tell the others why this rank has failed."""
+        if not self._owed:
+            return
+        self._owed = False
+        try:
+            self._join(_Outcome("failed", _words(error)))
+        except RankError as lost:
+            error.add_note(f"The other ranks could not be told: {lost.found}")
+
+    def _join(self, outcome: _Outcome) -> list[_Outcome]:
+        """Take part in what is left of a window, without a gradient, and exchange what has become of it."""
+        self._owed = False
+        self._started.abandon()
+        message = torch.zeros(_FIELDS, dtype=torch.float64, device=self._started.device)
+        message[_FAILED] = 1
+        self._wire.wait(self._wire.add_up(message))
+        return self._wire.gather(outcome)
+
+    def _judge(self, outcomes: Sequence[_Outcome], *, always: bool = False) -> None:
+        """Raise if a rank failed; keep the shortages of memory, if there is nothing else.
+
+        Raises:
+            RankError: What went wrong, by rank; also for shortages, where that is asked for.
+        """
+        failed = [(rank, each.said) for rank, each in enumerate(outcomes) if each.kind == "failed"]
+        short = [(rank, each.said) for rank, each in enumerate(outcomes) if each.kind == "short"]
+        self._shortages = [] if failed else [each.finer for each in outcomes if each.finer is not None]
+        if failed or always:
+            shown = (failed or short)[:3]
+            raise RankError(
+                "No rank made this update, because "
+                + "; ".join(f"rank {rank} could not: {said}" for rank, said in shown)
+                + (f"; and {len(failed or short) - 3} more" if len(failed or short) > 3 else "")
+                + ".",
+                hint="the log of that rank says more; weights, gradients, buffers and random state of every rank are "
+                "as before.",
+            )
+
+
+_FIELDS = 8
+"""Numbers in the message of a window, of eight bytes each: `_Heard` says which."""
+_FAILED = 3
+
+
+class _Heard:
+    """What all ranks have said at the end of a window, added up."""
+
+    def __init__(self, norms: list[float], scale: float, fields: list[float], ranks: int) -> None:
+        self.norms = norms
+        self.scale = scale
+        self.targets, self.loss_sum, self.rows, failed, late, ended, masks, squares = fields
+        self.failed = failed != 0
+        self.late = late != 0
+        self.all_ended = ended % (ranks + 1) == ranks
+        self.all_idle = ended // (ranks + 1) == ranks
+        self.differ = ranks * squares != masks**2  # exactly zero if all masks are the same
+
+
+def _mask(presence: Sequence[bool], ranks: int) -> int:
+    """A number for a set of parameters, so small that sums of squares over all ranks are exact in float64."""
+    bits = (53 - 2 * math.ceil(math.log2(ranks))) // 2
+    return zlib.crc32(bytes(presence)) % (1 << bits)
+
+
+def _spoilt(weighing: Weighing, state: WindowState) -> Tensor | float:
+    """1 if a device counted targets that cannot weigh a loss, else 0; still on the device."""
+    spoilt: Tensor | float = 0.0
+    for count in (state.targets, weighing.least):
+        if isinstance(count, Tensor):
+            spoilt = spoilt + (~((count >= 0) & torch.isfinite(count))).to(torch.float64)
+    return spoilt
+
+
+def _words(error: BaseException) -> str:
+    said = (str(error).strip() or "it says nothing").splitlines()[0]
+    return f"{type(error).__name__}: {said[:300].rstrip('.')}"
+
+
+def _no_gradient() -> LossError:
+    return LossError(
+        "No parameter that the optimizer steps received a gradient.",
+        hint="the loss must depend on the weights of the model that was given to wb.Accumulator.",
+    )
+
+
+def group_of(model: nn.Module, optimizers: Sequence[Optimizer], reduce_in: str | None, say: Say) -> Group:
+    """Return the ranks that train a model together: one, unless `torch.distributed` is initialised with more.
+
+    Args:
+        model: As it is, or wrapped in `DistributedDataParallel`.
+        optimizers: What steps it.
+        reduce_in: In which dtype gradients travel.
+        say: Takes the reasons.
+
+    Raises:
+        ConfigError: There is no such dtype.
+        OptimizerError: An optimizer or a wrapper cannot work on several ranks.
+    """
+    dtype = check_reduce_in(reduce_in)
+    process_group = ranks_of(model)
+    if process_group is None:
+        return One()
+    taking = takers(optimizers)
+    if taking:
+        raise OptimizerError(
+            f"{type(taking[0]).__name__} takes gradients in as they arrive, and over several ranks they have to be "
+            "added up first.",
+            hint="train in one process, or with an optimizer that steps from the whole gradient, such as AdamW.",
+        )
+    wire = Wire(process_group)
+    say(
+        f"This is rank {wire.rank} of {wire.ranks}: gradients are added up once a window, and one message of "
+        f"{8 * _FIELDS} bytes says over how many targets.",
+        logging.INFO,
+    )
+    return Many(model, wire, lambda: make_equal(model, optimizers, wire, say), dtype)

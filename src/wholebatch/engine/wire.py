@@ -1,0 +1,82 @@
+"""How does a rank talk to the others, and what does it say when one of them does not answer?"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from wholebatch.core.errors import RankError
+from wholebatch.engine import memory
+
+
+class Wire:
+    """The process group of a run. Every rank makes the same calls in the same order.
+
+    Args:
+        process_group: The ranks that train together.
+
+    Attributes:
+        ranks: How many there are.
+        rank: Which of them this is.
+        lost: Why nothing more can be said over it, or None.
+    """
+
+    def __init__(self, process_group: Any) -> None:
+        self._process_group = process_group
+        self.ranks = dist.get_world_size(process_group)
+        self.rank = dist.get_rank(process_group)
+        self.lost: str | None = None
+
+    def require(self) -> None:
+        """Refuse to go on after a rank was lost.
+
+        Raises:
+            RankError: One was.
+        """
+        if self.lost is not None:
+            raise RankError(
+                f"Rank {self.rank} cannot go on with the others: {self.lost}",
+                hint="start all ranks again, from the last checkpoint.",
+            )
+
+    def add_up(self, tensor: Tensor, *, largest: bool = False) -> Any:
+        """Add up a tensor over all ranks, in place, while this rank goes on; `wait` says when it is there."""
+        with self._speaking():
+            operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+            return dist.all_reduce(tensor, op=operation, group=self._process_group, async_op=True)
+
+    def wait(self, work: Any) -> None:
+        """Wait for what was started; on an accelerator its stream waits, and the host goes on."""
+        with self._speaking():
+            work.wait()
+
+    def gather(self, what: Any) -> list[Any]:
+        """Return what each rank says, by rank."""
+        said: list[Any] = [None] * self.ranks
+        with self._speaking():
+            dist.all_gather_object(said, what, group=self._process_group)
+        return said
+
+    def take_first(self, tensor: Tensor) -> None:
+        """Make a tensor on all ranks that of the first."""
+        with self._speaking():
+            dist.broadcast(tensor, src=dist.get_global_rank(self._process_group, 0), group=self._process_group)
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        self.require()
+        try:
+            yield
+        except RuntimeError as error:
+            if memory.is_out_of_memory(error):
+                raise
+            said = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
+            self.lost = f"a rank is gone, or did not answer within the time-out of the process group ({said})."
+            raise RankError(
+                f"Rank {self.rank} waited for the others, and {self.lost}",
+                hint="look at the end of each rank's log: the first to stop says why. No weight has moved here. How "
+                "long ranks wait for each other is said by init_process_group(timeout=...).",
+            ) from error

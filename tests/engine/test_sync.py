@@ -1,0 +1,327 @@
+"""Several real processes make the update of one: bare, in DDP, and with FSDP2, however uneven their parts are."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import ranks
+from menagerie import CALM
+from wholebatch.core.window import WindowState
+from wholebatch.engine import sync
+from wholebatch.engine.weighing import Weighing
+
+EXACT = 1e-12
+WRAPS = ["bare", "ddp", "fsdp"]
+ON_FOUR = ["bare", "hsdp"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes found in all scenes; one start for all of them."""
+    return ranks.launch("engine.sync_scenes", 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return ranks.launch("engine.sync_scenes", 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(
+    params=[*((2, wrap) for wrap in WRAPS), *((4, wrap) for wrap in ON_FOUR)], ids=lambda p: f"{p[1]}-{p[0]}"
+)
+def scene(request):
+    """Returns what each rank found in a scene, for every number of ranks and every wrapper."""
+    num_ranks, wrap = request.param
+    found = request.getfixturevalue("two" if num_ranks == 2 else "four")
+    return lambda name: ranks.result(found, f"{name} [{wrap}]", num_ranks)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("animal", CALM)
+def test_every_animal_is_trained_as_by_one_process(two, wrap, animal):
+    for found in ranks.result(two, f"every animal [{wrap}]", 2):
+        assert found[animal] <= EXACT
+
+
+def test_every_target_counts_once_on_whatever_rank_it_is(scene):
+    for found in scene("ragged"):
+        assert found["off"] <= EXACT
+        assert found["losses off"] <= EXACT
+        assert [update["targets"] for update in found["updates"]] == [36, 21, 36]
+        assert [update["rows"] for update in found["updates"]] == [13, 8, 13]
+
+
+def test_ranks_agree_on_the_record_but_for_their_own_micro_batches(scene):
+    shared = [
+        [{name: value for name, value in update.items() if name != "micro_batches"} for update in found["updates"]]
+        for found in scene("ragged")
+    ]
+    assert all(each == shared[0] for each in shared)
+    assert len({found["updates"][0]["micro_batches"] for found in scene("ragged")}) > 1
+
+
+def test_the_bound_sees_a_mean_over_ranks(two):
+    for found in ranks.result(two, "a mean over ranks is seen", 2):
+        assert found["off"] > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["sized", "unsized", "none at the end", "ends at a window's end", "one a window"])
+def test_loaders_of_different_length_end_together(scene, kind):
+    by_rank = [found[kind] for found in scene("loaders")]
+    assert len({len(found["updates"]) for found in by_rank}) == 1
+    for found in by_rank:
+        assert found["off"] <= EXACT
+        assert [update["number"] for update in found["updates"]] == list(range(1, len(found["updates"]) + 1))
+        assert all(update["skipped"] is None for update in found["updates"])
+
+
+@pytest.mark.parametrize("kind", ["no labels", "no rows", "None", "an empty list", "no window"])
+def test_a_rank_with_nothing_to_learn_takes_part(scene, kind):
+    *others, last = scene("nothing here")
+    for found in (*others, last):
+        assert found[kind]["off"] <= EXACT
+    assert last[kind]["update"]["micro_batches"] == 0
+
+
+def test_nothing_to_learn_anywhere_is_no_update(scene):
+    for found in scene("nothing here"):
+        assert found["nowhere"]["moved"] == 0
+        assert "nothing to learn" in found["nowhere"]["update"]["skipped"]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_shortage_on_one_rank_recuts_all_of_them(scene, where):
+    *others, last = scene("shortage")
+    assert last[where]["times"] == 2
+    for found in (*others, last):
+        assert found[where]["retries"] == [2, 0]
+        assert found[where]["off"] <= EXACT
+        assert found[where]["equal"]
+        assert found[where]["stream"]
+    assert any("another rank" in reason for reason in others[0][where]["reasons"])
+
+
+def test_a_row_that_does_not_fit_on_one_rank_is_an_error_on_all(two):
+    other, short = ranks.result(two, "no finer cut", 2)
+    assert short["said"][0] == "OutOfMemoryError"
+    assert other["said"][0] == "RankError"
+    assert "rank 1" in other["said"][1]
+    assert "one row" in other["said"][1]
+    assert short["moved"] == other["moved"] == 0
+
+
+def test_a_shortage_in_one_rank_s_step_is_made_good_there(two):
+    for found in ranks.result(two, "shortage in the optimizer's step", 2):
+        assert found["off"] <= EXACT
+
+
+FAILURES = {
+    "loss": "SampleError: row 7 is broken",
+    "targets": "SampleError: row 7 has no label",
+    "backward": "SampleError: in a hook",
+    "batch": "SplitError: The tensors of one logical batch disagree",
+    "loader": "SampleError: no file for row 7",
+    "window": "SampleError: in my loop",
+    "rollback": "it rolled its window back",
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failure_on_one_rank_is_told_on_all_and_moves_nothing(scene, kind):
+    *others, last = scene("failure")
+    number = len(others)
+    assert last[kind]["said"][0] == FAILURES[kind].split(":")[0].replace("it rolled its window back", "nothing")
+    for found in others:
+        assert found[kind]["said"][0] == "RankError"
+        assert f"rank {number} could not: {FAILURES[kind]}" in found[kind]["said"][1]
+        assert "hint:" in found[kind]["said"][1]
+    for found in (*others, last):
+        assert found[kind]["moved"] == 0
+        assert found[kind]["off"] <= EXACT  # and the next logical batch is trained on
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_infinity_on_one_rank_skips_the_update_on_all(two, wrap, precision):
+    for found in (each[precision] for each in ranks.result(two, f"not finite [{wrap}]", 2)):
+        assert found["skipped"] is not None
+        assert found["moved"] == 0
+        assert found["applied"]
+        assert found["scale"] == (None if precision == "fp32" else 32768.0)
+        assert found["off"] <= (1e-6 if precision == "fp32" else 4 * torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_is_not_finite_is_raised_on_all_where_that_is_asked_for(two, wrap):
+    for found in ranks.result(two, f"not finite [{wrap}]", 2):
+        assert found["raise"]["said"][0] == "NonFiniteError"
+        assert found["raise"]["moved"] == 0
+
+
+@pytest.mark.parametrize("kind", ["fp32", "compensated", "weights", "bf16 on the wire"])
+def test_sums_in_16_bits_over_ranks(two, kind):
+    for found in ranks.result(two, "sums in 16 bits", 2):
+        assert found[kind] <= 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_gradients_travel_in_the_dtype_that_was_asked_for(two):
+    gradient = 66 * 8
+    for found in ranks.result(two, "in which dtype gradients travel", 2):
+        assert found["None"]["off"] <= EXACT
+        assert found["fp32"]["off"] <= 4 * torch.finfo(torch.float32).eps
+        assert EXACT < found["bf16"]["off"] <= 4 * torch.finfo(torch.bfloat16).eps
+        sent = [found[kind]["sent"][0][1] for kind in ("None", "fp32", "bf16")]
+        assert sent == [gradient, gradient // 2, gradient // 4]
+
+
+@pytest.mark.parametrize("wrap", ["bare", "ddp"])
+@pytest.mark.parametrize(
+    ("kind", "windows"), [("step of 1", 1), ("step of 4", 1), ("step of 24", 1), ("window", 1), ("updates", 2)]
+)
+def test_a_window_is_one_reduction_and_one_small_message(two, wrap, kind, windows):
+    for found in ranks.result(two, f"counted [{wrap}]", 2):
+        assert found[kind] == [["gloo:all_reduce", found["gradient"]], ["gloo:all_reduce", 64]] * windows
+
+
+def test_a_loader_without_a_length_that_ends_with_a_window_costs_one_more_round(two):
+    for found in ranks.result(two, "counted [bare]", 2):
+        assert len(found["unsized"]) == 4
+
+
+def test_sharded_weights_are_gathered_once_a_window(two):
+    for found in ranks.result(two, "counted [fsdp]", 2):
+        for kind in ("step of 1", "step of 24", "window"):
+            names = [name for name, _ in found[kind]]
+            assert names == ["gloo:all_gather"] * 2 + ["gloo:all_reduce"] * 2
+            assert found[kind][2:] == [["gloo:all_reduce", found["gradient"]], ["gloo:all_reduce", 64]]
+
+
+def test_buckets_are_sent_while_the_last_backward_pass_runs(two):
+    for found in ranks.result(two, "while the backward pass runs", 2):
+        assert found["off"] <= EXACT
+        done = [place for place, told in enumerate(found["told"]) if told == "first layer done"]
+        assert len(done) == found["passes"]
+        assert not any(told.startswith("sent") for told in found["told"][: done[-2] if len(done) > 1 else 0])
+        assert sum(told.startswith("sent") for told in found["told"][: done[-1]]) >= 2
+        assert found["told"][-1] == "sent 8"  # the message comes last
+
+
+def test_gradients_that_arrive_late_are_sent_again_once(two):
+    for found in ranks.result(two, "gradients that arrive after their bucket was sent", 2):
+        assert found["shared"]["off"] <= EXACT
+        assert found["once"]["off"] <= EXACT
+        assert found["shared"]["sent"][0] == found["once"]["sent"][0] + 2
+        assert found["shared"]["sent"][1] == found["once"]["sent"][1] == 2
+
+
+def test_what_nobody_has_used_does_not_move(two):
+    for found in ranks.result(two, "parameters used on some ranks", 2):
+        assert found["off"] <= EXACT
+        assert found["idle moved"] == 0
+        assert found["states"] == 4
+        assert found["sent"][1] == 3
+
+
+def test_windows_of_two_players_may_be_open_at_the_same_time(two):
+    for found in ranks.result(two, "two players", 2):
+        assert found["off"] <= EXACT
+
+
+def test_ranks_are_made_equal_once_or_refused(two):
+    first, second = ranks.result(two, "unequal at the start", 2)
+    for found in (first, second):
+        assert found["off"] <= EXACT
+        assert found["another model"][0] == found["another rate"][0] == "RankError"
+        assert "rank 0 has weight of shape (3, 5)" in found["another model"][1]
+        assert "rank 1 has weight of shape (4, 5)" in found["another model"][1]
+        assert "'lr': 2.0" in found["another rate"][1]
+    assert any("4 of 4 weights and buffers of rank 1 differed" in reason for reason in second["reasons"])
+    assert not any("differed" in reason for reason in first["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "said"),
+    [
+        ("batch norm", "BatchNormError", "compute over the rows"),
+        ("batch norm of parts", "nothing", ""),
+        ("exact batch norm", "MeetingError", "on 2 ranks"),
+        ("gather", "MeetingError", "on 2 ranks"),
+        ("gather of one", "MeetingError", "on 2 ranks"),
+        ("gather in a loader", "MeetingError", "on 2 ranks"),
+        ("AdamA", "OptimizerError", "takes gradients in as they arrive"),
+        ("static graph", "OptimizerError", "static_graph"),
+        ("dtype", "ConfigError", "int8"),
+    ],
+)
+def test_what_is_not_exact_over_ranks_is_refused(two, kind, error, said):
+    for found in ranks.result(two, "refused", 2):
+        assert found[kind][0] == error
+        assert said in found[kind][1]
+
+
+DYING = """
+    import os, sys, time
+    import datetime as dt
+    import torch
+    import wholebatch as wb
+
+    rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=dt.timedelta(seconds=3)
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    passes = 0
+
+    def loss_fn(model, x):
+        global passes
+        passes += 1
+        if rank == 1 and passes == 4:
+            if how == "dies":
+                os._exit(7)
+            time.sleep(8)
+        return model(x).square().mean()
+
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, check=None,
+                                 micro_batch=wb.Rows(1))
+    accumulator.step(torch.ones(3, 2))
+    before = model.weight.detach().clone()
+    for _ in range(2):
+        try:
+            accumulator.step(torch.ones(3, 2))
+        except wb.RankError as error:
+            print(error, bool(torch.equal(before, model.weight)), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_rank_that_is_gone_is_a_clear_error_within_the_time_out(tmp_path, how):
+    command = [sys.executable, "-c", textwrap.dedent(DYING)]
+    gone = subprocess.Popen([*command, "1", str(tmp_path / "store"), how], stdout=subprocess.DEVNULL)
+    left = subprocess.run([*command, "0", str(tmp_path / "store"), how], capture_output=True, text=True, timeout=90)
+    gone.wait(timeout=90)
+    said = left.stdout
+    assert said.count("a rank is gone, or did not answer within the time-out") == 2
+    assert "cannot go on with the others" in said
+    assert said.count("hint:") == said.count("True") == 2
+
+
+def test_counts_that_cannot_weigh_are_seen_on_their_device():
+    weighing = Weighing(targets=None, micro_batches=1, scale=None)
+    for count, spoilt in ((2.0, 0), (-1.0, 1), (float("nan"), 1), (float("inf"), 1)):
+        state = WindowState(targets=torch.tensor(count))
+        assert float(sync._spoilt(weighing, state)) == spoilt
+    assert sync._spoilt(weighing, WindowState(targets=3)) == 0
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 8, 1000])
+def test_masks_differ_exactly_where_ranks_do(num_ranks):
+    alike = [sync._mask([True, False], num_ranks)] * num_ranks
+    apart = [*alike[1:], sync._mask([True, True], num_ranks)]
+    for masks, differ in ((alike, False), (apart, True)):
+        fields = [0.0] * 6 + [float(sum(masks)), float(sum(mask**2 for mask in masks))]
+        assert sync._Heard([], 1.0, fields, num_ranks).differ is differ
