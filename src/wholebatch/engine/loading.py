@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from wholebatch.core.batch import Layout, LogicalBatch
 from wholebatch.core.errors import MeetingError, RankError
 from wholebatch.core.record import Update
-from wholebatch.core.window import group
+from wholebatch.core.window import check_stream, group
 from wholebatch.engine import memory
 from wholebatch.engine.check import FirstCheck
 from wholebatch.engine.company import Again, Scout, leave, sit_down
@@ -55,6 +55,7 @@ class Loading:
 
     def updates(self, loader: Iterable[Any], micro_batches: int) -> Iterator[Update]:
         """Make updates from a loader; see `wb.Accumulator.updates`."""
+        check_stream(loader, micro_batches)
         ranks = self._windows.rules.setup.group
         stream = self._stream(loader, micro_batches)
         update: Update | None = None
