@@ -1,8 +1,8 @@
 """wholebatch: `updates` over a loader of micro-batches, `step` over logical batches, or windows in one's own loop.
 
 Batch norm is made exact. Losses that compare or count rows are those of `wb.losses`, and a layer that standardises sums
-by `wb.sum_over_batch`, so that they see the whole logical batch. On several ranks each has a loader of its own rows, and
-the model is bare, in DistributedDataParallel, or sharded by FSDP2.
+by `wb.sum_over_batch`, so that they see the whole logical batch. On several ranks each has a loader of its own rows,
+and the model is bare, in DistributedDataParallel, or sharded by FSDP2.
 """
 
 from collections.abc import Callable, Iterator
