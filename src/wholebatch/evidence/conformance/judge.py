@@ -1,6 +1,7 @@
 """What is right, and how far off is a system? The undivided batch, the verdict, and the name of the mistake."""
 
 import os
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence import reference
 from wholebatch.evidence.conformance import mistakes
+from wholebatch.evidence.conformance.encoders import as_drawn
 from wholebatch.evidence.conformance.scenes import Scene
 from wholebatch.evidence.conformance.second_reading import has_second_reading, second_reading
 from wholebatch.evidence.conformance.system import System
@@ -79,7 +81,9 @@ def judge(system: System, scene: Scene) -> Verdict:
         why = f"it is for {ranks} processes, such as torchrun --nproc-per-node {ranks} starts"
         return Verdict(system.name, scene.name, "not expressible", why=why)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            random.seed(0)
             warnings.simplefilter("ignore")  # a warning is no refusal, also where warnings are errors
             trained = system.train(scene.task)
     except NotExpressible as missing:
@@ -87,7 +91,8 @@ def judge(system: System, scene: Scene) -> Verdict:
     except Exception as error:  # whatever a system says instead of training is its refusal
         first = (str(error).strip() or "no message").splitlines()[0]
         return Verdict(system.name, scene.name, "refuses", why=f"{type(error).__name__}: {first}")
-    scene = replace(scene, tolerance=max(scene.tolerance, system.rounding))
+    task = as_drawn(scene.task, trained.model) if isinstance(scene.task, Task) else scene.task
+    scene = replace(scene, task=task, tolerance=max(scene.tolerance, system.rounding))
     verdict = compare(system.name, scene, trained, expected(scene.task))
     return replace(verdict, confirmed=_confirmed(verdict, scene, trained))
 

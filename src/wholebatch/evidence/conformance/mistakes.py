@@ -9,6 +9,7 @@ from torch.optim import SGD
 
 from wholebatch.evidence.conformance.models import Players
 from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task, flat, join
+from wholebatch.evidence.conformance.two_passes import two_passes
 
 CLOSE = 1e-6
 """How near a run must come to the end of a wrong loop to have its mistake, relative to the way that both went."""
@@ -100,6 +101,7 @@ _TWICE = "the second optimizer's gradient is divided by the loss scale twice"
 _NORM = "batch norm sees micro-batches, and its running statistics move with each"
 _ALIKE = "each rank weighs the same, whatever it holds"
 _FOR_EACH = "the mean of all ranks counts once for each rank"
+_APART = "rows meet only those of their own micro-batch"
 _NO_LABEL = "the mean over no label is not a number"
 
 
@@ -131,8 +133,12 @@ def name(task: Task | PairTask, found: nn.Module, right: nn.Module, tolerance: f
     if "bf16" in task.asks:
         way = _IN_16_BITS * float((end - flat(task.make_model())).norm())
         return _STAGNATES if any(ends_there(train(task, habit)) for habit in HABITS[_STAGNATES]) else None
-    if "batch norm" in task.asks:
-        return _NORM if ends_there(train(task, Habit("window"))) else None
+    if task.asks & {"coupled", "batch norm"}:
+        if ends_there(train(task, Habit("window"))):
+            return _APART if "coupled" in task.asks else _NORM
+        found_out = next((said for said, wrong in two_passes(task, found) if ends_there(wrong)), None)
+        if found_out is not None or not task.has_term:
+            return found_out
     if task.ranks > 1 and ends_there(_ranks_alike(task)):
         return _ALIKE
     if task.ranks > 1 and ends_there(train(replace(task, lr=task.lr * task.ranks), Habit())):
@@ -221,7 +227,7 @@ class _Loop:
             loss = loss / self._task.targets(micro_batch)
         if self._habit.divide_by == "window":
             loss = loss / self._task.whole_window
-        return list(torch.autograd.grad(loss, self._weights))
+        return list(torch.autograd.grad(loss, self._weights, allow_unused=True, materialize_grads=True))
 
     def update(self) -> None:
         """Step with the gradient of the window, if it holds a target and does not overflow."""

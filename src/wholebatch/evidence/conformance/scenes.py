@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wholebatch.evidence.conformance.coupled import COUPLED
 from wholebatch.evidence.conformance.models import (
     EXPERTS,
     IGNORED,
@@ -220,6 +221,7 @@ SCENES: tuple[Scene, ...] = (
         "the backward pass of the generator's loss adds nothing to the discriminator",
         PairTask(PLAYERS, _players()),
     ),
+    *(Scene(*each) for each in COUPLED),
     Scene(
         "T9-regulariser",
         "a penalty on the weights counts once an update",
@@ -229,6 +231,11 @@ SCENES: tuple[Scene, ...] = (
         "T9-balancing-loss",
         "the balancing loss of a mixture of experts counts once an update",
         Task(partial(_seeded, Routed), _alike(), of_rows=balance),
+    ),
+    Scene(
+        "T9-balance-of-the-batch",
+        "the experts are balanced over the logical batch, and not in each micro-batch",
+        Task(partial(_seeded, Routed), labelled(FULL), of_rows=balance, meets=True),
     ),
     Scene(
         "T9-divergence",

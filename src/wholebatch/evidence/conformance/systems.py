@@ -2,6 +2,7 @@
 
 from wholebatch.evidence.conformance.adapters.accelerate import accelerate, accelerate_long
 from wholebatch.evidence.conformance.adapters.composer import composer, composer_tokens
+from wholebatch.evidence.conformance.adapters.gradcache import gradcache
 from wholebatch.evidence.conformance.adapters.keras import keras_jax, keras_torch
 from wholebatch.evidence.conformance.adapters.lightning import lightning, lightning_manual
 from wholebatch.evidence.conformance.adapters.opacus import opacus
@@ -27,6 +28,7 @@ SYSTEMS: dict[str, System] = {
         composer,
         composer_tokens,
         opacus,
+        gradcache,
         keras_torch,
         keras_jax,
         optax_multisteps,

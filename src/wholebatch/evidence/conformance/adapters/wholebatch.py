@@ -1,7 +1,8 @@
 """wholebatch: `updates` over a loader of micro-batches, `step` over logical batches, or windows in one's own loop.
 
-Batch norm is made exact, and a balancing loss is that of `wb.losses`, over the whole logical batch. On several ranks
-each has a loader of its own rows; the model is bare, in DistributedDataParallel, or sharded by FSDP2.
+Batch norm is made exact. Losses that compare or count rows are those of `wb.losses`, and a layer that standardises sums
+by `wb.sum_over_batch`, so that they see the whole logical batch. On several ranks each has a loader of its own rows,
+and the model is bare, in DistributedDataParallel, or sharded by FSDP2.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ from wholebatch.core.record import Update
 from wholebatch.core.split import Rows
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.exactnorm import exact_batch_norm
-from wholebatch.engine.losses import load_balancing
+from wholebatch.engine.losses import batch_hard_triplet, info_nce, load_balancing
+from wholebatch.engine.meeting import sum_over_batch
+from wholebatch.evidence.conformance import encoders
+from wholebatch.evidence.conformance.coupled import MARGIN, hard_triplets, in_batch_negatives
 from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import TERMS, BadSample, MicroBatch, PairTask, Task, Trained, join
@@ -73,10 +77,12 @@ def _train_on_ranks(task: Task, wrap: Callable[[nn.Module], nn.Module]) -> Train
 
 
 def _train_one(task: Task) -> Trained:
-    model = exact_batch_norm(task.make_model())
+    model = exact_batch_norm(meeting(task.make_model()))
     optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
 
-    def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
+    def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> Tensor | tuple[Tensor, ...]:
+        if task.compares is not None:
+            return compared(task, model, micro_batch)
         pair = task.loss_sum(model, micro_batch), task.targets(micro_batch)
         if task.of_rows is balance:
             return (*pair, BALANCE * load_balancing(model.route(micro_batch["input_ids"])))  # type: ignore[operator]
@@ -97,6 +103,33 @@ def _train_one(task: Task) -> Trained:
             losses.append(update.loss)
             task.after_update(model)
     return Trained(model, len(losses), losses)
+
+
+class Standardised(nn.Module):
+    """The layer of the scene, as "Write your own batch-coupled layer" has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = sum_over_batch(len(x))
+        centred = x - sum_over_batch(x.sum(0)) / rows
+        return centred / (sum_over_batch(centred.square().sum(0)) / rows + 1e-5).sqrt()
+
+
+def meeting(model: nn.Module) -> nn.Module:
+    """Return a model in whose standardising layer micro-batches meet."""
+    if isinstance(model, encoders.StandardisedTagger):
+        model.standardised = Standardised()
+    return model
+
+
+def compared(task: Task, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Return the loss of a scene in which rows are compared, from `wb.losses`; shape ``[]``."""
+    points = model(micro_batch["input_ids"])
+    if task.compares is in_batch_negatives:
+        assert isinstance(model, encoders.Encoder)
+        queries, keys = points.unbind(dim=1)
+        return info_nce(queries, keys, temperature=model.log_temperature.exp(), symmetric=True)
+    assert task.compares is hard_triplets
+    return batch_hard_triplet(points, micro_batch["labels"], margin=MARGIN)
 
 
 def _updates(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumulator) -> Iterator[Update]:
