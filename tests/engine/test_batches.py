@@ -1,6 +1,7 @@
 """Which rows does a rank load, and which does a loader give twice?"""
 
 import logging
+import pickle
 import random
 from collections import Counter
 
@@ -97,6 +98,22 @@ def test_it_is_a_batch_sampler_of_a_loader():
         micro_batch=wb.Rows(2),
     )
     assert [accumulator.step(batch).rows for batch in loader] == [3, 1]
+
+
+def test_a_rank_without_rows_gets_none_instead_of_an_error_of_the_collate_function():
+    data = [torch.ones(2) * row for row in range(5)]
+    found = []
+    for collate_fn in (None, wb.LogicalBatches.collate()):
+        batches = wb.LogicalBatches(len(data), rows=4, shuffle=False, rank=1, ranks=2)
+        loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=collate_fn))
+        found.append(next(loader))
+        if collate_fn is None:
+            with pytest.raises(IndexError):
+                next(loader)  # what it is there for
+        else:
+            assert next(loader) is None
+    assert torch.equal(*found)
+    assert pickle.loads(pickle.dumps(wb.LogicalBatches.collate(sum)))([1, 2]) == 3  # for the workers of a loader
 
 
 def test_lengths_may_be_a_tensor():
