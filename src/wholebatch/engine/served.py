@@ -15,7 +15,6 @@ from wholebatch.core.errors import ConfigError
 from wholebatch.engine.batches import place_among_ranks
 from wholebatch.engine.center import Center, Vectors, another_failed
 
-
 Answer: TypeAlias = tuple[Vectors, int] | str
 """The center with the number of commits so far, or, in words, which rank has failed, and why."""
 
