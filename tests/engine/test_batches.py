@@ -5,6 +5,7 @@ import pickle
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -116,8 +117,11 @@ def test_a_rank_without_rows_gets_none_instead_of_an_error_of_the_collate_functi
     assert pickle.loads(pickle.dumps(wb.LogicalBatches.collate(sum)))([1, 2]) == 3  # for the workers of a loader
 
 
-def test_lengths_may_be_a_tensor():
-    assert list(wb.LogicalBatches(torch.tensor([3, 3]), rows=2, shuffle=False, rank=1, ranks=2)) == [[1]]
+@pytest.mark.parametrize(
+    "lengths", [torch.tensor([3, 3]), np.array([3, 3]), [torch.tensor(3), np.int64(3)], np.int64(2)]
+)
+def test_lengths_may_be_tensors_and_arrays(lengths):
+    assert list(wb.LogicalBatches(lengths, rows=2, shuffle=False, rank=1, ranks=2)) == [[1]]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -72,8 +73,8 @@ class LogicalBatches(Sampler[list[int]]):
                 hint="pass both, as in rank=0, ranks=2, or neither.",
             )
         self._costs: list[float] | None = None
-        if isinstance(lengths, int):
-            self._num_rows = lengths
+        if hasattr(lengths, "__index__") and not hasattr(lengths, "__len__"):
+            self._num_rows = index(lengths)
         else:
             tokens = _numbers(lengths)
             self._num_rows = len(tokens)
@@ -152,7 +153,7 @@ def _numbers(lengths: Any) -> list[int]:
     if hasattr(lengths, "tolist"):
         lengths = lengths.tolist()
     try:
-        return list(lengths)
+        return [each.item() if hasattr(each, "item") else each for each in lengths]
     except TypeError:
         raise SplitError(
             f"The lengths are a {type(lengths).__name__}.",
