@@ -26,7 +26,7 @@ class Wire:
     """
 
     def __init__(self, process_group: Any) -> None:
-        # By name only: whoever still holds the group of all ranks when the process ends, ends it with an abort at times.
+        # Who still holds the group of all ranks at the end of the process aborts it now and then.
         self._process_group = None if process_group is dist.group.WORLD else process_group
         self.ranks = dist.get_world_size(process_group)
         self.rank = dist.get_rank(process_group)
