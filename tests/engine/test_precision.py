@@ -190,3 +190,102 @@ def test_a_precision_that_does_not_exist_is_refused():
     with pytest.raises(wb.WeightError, match="precision='fp8'") as error:
         wb.Accumulator(model, sgd(model.parameters()), precision="fp8")
     assert '"bf16"' in error.value.hint
+
+
+class Halves(nn.Module):
+    """Two parts that two optimizers step, at different rates."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def change_of_halves(precision, scaled_down=1.0, batches=3):
+    """The change of the weights after some updates, with two optimizers and one loss scale, clipped together."""
+    torch.manual_seed(0)
+    model = Halves()
+    before = flat(model.parameters())
+    rates = ((model.body, 0.5), (model.head, 0.25))
+    optimizers = [torch.optim.SGD(part.parameters(), lr=lr / scaled_down) for part, lr in rates]
+    accumulator = wb.Accumulator(
+        model,
+        optimizers,
+        lambda m, b: mse_loss(m(b["x"]).float(), b["y"]),
+        micro_batch=wb.Rows(2),
+        precision=precision,
+        clip_norm=0.05,
+    )
+    updates = [accumulator.step(regression(7, torch.float32)) for _ in range(batches)]
+    assert all(update.applied and update.grad_norm > 0.05 for update in updates)
+    return flat(model.parameters()) - before
+
+
+def undivided_halves(batches=3):
+    """The same from the plain loop, undivided and without autocast."""
+    torch.manual_seed(0)
+    model = Halves()
+    before = flat(model.parameters())
+    optimizers = [
+        torch.optim.SGD(model.body.parameters(), lr=0.5),
+        torch.optim.SGD(model.head.parameters(), lr=0.25),
+    ]
+    for _ in range(batches):
+        batch = regression(7, torch.float32)
+        model.zero_grad()
+        mse_loss(model(batch["x"]), batch["y"]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        for optimizer in optimizers:
+            optimizer.step()
+    return flat(model.parameters()) - before
+
+
+def test_two_optimizers_of_one_model_share_a_loss_scale_and_a_clip():
+    """Divided by the scale once each, and clipped by the norm of both parts together (T10)."""
+    right = undivided_halves()
+    assert relative_error(change_of_halves("fp32"), right) <= 1e-5
+    assert relative_error(change_of_halves("fp16"), right) <= 4 * torch.finfo(torch.float16).eps
+
+
+def test_the_bound_sees_a_second_division_by_the_scale():
+    right = undivided_halves()
+    assert relative_error(change_of_halves("fp16", scaled_down=65536.0), right) > 0.9
+
+
+def test_the_bound_sees_parts_that_are_clipped_apart():
+    torch.manual_seed(0)
+    model = Halves()
+    before = flat(model.parameters())
+    batch = regression(7, torch.float32)
+    mse_loss(model(batch["x"]), batch["y"]).backward()
+    for part, lr in ((model.body, 0.5), (model.head, 0.25)):
+        nn.utils.clip_grad_norm_(part.parameters(), 0.05)
+        torch.optim.SGD(part.parameters(), lr=lr).step()
+    assert relative_error(flat(model.parameters()) - before, undivided_halves(1)) > 0.1
+
+
+def test_a_window_that_overflows_moves_neither_of_two_optimizers_and_lowers_the_scale_once():
+    torch.manual_seed(0)
+    model = Halves()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.5, momentum=0.9) for part in (model.body, model.head)]
+    schedules = [torch.optim.lr_scheduler.StepLR(each, 1, 0.5) for each in optimizers]
+    accumulator = wb.Accumulator(
+        model,
+        optimizers,
+        lambda m, b: mse_loss(m(b["x"]).float(), b["y"]),
+        micro_batch=wb.Rows(2),
+        precision="fp16",
+        clip_norm=0.05,
+        lr_scheduler=schedules,
+    )
+    good, bad = regression(8, torch.float32), regression(8, torch.float32)
+    bad["y"][3] = torch.inf  # in the second micro-batch only
+    assert accumulator.step(good).applied
+    before, scale = flat(model.parameters()), float(accumulator._precision.scale())
+    assert accumulator.step(bad).skipped
+    assert torch.equal(flat(model.parameters()), before)
+    assert [each.get_last_lr() for each in schedules] == [[0.25], [0.25]]
+    assert float(accumulator._precision.scale()) == scale / 2
+    assert accumulator.step(good).applied

@@ -14,11 +14,13 @@ from wholebatch.engine.device import input_device, move
 from wholebatch.engine.pieces import Probe, evaluating
 from wholebatch.engine.transaction import Transaction
 from wholebatch.evidence.certificate.cuts import Cut
-from wholebatch.evidence.certificate.habits import Naming, Window, clip_before_the_sum, window
+from wholebatch.evidence.certificate.habits import Naming, clip_before_the_sum
 from wholebatch.evidence.certificate.judge import Judge
+from wholebatch.evidence.certificate.measured import Measured, Window, window
 from wholebatch.evidence.certificate.rehearsal import Stage, StepFn
 from wholebatch.evidence.certificate.sixteen import LONG, sixteen, stagnation, summed_in_16_bits
 from wholebatch.evidence.certificate.source import definition, first_call, first_word
+from wholebatch.evidence.certificate.stepcount import miscounts
 from wholebatch.evidence.certificate.trial import Run, Trial, try_step
 
 
@@ -123,12 +125,12 @@ class _Examination:
         ]
         for each in windows:
             each.found.gradient /= trial.soft
-        naming = Naming(self._probe, judge.whole, windows, self._here)
-        causes = naming.counts()
+        measured = Measured(self._probe, judge.whole, windows, self._here)
+        causes = miscounts(measured)
         if any(len(each.found.steps) != 1 for each in windows):
             return causes
         if not all(judge.right(each.found.gradient) for each in windows):
-            causes += self._of_the_gradient(naming, windows, judge)
+            causes += self._of_the_gradient(Naming(measured), windows, judge)
         elif not causes:
             causes += self._of_one_run(trial, windows, judge)
         return causes or [self._unknown()]
