@@ -114,7 +114,7 @@ def test_two_processes_make_the_updates_of_one(folder):
     assert len(one) == len(two) == 3
     for number, (alone, together) in enumerate(zip(one, two, strict=True)):
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5 if number else 1e-6)
-        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3 if number else 2e-6)
+        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3 if number else 1e-5)
         assert (together["rows"], together["targets"]) == (alone["rows"], alone["targets"])
         assert together["micro_batches"] < alone["micro_batches"]
     measured, right = (events(run, "validation")[-1]["measures"] for run in ("two", "one"))
