@@ -9,8 +9,9 @@ from wholebatch.core.communication import BUCKET_BYTES, Ranks
 from wholebatch.core.errors import ConfigError
 from wholebatch.core.link import Link
 from wholebatch.core.plan import Plan
-from wholebatch.core.planner import Planner, Task, Way
+from wholebatch.core.planner import Planner, Task
 from wholebatch.core.spread import Spread
+from wholebatch.core.ways import Way
 
 
 def window(**stated):

@@ -79,6 +79,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["epochs"].help)] = None,
     updates: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["updates"].help)] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["lr"].help)] = None,
+    batch_norm: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["batch_norm"].help)] = None,
     clip_norm: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["clip_norm"].help)] = None,
     precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
     accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
@@ -112,6 +113,7 @@ def train(
       wholebatch train text --sink tensorboard --sink wandb
       wholebatch train text --nproc 2
       torchrun --nnodes 4 --nproc-per-node 8 ... -m wholebatch train my_file.py:recipe
+      wholebatch train images --batch-norm exact --micro-batch '4 rows'
 
     \b
     A file job.toml:
@@ -130,6 +132,7 @@ def train(
         "epochs": epochs,
         "updates": updates,
         "lr": lr,
+        "batch_norm": batch_norm,
         "clip_norm": clip_norm,
         "precision": precision,
         "accumulate_in": accumulate_in,
@@ -281,19 +284,38 @@ app.command()(conformance)
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or the log in it.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, or the log in it; or several.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of several runs: the page; left out, comparison.html in their folder."),
+    ] = None,
     debug: _Debug = False,
 ) -> None:
-    """Write report.html anew from the log of a run.
+    """Write report.html anew from the log of a run, or one page that shows several runs side by side.
 
-    Also of one that was killed. The path of the report goes to stdout, a summary in words to stderr.
+    Also of one that was killed. The path of the page goes to stdout, a summary in words to stderr.
 
     \b
     Examples:
       wholebatch report runs/text
       open "$(wholebatch report runs/text)"
+      wholebatch report runs/exact runs/group runs/frozen
+      wholebatch report runs/* --out side-by-side.html
     """
     with edge(debug=debug):
+        if len(runs) > 1:
+            from wholebatch.evidence.beside import summarize_runs, write_comparison
+
+            say(summarize_runs(runs))
+            print(write_comparison(runs, out))
+            return
+        (run,) = runs
+        if out is not None:
+            raise ConfigError(
+                "`--out` is for several runs; the report of one is written beside its log.", hint="leave it out."
+            )
         from wholebatch.evidence.report import read_log, summarize, write_report
 
         say(summarize(read_log(run)))

@@ -135,7 +135,7 @@ class _Run:
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
         seed_everything(self.config.seed)
         rows, held_out = rows_of(self.recipe, "train"), rows_of(self.recipe, "validation")
-        model = model_of(self.recipe)
+        model = model_of(self.recipe, self.config.batch_norm)
         self.device = input_device(model)
         accumulator = Accumulator(
             model,
@@ -149,6 +149,7 @@ class _Run:
             precision=self.config.precision,
             accumulate_in=self.config.accumulate_in,
             clip_norm=self.config.clip_norm or None,
+            batch_norm="per_micro_batch" if self.config.batch_norm == "per_micro_batch" else "refuse",
         )
         self.reasons = accumulator.reasons
         if not self.place.first:
@@ -212,6 +213,7 @@ class _Run:
                 "recipe": self.config.recipe,
                 "logical_batch": str(self.config.logical_batch),
                 "micro_batch": str(self.config.micro_batch),
+                "batch_norm": self.config.batch_norm if self.config.batch_norm != "refuse" else None,
                 "precision": self.config.precision,
                 "seed": self.config.seed,
                 "device": str(self.device),
