@@ -15,6 +15,7 @@ nobody is still waiting when the stated time-out of 8 s, and 4 s for a busy mach
 Takes about fifteen minutes.
 """
 
+import argparse
 import collections
 import json
 import multiprocessing
@@ -125,44 +126,61 @@ def outcome(seen: Mapping[int, Mapping[str, Any]]) -> str:
     return "went on" if any(each["errors"] for each in seen.values()) else "right"
 
 
-def isolated() -> bool:
-    """Return whether this process has a network of its own, in which the link can be taken down."""
-    return INSIDE in os.environ
-
-
 def isolate() -> None:
     """Begin again in a network namespace of its own, where that can be had."""
     unshare = shutil.which("unshare")
-    if unshare is None or shutil.which("ip") is None or isolated():
+    if unshare is None or shutil.which("ip") is None or INSIDE in os.environ:
         return
-    namespace = [unshare, "--map-root-user", "--net"]
-    if subprocess.run([*namespace, "ip", "link", "set", "lo", "up"], capture_output=True, check=False).returncode == 0:
-        os.execve(unshare, [*namespace, sys.executable, *sys.argv], {**os.environ, INSIDE: "1"})
+    up = [unshare, "--map-root-user", "--net", "ip", "link", "set", "lo", "up"]
+    if subprocess.run(up, capture_output=True, check=False).returncode == 0:
+        os.execve(unshare, [*up[:3], sys.executable, *sys.argv], {**os.environ, INSIDE: "1"})
+
+
+def work(numbers: list[int]) -> None:
+    """Run some scenes, and print what became of each as a line of JSON."""
+    isolate()
+    if INSIDE in os.environ:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    for number in numbers:
+        scene = Scene.drawn(number)
+        if scene.kind == LINK and INSIDE not in os.environ:
+            continue
+        with tempfile.TemporaryDirectory(prefix="wholebatch-fault-") as folder:
+            seen, seconds = play(scene, Path(folder))
+        wrong = judge(scene, seen, seconds)
+        print(json.dumps([number, outcome(seen), seconds, wrong, seen]), flush=True)
+        if wrong:
+            print(f"{scene}: {'; '.join(wrong)}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
     parser = arguments(__doc__, "benchmarks/faults.py")
     parser.add_argument("--runs", type=int, default=200, help="how many")
-    parser.add_argument("--only", type=int, help="the run of this number alone")
+    parser.add_argument("--only", type=int, help="the run of this number alone, and all that its ranks have seen")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time: most of their time is waiting")
+    parser.add_argument("--numbers", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    isolate()
-    if isolated():
-        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    kinds = KINDS if isolated() else tuple(kind for kind in KINDS if kind != LINK)
-    numbers = range(len(kinds) if options.quick else options.runs) if options.only is None else [options.only]
-    counts: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in kinds}
-    longest: dict[str, float] = dict.fromkeys(kinds, 0.0)
+    if options.numbers:
+        work(options.numbers)
+        return 0
+    numbers = range(len(KINDS) if options.quick else options.runs) if options.only is None else [options.only]
+    shares = [list(numbers)[job :: options.jobs] for job in range(min(options.jobs, len(numbers)))]
+    workers = [
+        subprocess.Popen([sys.executable, __file__, "--numbers", json.dumps(share)], stdout=subprocess.PIPE, text=True)
+        for share in shares
+    ]
+    lines = [line for worker in workers for line in worker.communicate()[0].splitlines()]
+    if any(worker.returncode for worker in workers):
+        raise RuntimeError("a worker failed")
+    counts: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in KINDS}
+    longest: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     failures = []
-    for number in numbers:
-        scene = Scene.drawn(number, kinds)
-        with tempfile.TemporaryDirectory(prefix="wholebatch-fault-") as folder:
-            seen, seconds = play(scene, Path(folder))
-        wrong = judge(scene, seen, seconds)
-        counts[scene.kind][outcome(seen) if not wrong else "wrong"] += 1
+    for number, became, seconds, wrong, seen in sorted(map(json.loads, lines), key=lambda line: line[0]):
+        scene = Scene.drawn(number)
+        counts[scene.kind][became if not wrong else "wrong"] += 1
         longest[scene.kind] = max(longest[scene.kind], seconds or 0.0)
         if wrong:
             failures.append(f"- {scene}: {'; '.join(wrong)}")
-            print(failures[-1], file=sys.stderr)
         if options.only is not None:
             print(json.dumps(seen, indent=1), file=sys.stderr)
     words = ("right", "went on", "error", "wrong")
@@ -171,19 +189,12 @@ def main() -> int:
         for kind, count in counts.items()
     ]
     headings = ["fault", "runs", "all updates", "error, then all updates", "error on every rank", "WRONG", "longest, s"]
-    total = len(numbers)
     intro = (
-        f"{total} runs, the time-out of the process group {TIME_OUT:g} s; *longest* is the time from the fault until the "
-        "last rank had ended (for a rank that was stopped for good, from when it went on)."
+        f"{len(lines)} runs, {options.jobs} at a time, the time-out of the process group {TIME_OUT:g} s; *longest* is "
+        "the time from the fault until the last rank had ended (for a rank stopped for good, from when it went on)."
     )
-    text = "\n\n".join(
-        [
-            intro,
-            table(headings, rows),
-            *(["\n".join(failures)] if failures else []),
-            *([] if isolated() else ["The link was not taken down: there are no network namespaces here."]),
-        ]
-    )
+    missing = [] if len(lines) == len(numbers) else ["The link was not taken down: there are no network namespaces."]
+    text = "\n\n".join([intro, table(headings, rows), *missing, *(["\n".join(failures)] if failures else [])])
     bars = [
         Bar("runs that end wrong, unclear or late", sum(count["wrong"] for count in counts.values()), 0, digits=0),
         Bar("longest from a fault to the end of a rank, s", max(longest.values()), TIME_OUT + SLACK, digits=1),

