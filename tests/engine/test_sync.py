@@ -12,7 +12,7 @@ import torch
 import ranks
 from menagerie import CALM
 from wholebatch.core.window import WindowState
-from wholebatch.engine import sync
+from wholebatch.engine import message
 from wholebatch.engine.weighing import Weighing
 
 EXACT = 1e-12
@@ -129,6 +129,63 @@ def test_a_shortage_on_one_rank_recuts_all_of_them(undoing, where):
     assert any("another rank" in reason for reason in others[0][where]["reasons"])
 
 
+@pytest.mark.parametrize("kind", ["forward of 1", "forward of 2", "backward of 1", "backward of 2"])
+def test_a_loader_s_micro_batch_that_does_not_fit_on_one_rank_is_split_there(undoing, kind):
+    *others, last = undoing("shortage in a loader")
+    assert last[kind]["times"] == 1
+    assert last[kind]["retries"] == [1]
+    for found in (*others, last):
+        assert found[kind]["off"] <= EXACT
+    for found in others:
+        assert found[kind]["retries"] == [0]
+
+
+def test_memory_that_runs_out_after_gradients_were_sent_is_an_error_on_all(two):
+    other, short = ranks.result(two, "short after gradients were sent", 2)
+    assert short["said"][0] == "OutOfMemoryError"
+    assert "sent" in short["said"][1]
+    assert other["said"][0] == "RankError"
+    for found in (other, short):
+        assert found["moved"] == 0
+        assert found["off"] <= EXACT
+
+
+def test_in_step_a_failure_before_the_first_pass_is_told(two):
+    other, failed = ranks.result(two, "in step: a failure before the first pass", 2)
+    assert failed["said"][0] == "SplitError"
+    assert other["said"][0] == "RankError"
+    assert "rank 1 could not: SplitError" in other["said"][1]
+    for found in (other, failed):
+        assert found["moved"] == 0
+        assert found["off"] <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "said"),
+    [
+        ("auto", "ConfigError", "no rank can make a pass for itself"),
+        ("reduce_in", "ConfigError", "has no effect"),
+        ("a choice", "ConfigError", "'twice' is not one of the choices"),
+        ("half", "OptimizerError", "is on every rank"),
+        ("16 bits", "ConfigError", "in their own 16 bits"),
+        ("older", "OptimizerError", "FullyShardedDataParallel"),
+    ],
+)
+def test_what_is_not_possible_in_step_is_refused(two, kind, error, said):
+    for found in ranks.result(two, "in step: refused", 2):
+        assert found[kind][0] == error
+        assert said in found[kind][1]
+
+
+def test_in_step_a_loop_of_one_s_own_makes_equally_many_passes(two):
+    for found in ranks.result(two, "in step: a loop of one's own", 2):
+        assert found["off"] <= EXACT
+        assert "not" not in (found["skipped"][1] or "")
+        assert found["skipped"][0] is not None
+        assert found["skipped"][1] is None
+        assert found["rows"] == 16
+
+
 def test_a_row_that_does_not_fit_on_one_rank_is_an_error_on_all(two):
     other, short = ranks.result(two, "no finer cut", 2)
     assert short["said"][0] == "OutOfMemoryError"
@@ -184,7 +241,7 @@ def test_a_fault_is_the_right_update_or_an_error_on_every_rank(undoing):
             struck.add(of_one[0]["kind"])
         elif of_one[0]["kind"] != "infinite":  # a single row that does not fit
             assert said == ["OutOfMemoryError"] + ["RankError"] * (len(of_one) - 1)
-    assert {"none", "short", "raise", "raise in backward", "stop", "empty"} <= struck
+    assert {"none", "short", "raise", "stop", "empty"} <= struck
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -394,14 +451,15 @@ def test_counts_that_cannot_weigh_are_seen_on_their_device():
     weighing = Weighing(targets=None, micro_batches=1, scale=None)
     for count, spoilt in ((2.0, 0), (-1.0, 1), (float("nan"), 1), (float("inf"), 1)):
         state = WindowState(targets=torch.tensor(count))
-        assert float(sync.spoilt(weighing, state)) == spoilt
-    assert sync.spoilt(weighing, WindowState(targets=3)) == 0
+        assert float(message.spoilt(weighing, state)) == spoilt
+    assert message.spoilt(weighing, WindowState(targets=3)) == 0
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 8, 1000])
 def test_masks_differ_exactly_where_ranks_do(num_ranks):
-    alike = [sync.mask_of([True, False], num_ranks)] * num_ranks
-    apart = [*alike[1:], sync.mask_of([True, True], num_ranks)]
+    alike = [message.mask_of([True, False], num_ranks)] * num_ranks
+    apart = [*alike[1:], message.mask_of([True, True], num_ranks)]
     for masks, differ in ((alike, False), (apart, True)):
-        fields = [0.0] * 6 + [float(sum(masks)), float(sum(mask**2 for mask in masks))]
-        assert sync._Heard([], 1.0, fields, num_ranks).differ is differ
+        total, squares = float(sum(masks)), float(sum(mask**2 for mask in masks))
+        assert (num_ranks * squares != total**2) is differ
+        assert squares * num_ranks < 2**53

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from wholebatch.core.errors import ConfigError, OptimizerError
 from wholebatch.engine.consuming import takers
 from wholebatch.engine.instep import InStep
+from wholebatch.engine.message import FIELDS
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.reduction import check_reduce_in
 from wholebatch.engine.sharding import sharded_modules
-from wholebatch.engine.sync import FIELDS, Group, Many, One
+from wholebatch.engine.sync import Group, Many, One
 from wholebatch.engine.wire import Wire
 from wholebatch.engine.wrapping import make_equal, ranks_of
 
