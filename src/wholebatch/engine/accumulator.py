@@ -30,6 +30,7 @@ from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.ranks import Communication
 from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.reduction import ReduceIn, check_reduce_in
+from wholebatch.engine.repeats import say_repeated_rows
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.splitting import Splitting
 from wholebatch.engine.sums import SumIn, check_sum_in
@@ -250,6 +251,8 @@ class Accumulator:
             WindowError: `micro_batches` is less than 1, or a window is open.
             Exception: As in `step`; an exception in the loader leaves as it is, after the open window was rolled back.
         """
+        if self._setup.group.ranks > 1:
+            say_repeated_rows(loader, self._reasons)
         return self._loading.updates(loader, micro_batches)
 
     def window(self, *, targets: Count | None = None, micro_batches: int = 1) -> Window:

@@ -18,7 +18,6 @@ from wholebatch.engine.forward import Forward
 from wholebatch.engine.lockstep import Lockstep
 from wholebatch.engine.making import Making
 from wholebatch.engine.opening import Windows
-from wholebatch.engine.repeats import warn_of_repeated_rows
 from wholebatch.engine.splitting import Splitting
 from wholebatch.engine.window import Window
 
@@ -78,8 +77,6 @@ class Loading:
         ranks = self._windows.rules.setup.group
         length = _known_length(loader)
         ranks.begin_stream()
-        if ranks.ranks > 1:
-            warn_of_repeated_rows(loader)
 
         def read() -> Iterator[Any]:
             for number, micro_batch in enumerate(loader, 1):

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -68,7 +68,7 @@ class Heard:
         *,
         extra: Tensor | float,
         device: torch.device,
-        beside: Sequence[Tensor] = (),
+        beside: Callable[[], Sequence[Tensor]] = tuple,
     ) -> Self:
         """Say what a rank has to say, and hear the sum over all, with one wait for the device.
 
@@ -79,7 +79,7 @@ class Heard:
             ending: Whether this rank has more.
             extra: What the group asks besides.
             device: Where the message is written.
-            beside: What is read along. Each of shape ``[]``.
+            beside: Returns what is read along, when the message is on its way. Each of shape ``[]``.
         """
         rows = math.nan if state.rows is None else state.rows
         ends = ending.ended + ending.idle * (wire.ranks + 1)
@@ -92,8 +92,10 @@ class Heard:
         for place, field in enumerate(fields):
             if isinstance(field, Tensor):
                 message[place] = field
-        wire.wait(wire.add_up(message))
-        read = read_numbers([*beside, *scale, *message.unbind()])
+        sent = wire.add_up(message)
+        others = list(beside())
+        wire.wait(sent)
+        read = read_numbers([*others, *scale, *message.unbind()])
         targets, loss_sum, rows, failed, extras, endings, masks, squares = read[-FIELDS:]
         return cls(
             targets=targets,
@@ -104,8 +106,8 @@ class Heard:
             all_ended=endings % (wire.ranks + 1) == wire.ranks,
             all_idle=endings // (wire.ranks + 1) == wire.ranks,
             differ=wire.ranks * squares != masks**2,  # exactly equal only where all masks are the same
-            scale=read[len(beside)] if scale else 1.0,
-            beside=read[: len(beside)],
+            scale=read[len(others)] if scale else 1.0,
+            beside=read[: len(others)],
         )
 
 

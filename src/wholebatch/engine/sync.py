@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wholebatch.core.errors import RankError
 from wholebatch.core.split import Size
@@ -377,8 +377,16 @@ class Many:
         self._owed = True
 
     def _exchange(self, weighing: Weighing, state: WindowState) -> Heard:
-        """Send the message of a window, and hear what all ranks have sent."""
+        """Send the message of a window behind its gradient, and hear what all ranks have sent.
+
+        The message does not wait for the gradient, so that it costs no latency of its own.
+        """
         reduction = self._started
+
+        def norms() -> list[Tensor]:
+            reduction.wait()
+            return reduction.norms()
+
         return Heard.of(
             self._wire,
             weighing,
@@ -387,7 +395,7 @@ class Many:
             Ending(self.ended, self.idle),
             extra=float(reduction.late),
             device=reduction.device,
-            beside=reduction.norms(),
+            beside=norms,
         )
 
     def _hear_why(self, weighing: Weighing, state: WindowState) -> Reading:
