@@ -757,6 +757,8 @@ def by_default(place: Place, wrap: str) -> dict[str, Any]:
     if wrap in ("bare", "ddp") and place.rank == 0:
         plan = wb.plan(trial.wrapped, trial.optimizer, mean_square, batch, memory="1GiB", timed=False)
         found["plan"] = {"off": 0.0, "reasons": [], "fits": plan.fits}
+        verified = wb.verify(trial.wrapped, mean_square, batch)
+        found["verify"] = {"off": verified.error, "reasons": [], "ok": verified.ok}
     return found
 
 

@@ -317,7 +317,7 @@ def test_each_rank_plans_and_checks_for_itself(two, wrap):
         assert any("the whole batch of" in reason for reason in found["auto"]["reasons"])
         assert any("compared cut and uncut" in reason for reason in found["check"]["reasons"])
     assert "plan" not in second
-    assert wrap == "fsdp" or first["plan"]["fits"]
+    assert wrap == "fsdp" or (first["plan"]["fits"] and first["verify"]["ok"])
 
 
 def test_buckets_are_sent_while_the_last_backward_pass_runs(two):
