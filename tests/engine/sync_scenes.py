@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -687,6 +687,35 @@ def narrow(place: Place) -> dict[str, Any]:
         reference.gradient(wide.model, mean_square, {k: v.double() for k, v in batch.items()})
         right = flat(p.grad for p in wide.model.parameters())
         found[kind] = relative_error(seen[0], right)
+    return found
+
+
+@SCENES("weights gathered in 16 bits")
+def mixed(place: Place) -> dict[str, Any]:
+    """fully_shard with weights in 32 bits that are gathered, and trained with, in 16."""
+    found: dict[str, Any] = {}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    batch = MLP.batch(40, torch.float32)
+    for communication in ("once", "each"):
+        model = MLP.model(torch.float32)
+        judge = MLP.model(torch.float32)
+        fully_shard(model, mp_policy=policy)
+        accumulator = wb.Accumulator(
+            model,
+            sgd(model.parameters()),
+            lambda model, batch: mean_square(lambda x: model(x).float(), batch),
+            micro_batch=wb.Rows(1),
+            check=None,
+            communication=communication,
+        )
+        start = flat(judge.parameters())
+        accumulator.step(part_of(MLP, batch, place.share(40)))
+        reference.update(judge, sgd(judge.parameters()), mean_square, batch)
+        change = flat(each.full_tensor() for each in model.parameters()) - start
+        found[communication] = relative_error(change, flat(judge.parameters()) - start)
+    wide = fully_shard(MLP.model(torch.float32), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.bfloat16))
+    accumulator = wb.Accumulator(wide, sgd(wide.parameters()), mean_square, check=None, micro_batch=wb.Rows(2))
+    found["refused"] = raised(lambda: accumulator.step(batch))
     return found
 
 

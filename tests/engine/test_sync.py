@@ -268,6 +268,14 @@ def test_sums_in_16_bits_over_ranks(two, kind):
         assert found[kind] <= 4 * torch.finfo(torch.bfloat16).eps
 
 
+def test_weights_may_be_gathered_in_16_bits_and_kept_in_32(two):
+    for found in ranks.result(two, "weights gathered in 16 bits", 2):
+        assert found["once"] <= 4 * torch.finfo(torch.bfloat16).eps
+        assert found["each"] <= 4 * torch.finfo(torch.bfloat16).eps
+        assert found["refused"][0] == "OptimizerError"
+        assert "reduce_dtype" in found["refused"][1]
+
+
 def test_gradients_travel_in_the_dtype_that_was_asked_for(two):
     gradient = 66 * 8
     for found in ranks.result(two, "in which dtype gradients travel", 2):
