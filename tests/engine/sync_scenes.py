@@ -594,7 +594,7 @@ class FullyShardedDataParallel(nn.Sequential):
 @SCENES("in step: refused")
 def refused_in_step(_place: Place) -> dict[str, Any]:
     model = sharded(mlp())
-    optimizer = sgd(model.parameters())
+    older = FullyShardedDataParallel(mlp())
     half = mlp().double()
     fully_shard(half[0])
     narrow = sharded(mlp().bfloat16())
@@ -609,7 +609,7 @@ def refused_in_step(_place: Place) -> dict[str, Any]:
         "a choice": raised(lambda: each(model, communication="twice")),
         "half": raised(lambda: each(half).step(MLP.batch(4, torch.float64))),
         "16 bits": raised(lambda: each(narrow).step(MLP.batch(4, torch.bfloat16))),
-        "older": raised(lambda: wb.Accumulator(FullyShardedDataParallel(mlp()), optimizer, mean_square)),
+        "older": raised(lambda: wb.Accumulator(older, sgd(older.parameters()), mean_square)),
     }
 
 

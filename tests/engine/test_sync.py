@@ -394,12 +394,16 @@ def test_what_is_not_exact_over_ranks_is_refused(two, kind, error, said):
 DYING = """
     import os, sys, time
     import datetime as dt
+    from pathlib import Path
     import torch
     import wholebatch as wb
 
     rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    Path(f"{store} {rank}").touch()
+    while not Path(f"{store} {1 - rank}").exists():
+        time.sleep(0.1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=dt.timedelta(seconds=3)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=dt.timedelta(seconds=6)
     )
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
@@ -411,7 +415,7 @@ DYING = """
         if rank == 1 and passes == 4:
             if how == "dies":
                 os._exit(7)
-            time.sleep(5)
+            time.sleep(60)
         return model(x).square().mean()
 
     accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, check=None,
@@ -432,8 +436,10 @@ def test_a_rank_that_is_gone_is_a_clear_error_within_the_time_out(tmp_path, how)
     command = [sys.executable, "-c", textwrap.dedent(DYING)]
     gone = subprocess.Popen([*command, "1", str(tmp_path / "store"), how], stdout=subprocess.DEVNULL)
     left = subprocess.run([*command, "0", str(tmp_path / "store"), how], capture_output=True, text=True, timeout=90)
-    gone.wait(timeout=90)
+    gone.kill()
+    gone.wait()
     said = left.stdout
+    assert said, left.stderr
     assert said.count("a rank is gone, or did not answer within the time-out") == 2
     assert "cannot go on with the others" in said
     assert said.count("hint:") == said.count("True") == 2
