@@ -507,9 +507,9 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
 for_each_wrap("failure", failure, in_step=False)
 
 
-def random_faults(place: Place, wrap: str) -> dict[str, Any]:
+def random_faults(place: Place, wrap: str, seed: int = 0) -> dict[str, Any]:
     """One fault in each logical batch, on a rank and at a place drawn at random."""
-    draw = random.Random(f"faults of {wrap} on {place.ranks}")
+    draw = random.Random(f"{seed} faults of {wrap} on {place.ranks}")
     trial = Trial(MLP, wrap, micro_batch=wb.Rows(4))
     fault: dict[str, Any] = {}
 
