@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ranks
+import wholebatch as wb
 from menagerie import CALM
 from wholebatch.core.window import WindowState
 from wholebatch.engine import message
@@ -459,6 +460,17 @@ def test_the_page_s_example_says_the_same_on_two_ranks_as_on_one(tmp_path):
     )
     assert len(said) == 3
     assert set(said) == {said[0]}
+
+
+def test_an_accumulator_that_was_made_before_the_ranks_were_is_refused(monkeypatch):
+    model = torch.nn.Linear(2, 1)
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), check=None)
+    with accumulator.window() as window:
+        window.backward(model(torch.ones(1, 2)).sum(), targets=1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    with pytest.raises(wb.WindowError, match="one of 2 ranks"):
+        accumulator.window()
 
 
 def test_counts_that_cannot_weigh_are_seen_on_their_device():

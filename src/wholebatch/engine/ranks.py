@@ -16,7 +16,7 @@ from wholebatch.engine.reasons import Say
 from wholebatch.engine.reduction import check_reduce_in
 from wholebatch.engine.sharding import sharded_modules
 from wholebatch.engine.sync import Group, Many, One
-from wholebatch.engine.wire import Wire
+from wholebatch.engine.wire import Wire, initialised
 from wholebatch.engine.wrapping import make_equal, ranks_of
 
 Communication: TypeAlias = Literal["once", "each"]
@@ -52,7 +52,7 @@ def group_of(
         )
     process_group = ranks_of(model)
     if process_group is None:
-        return One()
+        return One(alone=initialised())
     taking = takers(optimizers)
     if taking:
         raise OptimizerError(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from wholebatch.core.errors import RankError
+from wholebatch.core.errors import RankError, WindowError
 from wholebatch.core.split import Size
 from wholebatch.core.weights import common_factor, gradient_factor
 from wholebatch.core.window import WindowState
@@ -24,7 +25,7 @@ from wholebatch.engine.reduction import Reduction
 from wholebatch.engine.sharding import Sharding, sharded_modules
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.weighing import Reading, Weighing, widen
-from wholebatch.engine.wire import Wire
+from wholebatch.engine.wire import Wire, initialised
 from wholebatch.engine.wrapping import Wrapping, sparse_parameters
 
 
@@ -137,7 +138,11 @@ _NOTHING = nullcontext()
 
 
 class One:
-    """A group of one: this process, which has nobody to speak to."""
+    """A group of one: this process, which has nobody to speak to.
+
+    Args:
+        alone: Whether it was so by choice, and not only because no other process was known of yet.
+    """
 
     ranks = 1
     in_step, passes, spare = False, 0, None
@@ -145,14 +150,21 @@ class One:
     ended = idle = False
     all_ended = all_idle = others_go_on = False
 
+    def __init__(self, *, alone: bool = True) -> None:
+        self._alone = alone
+
     def begin_stream(self) -> None:
         pass
 
     def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:  # noqa: ARG002
         return _NOTHING
 
-    def open(self, sums: Callable[[], GradientSum]) -> None:
-        pass
+    def open(self, sums: Callable[[], GradientSum]) -> None:  # noqa: ARG002
+        if not self._alone and initialised() and dist.get_world_size() > 1:
+            raise WindowError(
+                f"This process is one of {dist.get_world_size()} ranks, and the accumulator was made before it was.",
+                hint="call torch.distributed.init_process_group() first, and make the accumulator after it.",
+            )
 
     def end(self) -> None:
         pass

@@ -18,7 +18,7 @@ from wholebatch.engine.device import modules
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.sharding import ranks_of_shards, sharded_modules
 from wholebatch.engine.sums import GradientSum
-from wholebatch.engine.wire import Wire
+from wholebatch.engine.wire import Wire, initialised
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def ranks_of(model: Any) -> Any:
     Raises:
         OptimizerError: The model is wrapped in what a window cannot keep quiet.
     """
-    if _alone.get() or not (dist.is_available() and dist.is_initialized()) or not isinstance(model, nn.Module):
+    if _alone.get() or not initialised() or not isinstance(model, nn.Module):
         return None
     process_group: Any = dist.group.WORLD
     for module in modules(model):
