@@ -1,17 +1,10 @@
 """A plan is applied: few blocks recompute, chosen by what they free for their time, and the update stays the same."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 import wholebatch as wb
-from wholebatch.core.ways import Way
-from wholebatch.engine import offloading
-from wholebatch.engine.blocks import Ledger
-from wholebatch.engine.checkpointing import find_blocks
-from wholebatch.engine.ways import Ways
 
 
 class Block(nn.Module):

@@ -13,6 +13,11 @@ from wholebatch.core.errors import RankError
 from wholebatch.engine import memory
 
 
+def initialised() -> bool:
+    """Return whether this process knows of others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Wire:
     """The process group of a run. Every rank makes the same calls in the same order.
 
