@@ -259,6 +259,8 @@ class Many:
         try:
             yield
         except Exception as error:
+            if self._wire.is_down(error):
+                raise self._wire.unanswered(error) from error
             self._tell(error)
             raise
         except BaseException as stop:  # such as Ctrl-C, which waits for nobody
@@ -275,7 +277,8 @@ class Many:
         if self._introduce is not None:
             self._introduce()
             self._introduce = None
-        self._wrapping.hush()
+        with self._wire.watching():
+            self._wrapping.hush()
         summed = sums()
         if self._reduction is None or not self._reduction.fits(summed):
             self._reduction = Reduction(summed, self._sparse, self._dtype, self._wire)

@@ -83,7 +83,27 @@ class Wire:
                 raise
             raise self.unanswered(error) from error
 
-    def unanswered(self, error: RuntimeError) -> RankError:
+    def is_down(self, error: Exception) -> bool:
+        """Whether an error says that a rank is gone: from a collective that a wrapper made in the middle of a pass."""
+        if not isinstance(error, RuntimeError) or isinstance(error, RankError) or memory.is_out_of_memory(error):
+            return False
+        return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The context of what a wrapper says over the network by itself.
+
+        Raises:
+            RankError: A rank is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.is_down(error):
+                raise self.unanswered(error) from error
+            raise
+
+    def unanswered(self, error: Exception) -> RankError:
         """Return the error that a rank is gone, and remember it."""
         said = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
         self.lost = f"a rank is gone, or did not answer within the time-out of the process group ({said})."
