@@ -98,7 +98,9 @@ def tensor_bytes(accumulator, run):
 
 @pytest.fixture
 def largest(monkeypatch):
-    monkeypatch.setattr("wholebatch.engine.bylength.fastest", max)  # the clock of a busy machine is no judge
+    monkeypatch.setattr(
+        "wholebatch.engine.bylength.fastest_of", lambda _probe, most, *_: (most, "")
+    )  # the clock of a busy machine is no judge
 
 
 @pytest.mark.parametrize("budget", ["400kB", "800kB", "1500kB", "3MB"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.need import Need, Passes, Size, Trace
-from wholebatch.core.sizes import candidates, fastest, largest_rows, usable
+from wholebatch.core.sizes import largest_rows, usable
 from wholebatch.core.split import Indices, Rows, cut_by_length, padding
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.fitting import Fitting
@@ -16,6 +16,7 @@ from wholebatch.engine.lengths import lengths_of
 from wholebatch.engine.probe import Probe
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.timeline import OverBudget
+from wholebatch.engine.timing import fastest_of
 
 STEPS = 4
 """Between a length and its double, so many are told apart."""
@@ -118,12 +119,12 @@ def plan_by_length(
     if most == 0:
         return None
     whole = len(made.cut(lengths)) == 1
-    tried, why = candidates(min(most, rows.rows)), ""
-    if timed and len(tried) > 1 and not whole:
-        seconds = probe.clock(tried, rows_of[longest])
-        chosen = fastest(seconds) if seconds else most
-        if chosen < tried[-1]:
-            made.tokens, why = chosen * longest, f", of which {say_rows(chosen)} are as fast"
+    why = ""
+    if timed and not whole:
+        tried = min(most, rows.rows)
+        chosen, said = fastest_of(probe, tried, rows.rows, rows_of[longest])
+        if chosen < tried:
+            made.tokens, why = chosen * longest, f", of which {say_rows(chosen)} are faster{said}"
     if whole:
         say(
             f'micro_batch="auto": the whole batch of {rows.rows} rows, padded to {longest}, takes '
