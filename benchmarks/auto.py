@@ -4,8 +4,8 @@ For each model a budget is set to what a quarter of the logical batch takes. The
 every size of a sweep that stays within the budget is timed, alternating, and the throughput of the choice is compared
 with the best. The cost of choosing is the time of the first update above that of a later one, in windows.
 
-Beside it how Accelerate, Lightning and the Hugging Face Trainer find a batch size, on a device that holds so many rows and
-no more, from the start and from the middle of training on: how often training began anew, how many rows moved the
+Beside it how Accelerate, Lightning and the Hugging Face Trainer find a batch size, on a device that holds so many rows
+and no more, from the start and from the middle of training on: how often training began anew, how many rows moved the
 weights twice or passed through the model for nothing, and how large the batch of an update is in the end.
 """
 

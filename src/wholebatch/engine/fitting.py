@@ -43,6 +43,7 @@ class Fitting:
     Attributes:
         setup, objective, precision, sum_in: What is trained, and how.
         budget: Unit: bytes; None: what the device has free.
+        need: What training takes, as it was found out last; None: it was not.
         collate, whole, dims: As for `wb.Accumulator`.
     """
 
@@ -54,6 +55,7 @@ class Fitting:
     collate: Callable[[list[Any]], Any] | None = None
     whole: Iterable[str] = ()
     dims: int | Mapping[str, int] | None = None
+    need: Need | None = None
 
     def kind(self, rows: LogicalBatch) -> tuple[object, int]:
         """Return what a batch has in common with others that take as much a row, and how much its largest row holds.
@@ -81,6 +83,7 @@ class Fitting:
         Raises:
             OutOfMemoryError: The budget that was given does not hold one row.
         """
+        self.need = None
         probe = self.probe_of(rows)
         budget, whose = self.budget_of(probe)
         row = largest_row(probe.sample)
@@ -92,6 +95,7 @@ class Fitting:
             if need is None or not self._fits_whole(probe, rows.rows, row, budget - need.resident_bytes):
                 self._refuse(need, budget, say)
                 return 1
+        self.need = need
         most = largest_rows(need, budget, rows.rows)
         for reason in probe.reasons:
             say(reason, logging.INFO)
