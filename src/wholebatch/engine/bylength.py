@@ -21,6 +21,9 @@ from wholebatch.engine.timing import fastest_of
 STEPS = 4
 """Between a length and its double, so many are told apart."""
 
+REACH = 1.25
+"""How much longer than those that were looked at rows may be."""
+
 WORTH = 0.05
 """Rows are sorted by length where that saves more than this share of the padded tokens."""
 
@@ -32,7 +35,7 @@ class ByLength:
     Attributes:
         need: What training takes, by rows and length.
         budget: Unit: bytes.
-        longest: The longest row for which that is known. Unit: tokens.
+        longest: The longest row that was looked at. Unit: tokens.
         tokens: The most padded tokens that are taken at once, since more are no faster.
     """
 
@@ -41,6 +44,12 @@ class ByLength:
     longest: int
     tokens: int
     _known: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def reach(self) -> int:
+        """The longest row for which it is known what it takes: a little longer than any that was looked at, where every
+        moment is known by itself, as a polynomial in the length. Unit: tokens."""
+        return int(REACH * self.longest) if self.need.passes.exact and self.need.measured is None else self.longest
 
     def cut(self, lengths: Sequence[int], tokens: int | None = None) -> list[Indices]:
         """Return the micro-batches of rows of some lengths: all rows at once where they fit.
@@ -57,7 +66,7 @@ class ByLength:
 
     def most(self, length: int) -> int:
         """Return how many rows of a length fit at once; 0: not even one."""
-        alike = min(self.longest, math.ceil(2 ** (math.ceil(STEPS * math.log2(max(1, length))) / STEPS)))
+        alike = min(max(length, self.longest), math.ceil(2 ** (math.ceil(STEPS * math.log2(max(1, length))) / STEPS)))
         if alike not in self._known:
             self._known[alike] = largest_rows(self.need, self.budget, 1 << 20, alike)
         return min(self._known[alike], max(1, self.tokens // max(1, length)))

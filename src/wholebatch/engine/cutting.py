@@ -266,7 +266,7 @@ class Cutting:
         known = self._by_length
         if known is None and not pays(lengths):
             return None
-        if known is None or max(lengths) > known.longest:
+        if known is None or max(lengths) > known.reach:
             try:
                 known = plan_by_length(self._fitting, rows, lengths, say, timed=not self._shares)
                 self._watch.forget()
