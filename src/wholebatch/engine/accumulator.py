@@ -160,7 +160,7 @@ class Accumulator:
         )
         self._cutting = Cutting(micro_batch, fitting)
         self._windows = Windows(rules, sum_in)
-        self._lockstep = Lockstep(lockstep, model, self._setup.device)
+        self._lockstep = Lockstep(lockstep, model, self._setup.device, self._setup.group)
         forward = Forward(self._setup, objective, self._precision)
         first_check = FirstCheck(forward, self._cutting, check == "first", say)
         self._making = Making(self._windows, forward, self._lockstep, first_check, say)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -60,10 +61,21 @@ class Wire:
             dist.all_gather_object(said, what, group=self._process_group)
         return said
 
+    def side_by_side(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks, of one shape and dtype, by rank."""
+        found = [torch.empty_like(tensor) for _ in range(self.ranks)]
+        with self._speaking():
+            dist.all_gather(found, tensor, group=self._process_group)
+        return found
+
     def take_first(self, tensor: Tensor) -> None:
         """Make a tensor on all ranks that of the first."""
+        self.take_from(0, tensor)
+
+    def take_from(self, rank: int, tensor: Tensor) -> None:
+        """Make a tensor on all ranks that of one of them."""
         with self._speaking():
-            dist.broadcast(tensor, src=dist.get_global_rank(self._process_group, 0), group=self._process_group)
+            dist.broadcast(tensor, src=dist.get_global_rank(self._process_group, rank), group=self._process_group)
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
