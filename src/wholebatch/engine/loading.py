@@ -1,6 +1,6 @@
 """How does a loader that already yields micro-batches become updates? One window after the other, with its tail."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +104,7 @@ class Loading:
             for micro_batch, closes in stream:
                 if window is None and held is None:
                     window = self._windows.open(micro_batches=micro_batches)
+                    ranks.agree_on_passes(0 if ranks.idle else micro_batches, _taking(micro_batch))
                     window.steps_again = True
                 if micro_batch is not None:
                     if several:
@@ -124,6 +125,8 @@ class Loading:
                     if held is not None:
                         held.append(micro_batch)
                     del micro_batch
+                if closes and window is not None:
+                    self._forward.fill(window)
                 if closes:
                     update = self._closed(window, unlearned) if window is not None else self._make_of(held or [])
                     self._splitting.closed()
@@ -195,6 +198,10 @@ class Loading:
         self._lockstep.learn(again)
         if not again.heard:
             self._windows.rules.setup.group.report_meeting(again.why)
+
+
+def _taking(micro_batch: Any) -> Callable[[], Any] | None:
+    return None if micro_batch is None else lambda: micro_batch
 
 
 def _known_length(loader: Any) -> int | None:
