@@ -9,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import wholebatch as wb
 from coupled import FEEDING, MEETING, NORMED, Towers, length_of, pairs
+from engine.sync_scenes import WRAPS
 from menagerie import Animal
 from properties import flat, relative_error, state_of
 from ranks import Place, Scenes
@@ -26,7 +27,14 @@ class Both:
     """The same animal twice: trained by all ranks together, and by the plain loop with the whole batch."""
 
     def __init__(
-        self, animal: Animal, place: Place, *, exact: bool = False, dtype: torch.dtype = torch.float64, **options: Any
+        self,
+        animal: Animal,
+        place: Place,
+        *,
+        exact: bool = False,
+        dtype: torch.dtype = torch.float64,
+        wrap: Any = None,
+        **options: Any,
     ) -> None:
         self.animal, self.place = animal, place
         self.model, self.judge = animal.model(dtype), animal.model(dtype)
@@ -34,10 +42,11 @@ class Both:
             wb.exact_batch_norm(self.model)
         self.batch = animal.batch(ROWS, dtype)
         self.start = flat(self.judge.parameters())
+        model = self.model if wrap is None else wrap(self.model)
         self.steps = torch.optim.SGD(self.model.parameters(), lr=0.05)
         self.judge_steps = torch.optim.SGD(self.judge.parameters(), lr=0.05)
         options = {"micro_batch": wb.Rows(3), "check": None, **animal.objective, **options}
-        self.accumulator = wb.Accumulator(self.model, self.steps, options.pop("loss_fn", animal.loss_fn), **options)
+        self.accumulator = wb.Accumulator(model, self.steps, options.pop("loss_fn", animal.loss_fn), **options)
 
     @property
     def mine(self) -> Any:
@@ -60,7 +69,8 @@ class Both:
     def off(self) -> list[float]:
         """How far weights, as they have changed, and buffers are from those of one process."""
         right = flat(self.judge.parameters()) - self.start
-        found = relative_error(flat(self.model.parameters()) - self.start, right)
+        whole = [each.full_tensor() if hasattr(each, "full_tensor") else each for each in self.model.parameters()]
+        found = relative_error(flat(whole) - self.start, right)
         buffers = [each.double().flatten() for each in self.model.buffers()]
         if not buffers:
             return [found, 0.0]
@@ -87,6 +97,27 @@ def every_animal(place: Place) -> dict[str, Any]:
                 both.judge_update()
             assert update.rows == ROWS
             found[f"{name}, {lockstep}"] = both.off()
+    return found
+
+
+def plain_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+@SCENES("wrapped")
+def wrapped(place: Place) -> dict[str, Any]:
+    """In DDP, whose buffers are its own affair elsewhere, and with FSDP2."""
+    found: dict[str, Any] = {}
+    for wrap in ("ddp", "fsdp"):
+        for name in ("hard negatives", "twice gathered", "MLP", "ResNet"):
+            animal = COUPLED[name]
+            if name not in NORMED:
+                animal = Animal(plain_mlp, animal.batch, animal.loss_fn)
+            both = Both(animal, place, exact=name in NORMED, wrap=WRAPS[wrap])
+            for _ in range(2):
+                both.accumulator.step(both.mine)
+                both.judge_update()
+            found[f"{name}, {wrap}"] = both.off()
     return found
 
 

@@ -33,7 +33,7 @@ def test_the_update_is_that_of_one_process_with_the_undivided_batch(request, nam
         assert_exact(found[f"{name}, {lockstep}"])
 
 
-@pytest.mark.parametrize("scene", ["by length", "idle", "loaders", "nothing to learn", "masks"])
+@pytest.mark.parametrize("scene", ["wrapped", "by length", "idle", "loaders", "nothing to learn", "masks"])
 def test_however_uneven_the_ranks_are(two, scene):
     for found in ranks.result(two, scene, 2):
         for off in found.values():
