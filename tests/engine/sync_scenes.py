@@ -941,27 +941,6 @@ def refused(_place: Place) -> dict[str, Any]:
             model, sgd(model.parameters()), mean_square, micro_batch=wb.Rows(9), check=None, batch_norm=batch_norm
         ).step(batch)
 
-    def exact_norm() -> object:
-        model = wb.exact_batch_norm(BATCH_NORM.model())
-        return wb.Accumulator(model, sgd(model.parameters()), mean_square, micro_batch=wb.Rows(3), check=None).step(
-            batch
-        )
-
-    def meeting(rows: int) -> object:
-        model = MLP.model()
-
-        def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-            return mean_square(model, batch) + wb.gather(model(batch["x"])).mean()
-
-        return wb.Accumulator(model, sgd(model.parameters()), loss_fn, micro_batch=wb.Rows(rows), check=None).step(
-            batch
-        )
-
-    def loaded() -> object:
-        model = MLP.model()
-        accumulator = wb.Accumulator(model, sgd(model.parameters()), lambda m, b: wb.gather(m(b["x"])).mean())
-        return list(accumulator.updates([batch], micro_batches=1))
-
     def consuming() -> object:
         model = MLP.model()
         return wb.Accumulator(model, wb.AdamA(model.parameters()), mean_square)
@@ -973,10 +952,6 @@ def refused(_place: Place) -> dict[str, Any]:
     return {
         "batch norm": raised(norm),
         "batch norm of parts": raised(lambda: norm("per_micro_batch")),
-        "exact batch norm": raised(exact_norm),
-        "gather": raised(lambda: meeting(2)),
-        "gather of one": raised(lambda: meeting(9)),
-        "gather in a loader": raised(loaded),
         "AdamA": raised(consuming),
         "static graph": raised(static),
         "dtype": raised(lambda: wb.Accumulator(MLP.model(), [], reduce_in="int8")),

@@ -377,10 +377,6 @@ def test_ranks_are_made_equal_once_or_refused(two):
     [
         ("batch norm", "BatchNormError", "compute over the rows"),
         ("batch norm of parts", "nothing", ""),
-        ("exact batch norm", "MeetingError", "on 2 ranks"),
-        ("gather", "MeetingError", "on 2 ranks"),
-        ("gather of one", "MeetingError", "on 2 ranks"),
-        ("gather in a loader", "MeetingError", "on 2 ranks"),
         ("AdamA", "OptimizerError", "takes gradients in as they arrive"),
         ("static graph", "OptimizerError", "static_graph"),
         ("dtype", "ConfigError", "int8"),

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import ConfigError, OptimizerError, OutOfMemoryError, RankError
+from wholebatch.core.errors import ConfigError, MeetingError, OptimizerError, OutOfMemoryError, RankError
 from wholebatch.core.split import Size
 from wholebatch.core.weights import gradient_factor
 from wholebatch.core.window import WindowState
 from wholebatch.engine.message import Ending, Heard, anywhere, common_of, no_gradient, told, words
+from wholebatch.engine.reach import Reach
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.weighing import Reading, Weighing
 from wholebatch.engine.wire import Wire
@@ -33,6 +34,7 @@ class InStep:
     """
 
     in_step = True
+    has_met = False
 
     def __init__(self, sharded: Sequence[Any], wire: Wire, introduce: Callable[[], None]) -> None:
         self.ranks = wire.ranks
@@ -188,6 +190,24 @@ class InStep:
 
     def take_shortages(self) -> list[Size]:
         return []
+
+    def expect_meeting(self, meets: bool) -> None:
+        """Refuse micro-batches that meet: they run in another order than that in which ranks make their passes."""
+        if meets:
+            self.report_meeting("The micro-batches of this model meet")
+
+    def reach(self, *_: object) -> Reach:
+        raise AssertionError
+
+    def report_meeting(self, why: str) -> None:
+        """Refuse micro-batches that meet."""
+        raise MeetingError(
+            f'{why}, and with communication="each" the passes of all ranks go one by one.',
+            hint='pass communication="once", or a loss that needs no other rows than those of its micro-batch.',
+        )
+
+    def give_up(self) -> None:
+        raise AssertionError
 
     def _watch(self) -> None:
         """Note from now on which weights receive a gradient on this rank. Gathers one layer after the other."""

@@ -66,6 +66,8 @@ class Sharding:
             each.set_reshard_after_forward(False, recurse=False)
             each.set_reshard_after_backward(False, recurse=False)
             each.unshard()
+            for group in _groups_of(each):
+                group.reshard = _stay
         self._gathered = True
         leaves = dict(self._model.named_parameters())
         if not self._leaf_of:
@@ -87,6 +89,8 @@ class Sharding:
             each.set_reshard_after_backward(True, recurse=False)
             # Also after a pass that was broken off: without this a module in the middle of one would stay as it is.
             each.set_reshard_after_forward(True, recurse=False)
+            for group in _groups_of(each):
+                group.__dict__.pop("reshard", None)
             each.reshard()
         self._gathered = False
         for shard in self._delivered:
@@ -125,6 +129,17 @@ def _require_to_keep_gradients(sharded: Sequence[Any]) -> None:
                     "for a reduction that does not take place.",
                     hint='leave reduce_dtype out, and say in which dtype gradients travel with reduce_in="bf16".',
                 )
+
+
+def _groups_of(module: Any) -> list[Any]:
+    """What `fully_shard` keeps the weights of a module in."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [each for each in (state._fsdp_param_group,) if each is not None]
+
+
+def _stay() -> None:
+    """Where micro-batches meet inside a module, the first to leave it would scatter what the others still use."""
 
 
 def _is_shard(tensor: Tensor) -> bool:

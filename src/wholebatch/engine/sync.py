@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wholebatch.core.errors import RankError, WindowError
-from wholebatch.core.split import Size
-from wholebatch.core.weights import common_factor, gradient_factor
+from wholebatch.core.split import Indices, Size
+from wholebatch.core.weights import Count, common_factor, gradient_factor
 from wholebatch.core.window import WindowState
+from wholebatch.engine.company import Again
 from wholebatch.engine.message import Ending, Heard, anywhere, common_of, no_gradient, say_failed, spoilt, told, words
+from wholebatch.engine.reach import FAILED, Far, Near, Reach
 from wholebatch.engine.reduction import Reduction
 from wholebatch.engine.sharding import Sharding, sharded_modules
 from wholebatch.engine.sums import GradientSum
@@ -34,6 +36,7 @@ class Group(Protocol):
 
     Attributes:
         ranks: How many they are.
+        has_met: Whether one of several has found out that micro-batches meet.
         passes: How many all ranks make in this window at least.
         spare: A small micro-batch, for those of weight zero.
         in_step: Whether all ranks have to make equally many passes.
@@ -47,6 +50,7 @@ class Group(Protocol):
     """
 
     ranks: int
+    has_met: bool
     in_step: bool
     passes: int
     spare: Any
@@ -129,6 +133,37 @@ class Group(Protocol):
         """
         ...
 
+    def expect_meeting(self, meets: bool) -> None:
+        """Say whether the micro-batches of the next window meet, as all ranks know."""
+        ...
+
+    def reach(
+        self,
+        cut: Sequence[Indices] | None,
+        micro_batches: int,
+        model: nn.Module,
+        device: torch.device,
+        reference: Callable[[], Count],
+    ) -> Reach:
+        """Return those that meet in a window; the arguments are those of `Far`."""
+        ...
+
+    def report_meeting(self, why: str) -> None:
+        """Tell the others that micro-batches meet, where nobody knew, so that all make the window again.
+
+        Raises:
+            RankError: Another rank failed.
+        """
+        ...
+
+    def give_up(self) -> None:
+        """Take part in the end of a window in which another rank has failed.
+
+        Raises:
+            RankError: Why it has.
+        """
+        ...
+
     def take_shortages(self) -> list[Size]:
         """Return to which sizes other ranks had to go, when that alone has undone the last window."""
         ...
@@ -145,6 +180,7 @@ class One:
     """
 
     ranks = 1
+    has_met = False
     in_step, passes, spare = False, 0, None
     reference: float | None = None
     ended = idle = False
@@ -203,12 +239,31 @@ class One:
     def take_shortages(self) -> list[Size]:
         return []
 
+    def expect_meeting(self, meets: bool) -> None:
+        pass
+
+    def reach(
+        self,
+        cut: Sequence[Indices] | None,
+        micro_batches: int,
+        model: nn.Module,  # noqa: ARG002
+        device: torch.device,  # noqa: ARG002
+        reference: Callable[[], Count],  # noqa: ARG002
+    ) -> Reach:
+        return Near(cut, micro_batches)
+
+    def report_meeting(self, why: str) -> None:
+        pass
+
+    def give_up(self) -> None:
+        pass
+
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
     """What became of one rank's part of a logical batch."""
 
-    kind: Literal["done", "short", "failed"] = "done"
+    kind: Literal["done", "short", "meets", "failed"] = "done"
     said: str = ""
     finer: Size | None = None
 
@@ -225,6 +280,7 @@ class Many:
 
     def __init__(self, model: nn.Module, wire: Wire, introduce: Callable[[], None], dtype: torch.dtype | None) -> None:
         self.ranks = wire.ranks
+        self.has_met = False
         self.in_step, self.passes, self.spare = False, 0, None
         self.reference: float | None = None
         self.ended = self.idle = False
@@ -239,6 +295,8 @@ class Many:
         self._overlap = True
         self._common = 1.0
         self._supervised = False
+        self._meets = False
+        self._reach: Far | None = None
         self._owed = False  # whether the others wait for this rank's part of a window
         self._shortages: list[Size] = []
 
@@ -255,7 +313,7 @@ class Many:
     def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:
         """The context of a logical batch: an exception in it is told to the other ranks."""
         self.open(sums)
-        self._supervised = True
+        self._supervised, self._meets = True, False
         try:
             yield
         except Exception as error:
@@ -279,6 +337,7 @@ class Many:
             self._introduce = None
         with self._wire.watching():
             self._wrapping.hush()
+        self._reach = None
         summed = sums()
         if self._reduction is None or not self._reduction.fits(summed):
             self._reduction = Reduction(summed, self._sparse, self._dtype, self._wire)
@@ -374,6 +433,31 @@ class Many:
         self._judge(outcomes)
         return self.take_shortages()
 
+    def expect_meeting(self, meets: bool) -> None:
+        """Say whether the micro-batches of the next window meet, as all ranks know."""
+        self._meets = meets
+
+    def reach(
+        self,
+        cut: Sequence[Indices] | None,
+        micro_batches: int,
+        model: nn.Module,
+        device: torch.device,
+        reference: Callable[[], Count],
+    ) -> Reach:
+        """Return those that meet in a window: the micro-batches of all ranks."""
+        self._reach = Far(self._wire, cut, micro_batches, model, device, reference)
+        return self._reach
+
+    def report_meeting(self, why: str) -> None:
+        """Tell the others that micro-batches meet, where nobody knew, so that all make the window again."""
+        self._judge(self._join(_Outcome("meets", why)))
+        self._meets = True
+
+    def give_up(self) -> None:
+        """Take part in the end of a window in which another rank has failed."""
+        self._judge(self._join(_Outcome()), always=True)
+
     def take_shortages(self) -> list[Size]:
         """Return to which sizes ranks had to go, when that alone has undone the last window."""
         shortages, self._shortages = self._shortages, []
@@ -418,12 +502,15 @@ class Many:
         targets, least = float(widen(state.targets)), float(weighing.least)
         wrong = bool(spoilt(weighing, state))
         said = f"its targets add up to {targets}, and a micro-batch holds {least}"
-        outcomes = self._wire.gather(_Outcome("failed", said) if wrong else _Outcome())
+        outcomes = self._told(_Outcome("failed", said) if wrong else _Outcome())
         self._started.start()  # which frees what was reduced
         if wrong:
             return Reading(math.nan, math.nan, 0.0, math.nan, targets, least)
-        self._judge(outcomes, always=True)
-        raise AssertionError
+        meets = next((each.said for each in outcomes if each.kind == "meets"), None)
+        self._judge(outcomes, always=meets is None)
+        assert meets is not None
+        self._meets = True
+        raise Again(meets, heard=True)
 
     def _tell(self, error: Exception) -> None:
         """Tell the others why this rank has failed."""
@@ -438,9 +525,19 @@ class Many:
     def _join(self, outcome: _Outcome) -> list[_Outcome]:
         """Take part in what is left of a window, without a gradient, and exchange what has become of it."""
         self._owed = False
+        if self._reach is not None:
+            self._reach.say_failed()
+        elif self._meets:
+            self._wire.gather(FAILED)
         self._started.abandon()
         say_failed(self._wire, self._started.device)
-        return self._wire.gather(outcome)
+        return self._told(outcome)
+
+    def _told(self, outcome: _Outcome) -> list[_Outcome]:
+        """Exchange what has become of a window; whoever knows that micro-batches meet lets all know."""
+        outcomes: list[_Outcome] = self._wire.gather(outcome)
+        self.has_met = self.has_met or any(each.kind == "meets" for each in outcomes)
+        return outcomes
 
     def _judge(self, outcomes: Sequence[_Outcome], *, always: bool = False) -> None:
         """Raise if a rank failed; keep the shortages of memory, if there is nothing else.
