@@ -15,6 +15,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from wholebatch.core.split import Indices
 from wholebatch.engine.baton import in_lockstep
 from wholebatch.engine.company import Call, Order, combined
+from wholebatch.engine.draws import Passage
 from wholebatch.engine.recomputing import Minutes
 
 
@@ -44,6 +45,7 @@ def run_joined(
         runs = [partial(_offloading, run, weights, device) for run in runs]
     results: list[Any] = [None] * len(runs)
     minutes = Minutes()
+    passages = [Passage(device), Passage(device)]  # the meeting that they come from, and the one that they go to
 
     def meet(calls: Sequence[Call]) -> list[Any]:
         minutes.require_unchanged()
@@ -52,11 +54,24 @@ def run_joined(
         if calls[0].once is not None:
             calls[0].once(result, [call.beside for call in calls])
         share = _sharing(result)
-        minutes.take(calls, result, share)
+        minutes.take(calls, result, share, passages[1])
+        passages[:] = passages[1], Passage(device)
         return [share(call) for call in calls]
 
+    def go_on(number: int) -> None:
+        before(number)
+        passages[0].go_on()
+
     rows: Sequence[Indices | None] = order.cut if order.cut is not None else [None] * len(runs)
-    in_lockstep(runs, rows, device=device, before=before, meet=meet, finish=results.__setitem__)
+    in_lockstep(
+        runs,
+        rows,
+        device=device,
+        before=go_on,
+        meet=meet,
+        finish=results.__setitem__,
+        after=lambda _: passages[1].come(),
+    )
     minutes.require_unchanged()
     return results, minutes
 

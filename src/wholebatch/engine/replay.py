@@ -26,6 +26,7 @@ from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.baton import in_lockstep
 from wholebatch.engine.company import Again, Call, Order, among, combined, recomputing_with, without_value
+from wholebatch.engine.draws import Passage
 from wholebatch.engine.moments import Moments
 from wholebatch.engine.objective import Part, learns
 from wholebatch.engine.recomputing import Minutes
@@ -102,10 +103,13 @@ def _first_pass(
     """Run all micro-batches in lockstep, and return their meetings with the gradients that enter there."""
     weighing = window.rehearsal()
     meetings: list[_Meeting] = []
+    passages = [Passage(device)]
 
     def go(number: int) -> None:
         before(number)
         moments.keep(number, len(meetings))
+        if meetings:
+            meetings[-1].passage.go_on()
 
     def meet(calls: Sequence[Call]) -> list[Any]:
         for each in meetings:
@@ -115,7 +119,8 @@ def _first_pass(
                 f"what meets at {calls[0]} needs the gradient of what met before, at {meetings[-1].calls[0]}",
                 joined=True,
             )
-        meetings.append(_Meeting(calls, order))
+        meetings.append(_Meeting(calls, order, passages[-1]))
+        passages.append(Passage(device))
         return meetings[-1].answers(calls)
 
     def finish(number: int, part: Part | None) -> None:
@@ -127,7 +132,7 @@ def _first_pass(
             return
         minutes = Minutes()
         for meeting, leaf in leaves:
-            minutes.take(meeting.calls, None, partial(_given, leaf))
+            minutes.take(meeting.calls, None, partial(_given, leaf), meeting.passage.of(number))
         with recomputing_with(minutes):
             found = torch.autograd.grad(
                 [loss for loss, _ in entering],
@@ -141,7 +146,9 @@ def _first_pass(
     rows: Sequence[Indices | None] = order.cut if order.cut is not None else [None] * len(runs)
     without_graph = [partial(run, graph=False) for run in runs]
     try:
-        in_lockstep(without_graph, rows, device=device, before=go, meet=meet, finish=finish)
+        in_lockstep(
+            without_graph, rows, device=device, before=go, meet=meet, finish=finish, after=lambda _: passages[-1].come()
+        )
     except RuntimeError as error:
         # The user's code asks for a gradient of its own, which frozen weights do not have.
         if "require grad" not in str(error) and "require gradient" not in str(error):
@@ -157,7 +164,8 @@ def _first_pass(
 class _Meeting:
     """What all micro-batches brought, what it came to, and the gradient that enters there."""
 
-    def __init__(self, calls: Sequence[Call], order: Order) -> None:
+    def __init__(self, calls: Sequence[Call], order: Order, passage: Passage) -> None:
+        self.passage = passage
         self.calls = [_without_graph(call) for call in calls]
         self.key = calls[0].key
         self.alike = calls[0].kind, id(calls[0].of)
@@ -175,7 +183,7 @@ class _Meeting:
         self._entering: Sequence[Tensor | None] = ()
         if calls[0].once is not None:
             calls[0].once(self.result, [call.beside for call in calls])
-        self.minutes.take(self.calls, self.result, lambda _: self.result)
+        self.minutes.take(self.calls, self.result, lambda _: self.result, passage)
 
     def answers(self, calls: Sequence[Call]) -> list[Any]:
         """Return what each micro-batch gets in the first pass: a leaf of its own, where gradients are wanted."""
@@ -215,7 +223,7 @@ class _Meeting:
         if unique:
             self.calls = [without_value(call) for call in self.calls]
         self.minutes = Minutes()
-        self.minutes.take(self.calls, self.result, lambda _: self.result)
+        self.minutes.take(self.calls, self.result, lambda _: self.result, self.passage)
 
     def entering(self, number: int) -> Tensor | None:
         return self._entering[number] if self._entering else None
@@ -254,7 +262,7 @@ class _Replay:
             self.values.append(call.value)
             self._versions.append(call.value._version)
             self.gradients.append(gradient)
-        self.minutes.take(meeting.calls, meeting.result, meeting.replayed)
+        self.minutes.take(meeting.calls, meeting.result, meeting.replayed, meeting.passage.of(self._number))
         return meeting.replayed(call)
 
     def own_rows(self) -> Indices | None:
