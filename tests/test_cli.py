@@ -389,7 +389,7 @@ def test_the_help_lists_the_commands(capsys):
 def test_what_can_be_stated_in_a_file_can_be_stated_by_flag():
     flags = set(inspect.signature(commands.train).parameters)
     assert set(OPTIONS) <= flags
-    assert flags - set(OPTIONS) == {"config", "list_", "debug"}
+    assert flags - set(OPTIONS) == {"config", "list_", "debug", "nproc"}
 
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(folder, monkeypatch):

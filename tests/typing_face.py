@@ -73,6 +73,8 @@ def every_option(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
         on_nonfinite="raise",
         batch_norm="per_micro_batch",
         check=None,
+        reduce_in="bf16",
+        communication="once",
     )
     accumulator.step(rows)
 
@@ -104,6 +106,8 @@ def layers_that_see_the_cut(model: nn.Module) -> None:
     assert_type(wb.convert_batch_norm(model, to="group"), nn.Module)
     assert_type(wb.freeze_batch_norm(model), nn.Module)
     assert_type(wb.exact_batch_norm(nn.Sequential(model)), nn.Sequential)
+    with wb.mask_batch_norm(torch.ones(2, dtype=torch.bool)):
+        model(torch.ones(2, 3))
 
 
 def rows_that_meet(model: nn.Module, batch: Batch) -> Tensor:
@@ -148,6 +152,9 @@ def will_it_fit(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
     assert_type(plan.micro_batch, wb.Rows | wb.Tokens)
     assert_type(plan.peak_bytes, int)
     assert_type(plan.epoch_seconds(10_000), float | None)
+    with plan.apply(model) as applied:
+        assert_type(applied.blocks, tuple[str, ...])
+    applied.undo()
     assert_type(wb.checkpoint_blocks(model, plan.checkpointing), tuple[str, ...])
     wb.uncheckpoint_blocks(model)
     wb.Accumulator(model, optimizer, mean_loss, micro_batch=plan.micro_batch, collate=pad)

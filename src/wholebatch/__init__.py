@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from wholebatch.engine.exactnorm import exact_batch_norm
     from wholebatch.engine.exploration import AccumulatedGradientNormalization
     from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
+    from wholebatch.engine.normmask import mask_batch_norm
     from wholebatch.engine.optimizers import AdamA
     from wholebatch.engine.planning import plan
     from wholebatch.engine.window import Window
@@ -84,6 +85,7 @@ _HOMES = {
     "freeze_batch_norm": "engine.batchnorm",
     "gather": "engine.meeting",
     "losses": "engine.losses",
+    "mask_batch_norm": "engine.normmask",
     "mean_weights": "core.weights",
     "own_rows": "engine.meeting",
     "plan": "engine.planning",
@@ -125,6 +127,7 @@ __all__ = [
     "freeze_batch_norm",
     "gather",
     "losses",
+    "mask_batch_norm",
     "mean_weights",
     "own_rows",
     "plan",

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from wholebatch.core.need import Need, Passes, Trace
-from wholebatch.core.planner import Planner, Task, Way
+from wholebatch.core.planner import Planner, Task
 from wholebatch.core.sizes import candidates, evened, fastest, line, usable
 from wholebatch.core.split import Rows, Tokens
+from wholebatch.core.ways import Ladder, Way
 
 GOLDEN = Path(__file__).parent / "golden" / "plans.txt"
 MIB = 1 << 20
@@ -39,12 +40,12 @@ HUGE = Way("as it is", need(500 * MIB))
 HUGE_RECOMPUTING = Way("checkpointing", need(20 * MIB), ("blocks.0", "blocks.1"), 4 / 3)
 
 
-def even(sizes):
+def even(sizes, _way=None):
     """Every row takes as long, and a pass itself as much as ten rows."""
     return {rows: 0.01 * rows + 0.1 for rows in sizes}
 
 
-def slower_when_large(sizes):
+def slower_when_large(sizes, _way=None):
     return {rows: 0.01 * rows * (1.5 if rows > 20 else 1.0) for rows in sizes}
 
 
@@ -55,12 +56,16 @@ PLANS = {
     "it is cut": Planner(Task(512, 200 * MIB), [AS_IS, BF16, RECOMPUTING], even, ("measured on two rows.",)),
     "smaller is faster": Planner(Task(512, 200 * MIB), [AS_IS], slower_when_large),
     "nobody timed it": Planner(Task(512, 200 * MIB), [AS_IS]),
-    "one row fits only if it recomputes": Planner(Task(512, 200 * MIB), [HUGE, HUGE_RECOMPUTING]),
+    "one row fits only if it recomputes": Planner(
+        Task(512, 200 * MIB),
+        [HUGE, HUGE_RECOMPUTING],
+        ladder=Ladder(2, lambda count: HUGE_RECOMPUTING if count == 2 else None),
+    ),
     "one row does not fit": Planner(Task(512, 200 * MIB), [HUGE]),
     "one row would fit otherwise": Planner(Task(512, 200 * MIB), [HUGE, BF16]),
     "weights do not fit": Planner(Task(512, 45 * MIB), [AS_IS]),
     "lengths vary": Planner(
-        Task(64, 200 * MIB, LENGTHS, len), [Way("as it is", need(1000, per_token=100_000))], lambda _: {}
+        Task(64, 200 * MIB, LENGTHS, len), [Way("as it is", need(1000, per_token=100_000))], lambda *_: {}
     ),
 }
 

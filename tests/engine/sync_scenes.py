@@ -2,6 +2,8 @@
 
 import copy
 import math
+import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,21 +30,28 @@ TEXTS = CALM["shared weights"]
 
 def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
     """FSDP2: each child with weights of its own, and the rest with the root."""
-    for child in model.children():
+    for child in model.children() if isinstance(model, nn.Sequential) else ():
         if any(True for _ in child.parameters()):
             fully_shard(child, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def replicated(model: nn.Module) -> nn.Module:
+    """HSDP: two replicas of two shards each."""
+    return sharded(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
 
 
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bare": lambda model: model,
     "ddp": DistributedDataParallel,
     "fsdp": sharded,
-    "hsdp": lambda model: sharded(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))),
+    "each": sharded,
+    "hsdp": replicated,
+    "hsdp each": replicated,
 }
 
 
-ON = {2: ("bare", "ddp", "fsdp"), 4: ("bare", "hsdp")}
+ON = {2: ("bare", "ddp", "fsdp", "each"), 4: ("bare", "hsdp", "hsdp each")}
 """Which of them are tried on how many ranks."""
 
 
@@ -72,6 +81,9 @@ class Trial:
         self.wrapped = WRAPS[wrap](self.model)
         self.optimizer = optimizer(animal.trained(self.model))
         options = {"micro_batch": wb.Rows(2), "check": None, **animal.objective, **options}
+        if wrap.endswith("each"):
+            options["communication"] = "each"
+        self.communication = {"communication": options["communication"]} if "communication" in options else {}
         self.clip_norm = options.get("clip_norm")
         self.accumulator = wb.Accumulator(
             self.wrapped, self.optimizer, options.pop("loss_fn", animal.loss_fn), **options
@@ -117,16 +129,24 @@ def shown(update: wb.Update) -> dict[str, Any]:
     }
 
 
-def for_each_wrap(name: str, scene: Callable[[Place, str], dict[str, Any]], ranks: tuple[int, ...] = (2, 4)) -> None:
+def for_each_wrap(
+    name: str, scene: Callable[[Place, str], dict[str, Any]], ranks: tuple[int, ...] = (2, 4), *, in_step: bool = True
+) -> None:
     for wrap in WRAPS:
-        suits = tuple(each for each in ranks if wrap in ON[each])
+        suits = tuple(each for each in ranks if wrap in ON[each] and (in_step or not wrap.endswith("each")))
         SCENES(f"{name} [{wrap}]", suits)(lambda place, wrap=wrap: scene(place, wrap))
+
+
+NOT_IN_STEP = ("sparse gradients",)
+"""What fully_shard itself cannot reduce."""
 
 
 def every_animal(place: Place, wrap: str) -> dict[str, Any]:
     """Two updates of each animal, with a cut that differs between ranks."""
     found = {}
     for name, animal in CALM.items():
+        if wrap == "each" and name in NOT_IN_STEP:
+            continue
         trial = Trial(
             animal, wrap, optimizer=adamw if name != "sparse gradients" and name != "complex weights" else sgd
         )
@@ -233,6 +253,8 @@ def nothing_here(place: Place, wrap: str) -> dict[str, Any]:
             batch = part_of(TEXTS, batch, [row for row in range(ROWS) if row not in gone])
             if last and kind in ("None", "an empty list"):
                 mine = None if kind == "None" else []
+        if kind == "no window" and wrap.endswith("each"):
+            continue  # in a loop of one's own nobody can make a pass in its stead
         if kind == "no window":
             with trial.accumulator.window() as window:
                 if not last:
@@ -311,7 +333,7 @@ def shortage(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("shortage", shortage)
+for_each_wrap("shortage", shortage, in_step=False)
 
 
 @SCENES("no finer cut")
@@ -430,7 +452,72 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("failure", failure)
+for_each_wrap("failure", failure, in_step=False)
+
+
+def random_faults(place: Place, wrap: str) -> dict[str, Any]:
+    """One fault in each logical batch, on a rank and at a place drawn at random."""
+    draw = random.Random(f"faults of {wrap} on {place.ranks}")
+    trial = Trial(MLP, wrap, micro_batch=wb.Rows(4))
+    fault: dict[str, Any] = {}
+
+    def strike(kind: str, rows: int) -> None:
+        if fault["kind"] != kind or fault["rank"] != place.rank:
+            return
+        fault["seen"] += 1
+        if fault["seen"] == fault["at"]:
+            if kind in ("short", "short in backward"):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if kind in ("raise", "raise in backward"):
+                raise SampleError(f"at {rows} rows")
+            time.sleep(0.2)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        rows = len(batch["x"])
+        for kind in ("short", "raise", "stop"):
+            strike(kind, rows)
+        loss = mean_square(model, batch)
+        if fault["kind"] == "infinite" and fault["rank"] == place.rank:
+            loss = loss * math.inf
+        loss.register_hook(
+            lambda _: [strike(kind, rows) for kind in ("short in backward", "raise in backward")] and None
+        )
+        return loss
+
+    accumulator = wb.Accumulator(
+        trial.wrapped, trial.optimizer, loss_fn, micro_batch=wb.Rows(4), check=None, **trial.communication
+    )
+    found = []
+    for _ in range(30):
+        kinds = ("none", "short", "short in backward", "raise", "raise in backward", "stop", "infinite", "empty")
+        fault.update(kind=draw.choice(kinds), rank=draw.randrange(place.ranks), at=draw.randint(1, 2), seen=0)
+        rows = draw.randint(place.ranks, 30)
+        batch = MLP.batch(rows, torch.float64)
+        mine = part_of(MLP, batch, place.share(rows))
+        if fault["kind"] == "empty":
+            gone = set(Place(fault["rank"], place.ranks).share(rows))
+            batch = part_of(MLP, batch, [row for row in range(rows) if row not in gone])
+            mine = None if place.rank == fault["rank"] else mine
+        before = trial.weights
+        made: list[wb.Update] = []
+        said = raised(lambda mine=mine, made=made: made.append(accumulator.step(mine)))
+        applied = bool(made) and made[0].applied
+        if applied:
+            trial.reference(batch)
+        found.append(
+            {
+                "kind": fault["kind"],
+                "said": said[0],
+                "applied": applied,
+                "moved": bool((trial.weights != before).any()),
+                "struck": fault["seen"] >= fault["at"],
+                "off": trial.off if trial.moved else 0.0,
+            }
+        )
+    return {"faults": found}
+
+
+for_each_wrap("random faults", random_faults, in_step=False)
 
 
 def not_finite(place: Place, wrap: str) -> dict[str, Any]:
@@ -546,6 +633,28 @@ def counted(place: Place, wrap: str) -> dict[str, Any]:
 
 
 for_each_wrap("counted", counted, (2,))
+
+
+def by_default(place: Place, wrap: str) -> dict[str, Any]:
+    """Nothing but what has to be said: the cut is planned, and the first batch is looked at."""
+    found = {}
+    for kind, options in {"auto": {"micro_batch": "auto"}, "budget": {"micro_batch": "auto", "memory": "2GiB"}}.items():
+        trial = Trial(MLP, wrap, check="first", **options)
+        batch = MLP.batch(ROWS, torch.float64)
+        trial.accumulator.step(part_of(MLP, batch, place.share(ROWS)))
+        trial.reference(batch)
+        found[kind] = {"off": trial.off, "reasons": trial.accumulator.reasons}
+    trial = Trial(MLP, wrap, check="first", micro_batch=wb.Rows(2))
+    trial.accumulator.step(part_of(MLP, batch, place.share(ROWS)))
+    trial.reference(batch)
+    found["check"] = {"off": trial.off, "reasons": trial.accumulator.reasons}
+    if wrap in ("bare", "ddp") and place.rank == 0:
+        plan = wb.plan(trial.wrapped, trial.optimizer, mean_square, batch, memory="1GiB", timed=False)
+        found["plan"] = {"off": 0.0, "reasons": [], "fits": plan.fits}
+    return found
+
+
+for_each_wrap("by default", by_default, (2,), in_step=False)
 
 
 @SCENES("while the backward pass runs")

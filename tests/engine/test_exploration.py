@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import wholebatch as wb
-from exploring import COEFFICIENTS, ETA, STEPS, TURNS, explorer, line, rows, squares, weights
+from exploring import COEFFICIENTS, ETA, LENGTHS, STEPS, TURNS, explorer, line, rows, squares, weights
 from wholebatch.engine.center import Reduced
 from wholebatch.engine.exploration import vectors, views
 from wholebatch.engine.served import Held
@@ -140,6 +140,30 @@ def test_what_one_rank_finds_beyond_numbers_is_thrown_away(ranks):
         *before, last = answers["one overflows"]["skipped"]
         assert before == [None] * 3
         assert ("infinite" in (last or "")) == (rank == 1)
+
+
+def test_ranks_that_share_out_logical_batches_make_the_update_of_the_whole(ranks):
+    w = line().weight.detach().T.clone()
+    batches = wb.LogicalBatches(len(LENGTHS), rows=3)
+    sizes = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        for places in batches:
+            x, y = map(torch.cat, zip(*[rows(0, LENGTHS[place]) for place in places], strict=True))
+            w = w + explored(w, [(x, y)])
+            sizes.append(len(places))
+    for answers in ranks:
+        assert distance(answers["shared out"]["weights"], w.flatten().tolist()) < 1e-13
+        assert [of_all for _, of_all in answers["shared out"]["made"]] == sizes
+    own = [[of_rank for of_rank, _ in answers["shared out"]["made"]] for answers in ranks]
+    assert [sum(each) for each in zip(*own, strict=True)] == sizes
+    assert sizes == [3, 3, 1] * 2
+    assert min(map(min, own)) == 0
+
+
+def test_ranks_are_told_of_rows_that_come_twice(ranks):
+    for answers in ranks:
+        assert sum("2 rows come twice" in reason for reason in answers["repeating"]) == 1
 
 
 def test_a_wrapper_that_averages_gradients_is_refused(ranks):

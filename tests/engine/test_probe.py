@@ -454,10 +454,10 @@ def test_recomputing_is_planned_applied_and_kept_to():
     budget = plain.need.peak(1) - 200_000
     plan = wb.plan(model, optimizer, squares, rows, 16, budget, timed=False)
     assert plan.fits
-    assert plan.checkpointing == tuple(f"layers.{place}" for place in range(6))
+    assert plan.checkpointing == ("layers.0",)  # they are alike, and one is enough
     assert "recompute" in plan.reasons[0]
     assert not any("forward" in vars(module) for module in model.modules())
-    wb.checkpoint_blocks(model, plan.checkpointing)
+    plan.apply(model)
     real = real_peak(model, optimizer, squares, torch.randn(16, 60, 32), plan.micro_batch)
     assert real <= budget
     assert real == pytest.approx(plan.peak_bytes, rel=0.05)

@@ -2,9 +2,9 @@
 
 The model. Each rank runs its micro-batches, which takes what was measured. Gradients are added up once a window, in a
 ring, bucket by bucket, and the buckets of a window's last backward pass are sent while it still runs; gradients are
-taken to arrive evenly over it. What is not hidden behind it is exposed: the ranks wait for it. At the end one message
-says over how many targets the gradient is to be divided. The optimizer's step is not in it, as in every plan, and
-neither is waiting for the slowest rank.
+taken to arrive evenly over it. What is not hidden behind it is exposed: the ranks wait for it. The message of 64 bytes
+that says over how many targets the gradient is to be divided travels beside the last bucket and is there before it.
+The optimizer's step is not in it, as in every plan, and neither is waiting for the slowest rank.
 """
 
 from collections.abc import Mapping
@@ -77,14 +77,12 @@ class Ranks:
         """How long the network works for a window. Unit: seconds."""
         if self.link is None:
             return None
-        return sum(self.link.all_reduce(size, self.ranks) for size in self._buckets()) + self.link.message(self.ranks)
+        return sum(self.link.all_reduce(size, self.ranks) for size in self._buckets())
 
     @property
     def exposed_seconds(self) -> float | None:
         """How long the ranks wait for the network in a window; without a time of passes, all of it. Unit: seconds."""
-        if self.link is None:
-            return None
-        return self._exposed(self.link) + self.link.message(self.ranks)
+        return None if self.link is None else self._exposed(self.link)
 
     @property
     def window_seconds(self) -> float | None:

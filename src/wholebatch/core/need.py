@@ -15,6 +15,9 @@ from typing import Literal, TypeAlias
 Kind: TypeAlias = Literal["data", "activations", "gradients", "running sum", "temporary", "scratch"]
 """What a piece of memory is there for, while a window runs."""
 
+PADDED = 4
+"""Between two numbers of rows that were measured, kernels are taken to pad rows to a multiple of this. Unit: rows."""
+
 Size: TypeAlias = tuple[int, int]
 """The rows of a micro-batch, and their length. Where rows have no length it is 0."""
 
@@ -180,6 +183,7 @@ class Need:
         measured: The same passes as `passes`, small and real, with everything that kernels take for themselves;
             None: not measured.
         at: The length of the rows that `measured` ran on.
+        smaller: The same with fewer rows than `measured`, from more rows to fewer: what kernels take has steps there.
     """
 
     resident: Mapping[str, int]
@@ -187,6 +191,7 @@ class Need:
     step_bytes: int = 0
     measured: Passes | None = None
     at: int = 0
+    smaller: tuple[Passes, ...] = ()
 
     @property
     def resident_bytes(self) -> int:
@@ -208,7 +213,13 @@ class Need:
         if self.measured is None:
             return 0
         alike = max(1, round(rows * length / self.at)) if length and self.at else rows
-        return self.measured.peak(alike, alone=alone) - self.passes.peak(alike, self.at, alone=alone)
+        measured = self.measured
+        if self.smaller and alike < measured.rows[0]:
+            if all(alike != each.rows[0] for each in self.smaller):
+                alike = min(measured.rows[0], -(-alike // PADDED) * PADDED)
+            alike = max(alike, self.smaller[-1].rows[0])
+            measured = next(each for each in self.smaller if alike >= each.rows[0])
+        return measured.peak(alike, alone=alone) - self.passes.peak(alike, self.at, alone=alone)
 
     def by_kind(self, rows: int, length: int = 0, *, alone: bool = False) -> dict[str, int]:
         """Return what is live at the highest moment, by kind; the values add up to `peak`. Unit: bytes."""

@@ -1,12 +1,14 @@
 """What was planned? The record of a plan, as an object, a table, JSON and a picture."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from wholebatch.core.applied import Applied
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.communication import Ranks
+from wholebatch.core.errors import ConfigError, OutOfMemoryError
 from wholebatch.core.need import Need
 from wholebatch.core.split import Rows, Tokens
 
@@ -41,7 +43,8 @@ class Plan:
         logical_batch: Rows of a logical batch, over all ranks.
         longest: Tokens of the longest row; 0 where rows have no length.
         precision: In which forward passes run.
-        checkpointing: Which blocks must recompute their activations, for `wb.checkpoint_blocks`; empty: none.
+        checkpointing: Which blocks must recompute their activations; empty: none. `apply` sees to it.
+        offload: Whether activations must wait in the host's memory; `apply` sees to it.
         memory: What is live at the highest moment, by kind; adds up to `peak_bytes`. Unit: bytes.
         bytes_per_row: What one row more keeps until its backward pass. Unit: bytes.
         seconds: Time of a window without its step, where passes were timed; on several ranks with what is exposed of
@@ -51,10 +54,12 @@ class Plan:
         reasons: Why it is planned so, and how it is known; one sentence each.
         need: What training takes at any size.
         ranks: What a window takes on several ranks; None on one.
+        hand: What applies it.
 
     Example:
         >>> from wholebatch.core.need import Passes, Trace
-        >>> from wholebatch.core.planner import Planner, Task, Way
+        >>> from wholebatch.core.planner import Planner, Task
+        >>> from wholebatch.core.ways import Way
         >>> def run(rows):
         ...     kinds = ("activations", "gradients", "activations", "activations", "activations")
         ...     return Trace((50 * rows, 100, -50 * rows, 50 * rows, -50 * rows), kinds, 3)
@@ -81,6 +86,8 @@ class Plan:
     reasons: tuple[str, ...]
     need: Need = field(repr=False)
     ranks: Ranks | None = None
+    offload: bool = False
+    hand: "Callable[[Plan, Any], Applied] | None" = field(default=None, repr=False, compare=False)
 
     @property
     def share(self) -> int:
@@ -97,6 +104,30 @@ class Plan:
         window = ranks.window_seconds if ranks.window_seconds is not None else self.seconds
         reasons = (*self.reasons, *ranks.reasons())
         return replace(self, logical_batch=logical_batch, seconds=window, ranks=ranks, reasons=reasons)
+
+    def apply(self, model: Any) -> Applied:
+        """Let a model train as planned: blocks of `checkpointing` recompute, activations wait on the host if they must.
+
+        Most plans change nothing. Cutting is the accumulator's: ``wb.Accumulator(..., micro_batch=plan.micro_batch)``.
+
+        Args:
+            model: The one that was planned, or another like it. Changed in place; names and values of parameters stay.
+
+        Returns:
+            What was done; its ``undo()`` takes it back, and so does the end of a ``with`` block.
+
+        Raises:
+            OutOfMemoryError: The plan says that it does not fit.
+            ConfigError: The model has no such blocks.
+        """
+        if not self.fits:
+            raise OutOfMemoryError(
+                f"The plan cannot be applied, since it does not fit: {self.reasons[0]}",
+                hint="plan.alternatives and plan.reasons say what would help.",
+            )
+        if self.hand is None:
+            raise ConfigError("This plan was made from figures alone.", hint="let wb.plan make it from the model.")
+        return self.hand(self, model)
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -166,6 +197,7 @@ class Plan:
             "bytes_per_token": self.bytes_per_token,
             "precision": self.precision,
             "checkpointing": list(self.checkpointing),
+            "offload": self.offload,
             "seconds": self.seconds,
             "rows_per_second": self.rows_per_second,
             "timed": {str(rows): seconds for rows, seconds in self.timed.items()},
@@ -204,9 +236,13 @@ class Plan:
         ranks = f"{self.share} on each of {self.ranks.ranks} ranks, " if self.ranks is not None else ""
         speed = f", {self.rows_per_second:,.3g} rows a second" if self.rows_per_second else ""
         return (
-            f"It fits: {self.logical_batch} rows, {ranks}{parts}, {self.precision}, "
+            f"It fits: {self.logical_batch} rows, {ranks}{parts}, {self.precision}{self._beside()}, "
             f"{say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)}{speed}."
         )
+
+    def _beside(self) -> str:
+        said = f", {_count(len(self.checkpointing), 'block')} recomputed" if self.checkpointing else ""
+        return said + (", activations on the host" if self.offload else "")
 
     def _kinds(self) -> list[tuple[str, str]]:
         kinds = [(name, say_bytes(size)) for name, size in self.memory.items()]
@@ -267,6 +303,10 @@ class Plan:
 
 def _text(x: float, y: float, said: str) -> str:
     return f'<text x="{x:g}" y="{y:.1f}" font-size="11" font-family="sans-serif">{html.escape(said)}</text>'
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _amount(micro_batch: Rows | Tokens) -> str:

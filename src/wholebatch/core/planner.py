@@ -1,37 +1,29 @@
 """What fits? From what training needs and a budget to a plan with its reasons.
 
 The order is that of least harm. A batch that fits is not cut. Computing in 16 bits changes numbers, so it is proposed
-and never chosen. Activation checkpointing costs a part of the forward pass, so it is taken only where a single row does
-not fit without. Cutting costs nearly nothing, so it comes last and goes as far as it must, or as it pays.
+and never chosen. Activation checkpointing costs a part of the forward pass, so blocks are recomputed only where a
+single row does not fit without, or where larger micro-batches win more than that; and as few of them as will do, those
+first that free most bytes for a second. Keeping activations on the host is the last resort. Cutting costs nearly
+nothing, so it comes last and goes as far as it must, or as it pays.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.need import Need
 from wholebatch.core.plan import Alternative, Plan
 from wholebatch.core.sizes import candidates, evened, fastest, largest_rows, largest_tokens, line
 from wholebatch.core.split import Rows, Tokens
+from wholebatch.core.ways import Ladder, Way
 
+PAYS = 0.05
+"""Blocks are recomputed for the sake of speed only if that is said to win more than this share."""
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A way to train: what it needs, and what it is called.
-
-    Attributes:
-        name: Such as ``"as it is"``, ``"bf16"`` or ``"checkpointing"``.
-        need: What it takes.
-        blocks: Which blocks are recomputed.
-        slower: By what a pass takes longer, about, as a factor.
-    """
-
-    name: str
-    need: Need
-    blocks: tuple[str, ...] = ()
-    slower: float = 1.0
+Clock: TypeAlias = Callable[[Sequence[int], Way], Mapping[int, float]]
+"""Times passes of some numbers of rows for real, as a way has it. Unit: seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,31 +73,45 @@ class Planner:
             recompute.
         clock: Times passes of some sizes for real; None: nobody did.
         notes: Reasons from measuring.
+        ladder: Ways that recompute one block, two, and so on.
+        last: Makes the way that keeps activations on the host, where there is one.
     """
 
     task: Task
     ways: Sequence[Way]
-    clock: Callable[[Sequence[int]], Mapping[int, float]] | None = None
+    clock: Clock | None = None
     notes: Sequence[str] = ()
+    ladder: Ladder = field(default_factory=lambda: Ladder(0, lambda _: None))
+    last: Callable[[], Way | None] = lambda: None
     _reasons: list[str] = field(default_factory=list)
 
     def plan(self) -> Plan:
         """Return the plan."""
-        task, plain = self.task, self.ways[0]
-        way = plain
-        if self._most(plain) == 0:
-            way = next((each for each in self.ways if each.blocks and self._most(each) > 0), plain)
-            if way is not plain:
-                self._say(
-                    f"A single row does not fit as it is ({say_bytes(plain.need.peak(1, task.longest))} of "
-                    f"{say_bytes(task.budget)}), and does if {_blocks(way.blocks)} recompute their activations: "
-                    f"{say_bytes(way.need.peak(1, task.longest))}. Call wb.checkpoint_blocks(model, "
-                    "plan.checkpointing) before training."
-                )
-        most = self._most(way)
-        if most == 0:
-            return self._refusal(plain)
-        return self._choice(way, most)
+        plain = self.ways[0]
+        way = plain if self._most(plain) else self._squeezed(plain)
+        return self._refusal(plain) if way is None else self._choice(way, self._most(way))
+
+    def _squeezed(self, plain: Way) -> Way | None:
+        """The way of least harm in which a single row fits, where it does not as it is."""
+        task, one = self.task, say_bytes(plain.need.peak(1, self.task.longest))
+        way = self.ladder.fewest(lambda each: self._most(each) > 0)
+        if way is not None:
+            self._say(
+                f"A single row does not fit as it is ({one} of {say_bytes(task.budget)}), and does if "
+                f"{_recomputed(way.blocks)}: {say_bytes(way.need.peak(1, task.longest))}. "
+                "plan.apply(model) lets them."
+            )
+            self._say(way.why)
+            return way
+        way = self.last()
+        if way is None or self._most(way) == 0:
+            return None
+        self._say(
+            f"A single row does not fit as it is ({one} of {say_bytes(task.budget)}), nor if blocks recompute their "
+            "activations; it does if they wait in the host's memory, which costs a copy there and back: "
+            f"{say_bytes(way.need.peak(1, task.longest))}. plan.apply(model) sees to it."
+        )
+        return way
 
     def stated(self, micro_batch: Rows | Tokens) -> Plan:
         """Return the plan for a micro-batch that somebody has chosen."""
@@ -120,10 +126,26 @@ class Planner:
             f"The micro-batch of {micro_batch} was given: it takes {say_bytes(peak)}, "
             f"{'within' if fits else 'more than'} the {say_bytes(task.budget)} that there are."
         )
+        if not fits:
+            self._say(self._would_fit(micro_batch))
         seconds: Mapping[int, float] = {}
         if fits and self.clock is not None and isinstance(micro_batch, Rows):
-            seconds = self.clock(candidates(min(micro_batch.rows, task.rows))[-1:])
+            seconds = self.clock(candidates(min(micro_batch.rows, task.rows))[-1:], way)
         return self._made(way, micro_batch, parts, peak, fits, seconds)
+
+    def _would_fit(self, micro_batch: Rows | Tokens) -> str:
+        """What of this micro-batch would fit, and with what it would as a whole."""
+        task = self.task
+
+        def takes(way: Way) -> int:
+            if isinstance(micro_batch, Rows):
+                return way.need.peak(micro_batch.rows, task.longest, alone=micro_batch.rows >= task.rows)
+            return self._cut(micro_batch, way.need)[1]
+
+        said = [f"At most {say_rows(self._most(self.ways[0]))} would fit."]
+        way = self.ladder.fewest(lambda each: takes(each) <= task.budget)
+        said += [f"It would, if {_recomputed(way.blocks)}."] if way is not None else []
+        return " ".join(said)
 
     def _cut(self, tokens: Tokens, need: Need) -> tuple[int, int]:
         """How many micro-batches a token budget makes, and what the largest takes."""
@@ -146,8 +168,8 @@ class Planner:
                 f"{task.whole} fits at once ({say_bytes(peak)} of "
                 f"{say_bytes(task.budget)}), so nothing is cut: accumulation would only take time."
             )
-            if self.clock is not None and not way.blocks:
-                seconds = self.clock(candidates(task.rows)[:1])
+            if self.clock is not None:
+                seconds = self.clock(candidates(task.rows)[:1], way)
         else:
             self._say(
                 f"{task.whole} would take "
@@ -155,11 +177,15 @@ class Planner:
                 f"at most {say_rows(most)} at once{', of the longest' if task.longest else ''}."
             )
             rows = most = evened(task.rows, most)
-            if self.clock is not None and not way.blocks:
-                seconds = self.clock(candidates(rows))
+            if self.clock is not None:
+                seconds = self.clock(candidates(rows), way)
                 rows = self._by_the_clock(rows, seconds)
-            micro_batch, parts, peak = Rows(rows), math.ceil(task.rows / rows), need.peak(rows, task.longest)
-            if task.lengths and task.length is not None:
+                way, rows, seconds = self._paying(way, rows, seconds)
+                need, most = way.need, max(most, rows)
+            whole = rows >= task.rows
+            micro_batch, parts = Rows(rows), math.ceil(task.rows / rows)
+            peak = need.peak(rows, task.longest, alone=whole)
+            if task.lengths and task.length is not None and not whole:
                 most_tokens = largest_tokens(need, task.budget, task.lengths)
                 tokens = most_tokens if rows == most else min(most_tokens, rows * task.longest)
                 micro_batch = Tokens(tokens, task.length)
@@ -170,6 +196,39 @@ class Planner:
                     f"{most_tokens} fit."
                 )
         return self._made(way, micro_batch, parts, peak, True, seconds)
+
+    def _paying(self, way: Way, rows: int, seconds: Mapping[int, float]) -> tuple[Way, int, Mapping[int, float]]:
+        """Recompute more blocks where the larger micro-batches that this makes room for win more than it costs."""
+        task = self.task
+        if not seconds or self.clock is None:
+            return way, rows, seconds
+        once, each = line(seconds) if len(seconds) > 1 else (next(iter(seconds.values())), 0.0)
+        parts = math.ceil(task.rows / rows)
+        now = self._seconds(seconds, Rows(rows))
+        if once * (parts - 1) <= PAYS * now:  # one micro-batch instead of all of them would not win that much
+            return way, rows, seconds
+        best, chosen = now, None
+        while parts > 1:
+            parts = (parts + 1) // 2
+            size = math.ceil(task.rows / parts)
+            other = self.ladder.fewest(lambda each, size=size: self._most(each) >= size)  # type: ignore[misc]
+            if other is None:
+                break
+            taken = (once * parts + each * task.rows) * other.slower / way.slower
+            if taken < best:
+                best, chosen = taken, (other, size)
+        if chosen is None or best >= (1 - PAYS) * now:
+            return way, rows, seconds
+        other, size = chosen
+        found = self.clock([rows, size], other)
+        if size not in found or found[size] * task.rows / size >= (1 - PAYS) * now:
+            return way, rows, seconds
+        self._say(
+            f"If {_recomputed(other.blocks)}, {say_rows(size)} fit at once, and it pays: "
+            f"{size / found[size]:,.4g} rows a second instead of {task.rows / now:,.4g}. plan.apply(model) lets them."
+        )
+        self._say(other.why)
+        return other, size, found
 
     def _by_the_clock(self, rows: int, seconds: Mapping[int, float]) -> int:
         if len(seconds) < 2:
@@ -216,8 +275,12 @@ class Planner:
         by_kind = need.by_kind(*shape, alone=parts == 1)
         window = None
         if seconds:
-            window = self._seconds(seconds, micro_batch) * way.slower
-        others = [self._alternative(each) for each in self.ways if each is not way]
+            window = self._seconds(seconds, micro_batch)
+        others = [
+            self._alternative(each)
+            for each in self.ways
+            if each is not way and not (way.blocks and each.blocks == way.blocks)
+        ]
         if need.passes.traces and not task.folds:
             others.append(self._folded(way))
         self._propose(others)
@@ -231,12 +294,13 @@ class Planner:
             longest=task.longest,
             precision=task.precision,
             checkpointing=way.blocks,
+            offload=way.offload,
             memory=by_kind,
             bytes_per_row=need.per_row(task.longest),
             seconds=window,
             timed=dict(seconds),
             alternatives=tuple(others),
-            reasons=(*self._reasons, *self.notes),
+            reasons=(*self._reasons, *self.notes, *way.notes),
             need=need,
         )
 
@@ -281,8 +345,15 @@ class Planner:
                 )
 
     def _say(self, reason: str) -> None:
-        self._reasons.append(reason)
+        if reason:
+            self._reasons.append(reason)
+
+
+def _recomputed(names: Sequence[str]) -> str:
+    return f"{_blocks(names)} {'recomputes its' if len(names) == 1 else 'recompute their'} activations"
 
 
 def _blocks(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} blocks ({names[0]} to {names[-1]})"
+    if len(names) <= 3:
+        return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{len(names)} blocks ({names[0]}, {names[1]}, ..., {names[-1]})"

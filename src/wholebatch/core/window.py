@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from wholebatch.core.errors import WindowError
 from wholebatch.core.weights import Count
@@ -105,6 +105,12 @@ def group(items: Iterable[Item], micro_batches: int) -> Iterator[tuple[Item | No
         >>> list(group("abcde", 2))
         [('a', False), ('b', True), ('c', False), ('d', True), ('e', False), (None, True)]
     """
+    check_stream(items, micro_batches)
+    return _walk(items, micro_batches)
+
+
+def check_stream(items: Any, micro_batches: Any) -> None:
+    """Check that a stream can be walked over in windows; raises as `group` does."""
     if not hasattr(micro_batches, "__index__"):
         raise WindowError(
             f"micro_batches={micro_batches!r} is no whole number.",
@@ -120,7 +126,6 @@ def group(items: Iterable[Item], micro_batches: int) -> Iterator[tuple[Item | No
             f"A {type(items).__name__} yields no micro-batches.",
             hint="pass a loader: anything that a for loop can walk over.",
         )
-    return _walk(items, micro_batches)
 
 
 def _walk(items: Iterable[Item], micro_batches: int) -> Iterator[tuple[Item | None, bool]]:

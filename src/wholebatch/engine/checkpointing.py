@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,27 @@ def checkpoint_blocks(model: nn.Module, blocks: Iterable[str] | None = None) -> 
             f"{type(model).__name__} has no repeated blocks: no Sequential or ModuleList holds two of a kind.",
             hint="name the submodules, as in wb.checkpoint_blocks(model, ['encoder', 'decoder']).",
         )
-    known = dict(model.named_modules())
+    recompute(model, names)
+    return names
+
+
+@contextmanager
+def recomputing(model: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
+    """Let some blocks recompute for a while; those that did before go on."""
+    wrapped = recompute(model, blocks)
+    try:
+        yield
+    finally:
+        keep(wrapped)
+
+
+def recompute(model: nn.Module, blocks: Iterable[str]) -> list[nn.Module]:
+    """Let some blocks recompute, and return those that did not before, for `keep`.
+
+    Raises:
+        ConfigError: The model has no such submodule.
+    """
+    names, known = tuple(blocks), dict(model.named_modules())
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -48,11 +69,18 @@ def checkpoint_blocks(model: nn.Module, blocks: Iterable[str] | None = None) -> 
                 f"The model has no submodule {name!r}.",
                 hint=f"did you mean {near[0]!r}?" if near else "names are those of model.named_modules().",
             )
-    for name in names:
-        block = known[name]
-        if not isinstance(block.__dict__.get("forward"), _Recomputed):
-            block.forward = _Recomputed(block)
-    return names
+    wrapped = [known[name] for name in names if not isinstance(known[name].__dict__.get("forward"), _Recomputed)]
+    for block in wrapped:
+        block.forward = _Recomputed(block)
+    return wrapped
+
+
+def keep(blocks: Iterable[nn.Module]) -> None:
+    """Let blocks keep their activations again."""
+    for block in blocks:
+        ours = block.__dict__.get("forward")
+        if isinstance(ours, _Recomputed):
+            ours.leave()
 
 
 def uncheckpoint_blocks(model: nn.Module) -> None:
@@ -65,9 +93,7 @@ def uncheckpoint_blocks(model: nn.Module) -> None:
         >>> "forward" in vars(model[0])
         False
     """
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), _Recomputed):
-            del module.forward
+    keep(model.modules())
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -106,12 +132,19 @@ class _Recomputed:
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block
+        self._own = block.__dict__.get("forward")  # somebody else's, such as a hook of another library
+
+    def leave(self) -> None:
+        """Give the block back the forward method that it had."""
+        del self._block.forward
+        if self._own is not None:
+            self._block.forward = self._own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = type(self._block).forward
+        forward = self._own if self._own is not None else partial(type(self._block).forward, self._block)
         if not torch.is_grad_enabled():
-            return forward(self._block, *args, **kwargs)
-        return checkpoint(forward, self._block, *args, use_reentrant=False, context_fn=_contexts(self._block), **kwargs)
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=_contexts(self._block), **kwargs)
 
 
 def _contexts(block: nn.Module) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:

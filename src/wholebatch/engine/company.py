@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from types import FrameType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -93,7 +93,7 @@ class Call:
 
 def without_value(call: Call) -> Call:
     """Return where a micro-batch meets, without what it brings."""
-    return replace(call, value=None, beside=None, once=None)
+    return Call(call.kind, call.site, None, call.combine, None, None, call.of, call.with_graph)
 
 
 def meet(

@@ -11,7 +11,9 @@ from wholebatch.core.budget import say_bytes
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.core.split import Indices, Rows, Size, Tokens, padding
 from wholebatch.engine import memory as device_memory
+from wholebatch.engine.bylength import ByLength, pays, plan_by_length, varying_lengths
 from wholebatch.engine.fitting import Fitting
+from wholebatch.engine.lengths import lengths_of
 from wholebatch.engine.reasons import Say
 
 CLEAN = 8
@@ -55,6 +57,7 @@ class Share:
         rows: Now: as planned, or fewer after a shortage.
         clean: Logical batches since the last shortage or growth.
         shortages: How often memory ran out, by rows at once.
+        unit: What is counted: rows, or padded tokens where rows are sorted by length.
     """
 
     asked: int
@@ -63,6 +66,7 @@ class Share:
     rows: int
     clean: int = 0
     shortages: Counter[int] = field(default_factory=Counter)
+    unit: Literal["rows", "tokens"] = "rows"
 
     def speaks_for(self, rows: int, holds: int) -> bool:
         """Whether what is known holds for a batch of so many rows, the largest of which holds so much."""
@@ -110,6 +114,8 @@ class Cutting:
         self._shares: dict[object, Share] = {}
         self._kind: object = None
         self._unsaid = micro_batch != "auto" and fitting.budget is not None
+        self._by_length: ByLength | None = None
+        self._by_rows = False
 
     def cut(self, rows: LogicalBatch, say: Say) -> tuple[list[Indices], float | None]:
         """Return the micro-batches of a logical batch, and the share of padding where lengths are known.
@@ -131,13 +137,18 @@ class Cutting:
             if self._unsaid:
                 self._say_whether_it_fits(rows, min(self.micro_batch.rows, rows.rows), say)
             return self.micro_batch.cut(rows.rows), None
-        share = self._share(rows, say)
+        varying = None if self._by_rows else varying_lengths(self._fitting, rows)
+        known = self._known(rows, varying, say) if varying is not None else None
+        share = self._share(rows, say) if known is None else self._shares[self._kind]
         if share.grow():
             say(
-                f"{CLEAN} logical batches went by without a shortage: micro-batches of {share.rows} rows are tried "
-                "again.",
+                f"{CLEAN} logical batches went by without a shortage: micro-batches of {share.rows} {share.unit} are "
+                "tried again.",
                 logging.INFO,
             )
+        if known is not None and varying is not None:
+            cut = known.cut(varying, share.rows if share.rows < share.asked else None)
+            return cut, padding(varying, cut)
         return Rows(min(share.rows, rows.rows)).cut(rows.rows), None
 
     def take_finer(self, rows: LogicalBatch, cut: Sequence[Indices], shortage: Shortage, say: Say) -> None:
@@ -166,6 +177,13 @@ class Cutting:
             lengths = rows.lengths(before.length)
             largest = max(len(part) * max(lengths[row] for row in part) for part in several)
             finer = self.micro_batch = Tokens(max(1, min(before.tokens, largest)), before.length).halved()
+        elif before == "auto" and self._shares[self._kind].unit == "tokens":
+            lengths = lengths_of(rows.given) or [1] * rows.rows
+            largest = max(len(part) * max(lengths[row] for row in part) for part in several)
+            finer = Tokens(largest, len).halved()
+            share = self._shares[self._kind]
+            share.asked = share.planned = max(share.asked, largest)
+            share.shrink(largest, finer.tokens)
         else:
             at_once = max(map(len, several))
             finer = Rows(at_once).halved()
@@ -186,7 +204,10 @@ class Cutting:
         """How large micro-batches are now."""
         if isinstance(self.micro_batch, Tokens):
             return "tokens", self.micro_batch.tokens
-        return "rows", self.micro_batch.rows if isinstance(self.micro_batch, Rows) else self._shares[self._kind].rows
+        if isinstance(self.micro_batch, Rows):
+            return "rows", self.micro_batch.rows
+        share = self._shares[self._kind]
+        return share.unit, share.rows
 
     def follow(self, sizes: Sequence[Size], say: Say) -> None:
         """Take micro-batches no larger than those to which ranks had to go when memory ran out.
@@ -202,7 +223,7 @@ class Cutting:
                 self.micro_batch = Tokens(most, self.micro_batch.length)
             elif isinstance(self.micro_batch, Rows) and unit == "rows" and most < self.micro_batch.rows:
                 self.micro_batch = Rows(most)
-            elif share is not None and unit == "rows" and most < share.rows:
+            elif share is not None and unit == share.unit and most < share.rows:
                 share.shrink(share.rows, most)
                 before = None
         if self.micro_batch is not before:
@@ -211,6 +232,28 @@ class Cutting:
                 f"of {self.size[1]} {self.size[0]} here too.",
                 logging.WARNING,
             )
+
+    def _known(self, rows: LogicalBatch, lengths: Sequence[int], say: Say) -> ByLength | None:
+        """How many rows of each length fit; None where that does not pay, or cannot be found out."""
+        known = self._by_length
+        if known is None and not pays(lengths):
+            return None
+        if known is None or max(lengths) > known.longest:
+            try:
+                known = plan_by_length(self._fitting, rows, lengths, say, timed=not self._shares)
+            except Exception as error:  # by rows it may be found out, or said why not
+                if device_memory.is_out_of_memory(error):
+                    device_memory.free_cached(self._fitting.setup.device)
+                known = None
+            self._by_rows = known is None
+            self._by_length = known
+            if known is None:
+                return None
+        self._kind = "by length"
+        if self._kind not in self._shares:
+            most = len(lengths) * max(lengths)
+            self._shares[self._kind] = Share(most, most, 0, most, unit="tokens")
+        return known
 
     def _share(self, rows: LogicalBatch, say: Say) -> Share:
         """How many rows of a batch like this are taken at once; planned when the first of its kind comes by."""

@@ -77,6 +77,8 @@ class AccumulatedGradientNormalization:
         process_group: The ranks of the synchronous variant. Default: all of `torch.distributed`; one process is a group
             of one.
         timeout: How long the asynchronous variant waits for an answer. Unit: seconds.
+        center: What holds the center in the place of both variants, such as another way to send it. Default: as
+            `synchronous` says.
 
     Raises:
         OptimizerError: Model and optimizer do not belong together, or a wrapper averages gradients already.
@@ -114,6 +116,7 @@ class AccumulatedGradientNormalization:
         normalize: bool = True,
         process_group: Any = None,
         timeout: float = 600.0,
+        center: Center | None = None,
     ) -> None:
         if local_steps < 1:
             raise ConfigError(f"local_steps={local_steps} makes no step.", hint="pass 1 or more.")
@@ -140,7 +143,9 @@ class AccumulatedGradientNormalization:
         self._number = 0
         self._merges = 0
         self._closed = False
-        self._center: Center = Reduced(process_group) if synchronous else _served(timeout)
+        if center is None:
+            center = Reduced(process_group) if synchronous else _served(timeout)
+        self._center = center
         self._pull(self._center.start(vectors(self._parameters)))
 
     def step(self, batch: Any) -> LocalStep:

@@ -80,14 +80,8 @@ class Fitting:
         Raises:
             OutOfMemoryError: The budget that was given does not hold one row.
         """
-        probe = Probe(
-            self.setup,
-            self.objective,
-            self.precision,
-            self.sum_in,
-            Sample(rows.given, self.collate, self.whole, self.dims),
-        )
-        budget, whose = self._budget(probe)
+        probe = self.probe_of(rows)
+        budget, whose = self.budget_of(probe)
         row = largest_row(probe.sample)
         need: Need | None
         try:
@@ -124,13 +118,18 @@ class Fitting:
 
     def peak(self, rows: LogicalBatch, at_once: int) -> tuple[int, int]:
         """Return what micro-batches of so many rows take, and the budget. Unit: bytes."""
-        sample = Sample(rows.given, self.collate, self.whole, self.dims)
-        probe = Probe(self.setup, self.objective, self.precision, self.sum_in, sample)
-        budget, _ = self._budget(probe)
-        need = self._need(probe, rows.rows, largest_row(sample), None)
+        probe = self.probe_of(rows)
+        budget, _ = self.budget_of(probe)
+        need = self._need(probe, rows.rows, largest_row(probe.sample), None)
         return need.peak(at_once, alone=at_once >= rows.rows), budget
 
-    def _budget(self, probe: Probe) -> tuple[int, str]:
+    def probe_of(self, rows: LogicalBatch) -> Probe:
+        """Return what looks at the rows of a logical batch."""
+        sample = Sample(rows.given, self.collate, self.whole, self.dims)
+        return Probe(self.setup, self.objective, self.precision, self.sum_in, sample)
+
+    def budget_of(self, probe: Probe) -> tuple[int, str]:
+        """Return the budget, and how it is called. Unit: bytes."""
         if self.budget is not None:
             return self.budget, "of the budget"
         return probe.held_bytes + available_bytes(self.setup.device), "that are free"

@@ -1,6 +1,6 @@
 """How does a loader that already yields micro-batches become updates? One window after the other, with its tail."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from wholebatch.core.batch import Layout, LogicalBatch
 from wholebatch.core.errors import MeetingError, RankError
 from wholebatch.core.record import Update
-from wholebatch.core.window import group
+from wholebatch.core.window import check_stream, group
 from wholebatch.engine import memory
 from wholebatch.engine.check import FirstCheck
 from wholebatch.engine.company import Again, Scout, leave, sit_down
@@ -55,6 +55,7 @@ class Loading:
 
     def updates(self, loader: Iterable[Any], micro_batches: int) -> Iterator[Update]:
         """Make updates from a loader; see `wb.Accumulator.updates`."""
+        check_stream(loader, micro_batches)
         ranks = self._windows.rules.setup.group
         stream = self._stream(loader, micro_batches)
         update: Update | None = None
@@ -102,6 +103,7 @@ class Loading:
             for micro_batch, closes in stream:
                 if window is None and held is None:
                     window = self._windows.open(micro_batches=micro_batches)
+                    ranks.agree_on_passes(0 if ranks.idle else micro_batches, _taking(micro_batch))
                     window.steps_again = True
                 if micro_batch is not None:
                     if several:
@@ -122,6 +124,8 @@ class Loading:
                     if held is not None:
                         held.append(micro_batch)
                     del micro_batch
+                if closes and window is not None:
+                    self._forward.fill(window)
                 if closes:
                     update = window.close() if window is not None else self._make_of(held or [])
                     self._splitting.closed()
@@ -171,6 +175,10 @@ class Loading:
                 hint="let every micro-batch make the same meetings in the same order.",
             )
         self._lockstep.learn(again, self._windows.rules.setup.group.ranks)
+
+
+def _taking(micro_batch: Any) -> Callable[[], Any] | None:
+    return None if micro_batch is None else lambda: micro_batch
 
 
 def _known_length(loader: Any) -> int | None:

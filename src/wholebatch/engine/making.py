@@ -84,12 +84,15 @@ class Making:
         if len(cut) < 2 or not self._lockstep.meets:
 
             def pass_each(window: Window) -> None:
+                group = self._windows.rules.setup.group
+                group.agree_on_passes(len(cut), (lambda: rows.take(cut[0][:1])) if cut else None)
                 for number, (part, count) in enumerate(zip(cut, counts, strict=True), 1):
                     place.rows = len(part)
                     if number == len(cut):
                         window.expect_last()
                     self._forward.into(window, rows.take(part), len(part), count)
                 place.rows = None
+                self._forward.fill(window)
 
             update = self._fill(pass_each, Scout() if len(cut) > 1 or ranks > 1 else None, **opened)
         while update is None:  # they meet

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,29 +10,27 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wholebatch.core.batch import paths
-from wholebatch.core.budget import parse_bytes, say_bytes
+from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError, LossError, SplitError
-from wholebatch.core.need import Need, Size
 from wholebatch.core.plan import Plan
-from wholebatch.core.planner import Planner, Task, Way
-from wholebatch.core.sizes import largest_rows
+from wholebatch.core.planner import Planner, Task
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.spread import Spread
+from wholebatch.core.ways import Ladder, Way
 from wholebatch.core.weights import Reduction
-from wholebatch.engine import memory as device_memory
+from wholebatch.engine.applying import apply
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.checkpointing import checkpoint_blocks, find_blocks, uncheckpoint_blocks
+from wholebatch.engine.checkpointing import recomputing
 from wholebatch.engine.consuming import takers
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
+from wholebatch.engine.offloading import offloading
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.probe import Probe, Sample
-from wholebatch.engine.room import available_bytes
 from wholebatch.engine.rowsize import largest_row
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import SumIn, check_sum_in
-
-MEASURED = 32
-"""Real runs are made with at most so many rows, and with twice as many."""
+from wholebatch.engine.ways import Ways
+from wholebatch.engine.wrapping import quiet
 
 PATIENCE = 20.0
 """No pass is timed that would take longer. Unit: seconds."""
@@ -64,8 +63,9 @@ def plan(
     The model runs on fake tensors, which have shapes and take neither memory nor time, and on a few real rows for what
     those cannot show; then some sizes are timed. Nothing is trained: weights, gradients, buffers, random state and
     optimizer are left as they were. A batch that fits is not cut; 16 bits are proposed and never chosen; activations
-    are recomputed only if a single row would not fit; and of the micro-batches that fit the smallest is taken that is
-    within 2 % of the fastest.
+    are recomputed only if a single row would not fit or if larger micro-batches win more than that costs, in as few
+    blocks as will do (`Plan.apply`); and of the micro-batches that fit the smallest is taken that is within 2 % of the
+    fastest.
 
     Args:
         model: The module that is to be trained, on the device where it will be.
@@ -136,7 +136,10 @@ def plan(
         check_sum_in(accumulate_in),
         sample,
     )
-    made = Planning(job, spread.rows_each, budget, length, precision, shared=ranks > 1).plan(micro_batch, timed=timed)
+    with quiet(model):  # each rank plans for itself
+        made = Planning(job, spread.rows_each, budget, length, precision, shared=ranks > 1).plan(
+            micro_batch, timed=timed
+        )
     return spread(made)
 
 
@@ -185,28 +188,38 @@ class Planning:
     def plan(self, micro_batch: Any, *, timed: bool) -> Plan:
         """Measure, choose and return the plan."""
         probe = self._probe
-        need = self._look(probe)
-        budget = self._budget
-        if budget is None:
-            budget = available_bytes(probe.device) + probe.held_bytes
-            probe.reasons.append(f"No budget was given: {say_bytes(budget)} is what this machine leaves to training.")
-        need = self._measured(need, budget)
-        folds = bool(takers(probe.setup.optimizers))
-        task = Task(self._rows, budget, self._all_lengths(), self._length, self._precision, folds, self._shared)
-        ways = [Way("as it is", need), *self._others()]
-        clock = self._clock if timed else None
-        planner = Planner(task, ways, clock, tuple(probe.reasons))
+        ways = Ways(probe, self._rows, self._rows_of, self._budget)
+        plain = ways.plain()
+        task = Task(
+            self._rows,
+            ways.budget,
+            self._all_lengths(),
+            self._length,
+            self._precision,
+            folds=bool(takers(probe.setup.optimizers)),
+            shared=self._shared,
+        )
+        others = [ways.narrower(), ways.recomputing(len(ways.names))]
+        planner = Planner(
+            task,
+            [plain, *(each for each in others if each is not None)],
+            self._clock if timed else None,
+            tuple(probe.reasons),
+            Ladder(len(ways.names), ways.recomputing),
+            ways.offloaded,
+        )
         if micro_batch == "auto":
-            return self._with_layers(planner.plan())
+            return self._finished(planner.plan())
         if not isinstance(micro_batch, Rows | Tokens):
             raise ConfigError(
                 f"micro_batch={micro_batch!r} says nothing about which rows go together.",
                 hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
             )
-        return self._with_layers(planner.stated(micro_batch))
+        return self._finished(planner.stated(micro_batch))
 
-    def _with_layers(self, made: Plan) -> Plan:
-        """Say so where a cut changes what a layer computes."""
+    def _finished(self, made: Plan) -> Plan:
+        """Let the plan be applied, and say so where a cut changes what a layer computes."""
+        made = replace(made, hand=apply)
         layers = batch_dependent_layers(self._probe.setup.model)
         if made.micro_batches == 1 or not layers:
             return made
@@ -215,77 +228,6 @@ class Planning:
             'unless you decide otherwise: wb.convert_batch_norm, wb.freeze_batch_norm, or batch_norm="per_micro_batch".'
         )
         return replace(made, reasons=(*made.reasons, said))
-
-    def _look(self, probe: Probe) -> Need:
-        each = max(1, min(8, self._rows // 4))
-        sizes: list[Size] = [(rows, length) for length in self._rows_of for rows in (each, 2 * each)]
-        return probe.need(sizes, self._rows_of, limit=self._budget)
-
-    def _measured(self, need: Need, budget: int) -> Need:
-        """Add what two small real runs take beyond what the tensors explain, where two small runs fit."""
-        longest = max(self._rows_of)
-        most = largest_rows(need, budget, self._rows, longest)
-        each = max(4, min(MEASURED, most // 4))  # kernels choose by size: not far below what will be run
-        room = min(budget, available_bytes(self._probe.device) + need.resident_bytes)
-        while each > 1 and need.peak(2 * each, longest) > room / 2:
-            each //= 2
-        row = self._rows_of[longest]
-        if need.peak(1, longest) > room:
-            self._probe.reasons.append("No real row was run: not even one would fit.")
-            return need
-        single = need.peak(2 * each, longest) > room
-        try:
-            found = self._probe.measure_one(row) if single else self._probe.measure((each, 2 * each), row)
-        except Exception as error:
-            if not device_memory.is_out_of_memory(error) and each > 1:  # batch norm takes no single row
-                raise
-            self._probe.reasons.append(
-                f"A small real run ended with {type(error).__name__}, so the plan is that of the tensors alone."
-            )
-            return need
-        if found is None:
-            self._probe.reasons.append("What kernels take for themselves was not measured: nobody can tell here.")
-            return need
-        made = Need(need.resident, need.passes, need.step_bytes, found, longest)
-        off = made.scratch(2 * each, longest) / max(1, made.peak(2 * each, longest))
-        told = "agree with it to the byte" if off == 0 else f"took {100 * off:+.2g} % of it, which is added"
-        self._probe.reasons.append(
-            f"The model was followed tensor by tensor, and real runs with "
-            f"{'1 row' if single else f'{each} and {2 * each} rows'} {told}."
-        )
-        return made
-
-    def _others(self) -> list[Way]:
-        """The other ways to train that are compared, as far as they can be followed."""
-        probe = self._probe
-        ways: list[Way | None] = []
-        if self._precision == "fp32" and self._lowers():
-            other = self._like(Precision("bf16", probe.device))
-            ways.append(self._way("bf16", other, ()))
-        blocks = find_blocks(probe.setup.model)
-        if blocks:
-            checkpoint_blocks(probe.setup.model, blocks)
-            try:
-                ways.append(self._way("checkpointing", self._like(probe.precision), tuple(blocks)))
-            finally:
-                for name, module in probe.setup.model.named_modules():
-                    if name in blocks:
-                        uncheckpoint_blocks(module)
-        return [each for each in ways if each is not None]
-
-    def _lowers(self) -> bool:
-        return any(parameter.element_size() == 4 for parameter in self._probe.setup.model.parameters())
-
-    def _like(self, precision: Precision) -> Probe:
-        probe = self._probe
-        return Probe(probe.setup, probe.objective, precision, probe.sum_in, probe.sample)
-
-    def _way(self, name: str, probe: Probe, blocks: tuple[str, ...]) -> Way | None:
-        try:
-            need = self._look(probe)
-        except Exception:  # a way that cannot be followed is not offered
-            return None
-        return Way(name, need, blocks, 4 / 3 if blocks else 1.0) if need.passes.exact else None
 
     def _all_lengths(self) -> tuple[int, ...] | None:
         """The lengths of a logical batch, as the sample has them."""
@@ -296,7 +238,9 @@ class Planning:
             : self._rows
         ]
 
-    def _clock(self, sizes: Sequence[int]) -> dict[int, float]:
+    def _clock(self, sizes: Sequence[int], way: Way) -> dict[int, float]:
         """Time passes, from small to large, as long as the next one is not too long."""
         row = self._rows_of[max(self._rows_of)]
-        return self._probe.clock(sizes, row, patience=PATIENCE)
+        model = self._probe.setup.model
+        with recomputing(model, way.blocks), offloading(model) if way.offload else nullcontext():
+            return self._probe.clock(sizes, row, patience=PATIENCE)

@@ -16,6 +16,7 @@ from wholebatch.core.errors import LossError
 from wholebatch.core.need import Need, Passes, Size, Trace
 from wholebatch.core.tree import map_leaves
 from wholebatch.engine import memory
+from wholebatch.engine.blocks import Ledger
 from wholebatch.engine.device import move
 from wholebatch.engine.fakes import Fakes, stand_in, state_bytes
 from wholebatch.engine.objective import Objective
@@ -221,6 +222,22 @@ class Probe:
             finally:
                 sums.roll_back()
         return best
+
+    def watch(self, rows: int, row: int, ledger: Ledger) -> float:
+        """Let a ledger look at a forward pass, and return how long that takes for each row. Unit: seconds.
+
+        Nothing that is saved for a backward pass is kept meanwhile.
+        """
+        with self._untouched():
+            (micro_batch,) = self._micro_batches(self.sample.repeat(row, rows), rows)
+            with ledger.watching():
+                self._loss(micro_batch())  # the first pass of all compiles and allocates
+            ledger.clear()
+            with ledger.watching():
+                start = time.perf_counter()
+                self._loss(micro_batch())
+                memory.synchronize(self.device)
+                return (time.perf_counter() - start) / rows
 
     def _fake_traces(self, fakes: Fakes, sizes: Sequence[Size], rows_of: Mapping[int, int]) -> dict[Size, Trace]:
         traces: dict[Size, Trace] = {}

@@ -1,5 +1,6 @@
 """How much memory is left? Of a device, a machine, a control group, an address space."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ def available_bytes(device: torch.device) -> int:
 
     Args:
         device: Where the weights live. On a CPU it is four fifths of the least that the machine, the control group and
-            the limit of the address space leave; half of the last, since allocators reserve more than they use.
+            the limit of the address space leave; half of the last, since allocators reserve more than they use. What
+            the machine leaves is shared by the ranks that torchrun has started on it.
 
     Returns:
         Unit: bytes.
@@ -30,7 +32,8 @@ def available_bytes(device: torch.device) -> int:
         return int(0.95 * (free + kept))
     if device.type == "mps":
         return int(0.8 * (torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()))
-    left = [int(0.8 * each) for each in (_machine_bytes(), _group_bytes()) if each is not None]
+    here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # ranks that share this machine
+    left = [int(0.8 * each) // here for each in (_machine_bytes(), _group_bytes()) if each is not None]
     address = _address_bytes()
     left += [address // 2] if address is not None else []
     return max(0, min(left)) if left else 1 << 32

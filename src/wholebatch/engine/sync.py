@@ -6,30 +6,26 @@ part in both all the same, so that nobody waits for it, and says so in its messa
 are the reasons exchanged.
 """
 
-import logging
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from wholebatch.core.errors import LossError, OptimizerError, RankError
+from wholebatch.core.errors import LossError, RankError
 from wholebatch.core.split import Size
 from wholebatch.core.weights import common_factor, gradient_factor
 from wholebatch.core.window import WindowState
-from wholebatch.engine.consuming import takers
-from wholebatch.engine.reasons import Say
-from wholebatch.engine.reduction import Reduction, check_reduce_in
+from wholebatch.engine.reduction import Reduction
 from wholebatch.engine.sharding import Sharding, sharded_modules
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.weighing import Reading, Weighing, read_numbers, widen
 from wholebatch.engine.wire import Wire
-from wholebatch.engine.wrapping import Wrapping, make_equal, ranks_of, sparse_parameters
+from wholebatch.engine.wrapping import Wrapping, sparse_parameters
 
 
 class Group(Protocol):
@@ -37,6 +33,11 @@ class Group(Protocol):
 
     Attributes:
         ranks: How many they are.
+        passes: How many all ranks make in this window at least.
+        spare: A small micro-batch, for those of weight zero.
+        in_step: Whether all ranks have to make equally many passes.
+        reference: What losses are divided by in the next window, where that has to be the same on all ranks. Unit:
+            targets.
         ended: Set where this process has no micro-batch left after the window that is open.
         idle: Set where it has none in that window either.
         all_ended: Whether there are others, and all had said at the end of the last window that they have no more.
@@ -45,6 +46,10 @@ class Group(Protocol):
     """
 
     ranks: int
+    in_step: bool
+    passes: int
+    spare: Any
+    reference: float | None
     ended: bool
     idle: bool
     all_ended: bool
@@ -75,6 +80,15 @@ class Group(Protocol):
 
     def expect_last(self, weighing: Weighing) -> None:
         """Say that the next backward pass of this rank is its last in the window."""
+        ...
+
+    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
+        """Let all ranks make as many passes as the one with most, where they have to.
+
+        Args:
+            passes: Of this rank.
+            take: Returns a small micro-batch for passes of weight zero; None where this rank has no rows.
+        """
         ...
 
     def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
@@ -122,6 +136,8 @@ class One:
     """A group of one: this process, which has nobody to speak to."""
 
     ranks = 1
+    in_step, passes, spare = False, 0, None
+    reference: float | None = None
     ended = idle = False
     all_ended = all_idle = others_go_on = False
 
@@ -140,11 +156,14 @@ class One:
     def expect_last(self, weighing: Weighing) -> None:
         pass
 
+    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
+        pass
+
     def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
         if state.micro_batches == 0:
             return Reading(loss=math.nan, norm=0.0, factor=0.0, scaled_norm=0.0, targets=0.0, least=0.0)
         if sums.empty:
-            raise _no_gradient()
+            raise no_gradient()
         return weighing.read(sums.norms(), state.targets)
 
     def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -187,6 +206,8 @@ class Many:
 
     def __init__(self, model: nn.Module, wire: Wire, introduce: Callable[[], None], dtype: torch.dtype | None) -> None:
         self.ranks = wire.ranks
+        self.in_step, self.passes, self.spare = False, 0, None
+        self.reference: float | None = None
         self.ended = self.idle = False
         self.all_ended = self.all_idle = False
         self._wire = wire
@@ -221,6 +242,10 @@ class Many:
         except Exception as error:
             self._tell(error)
             raise
+        except BaseException as stop:  # such as Ctrl-C, which waits for nobody
+            if self._owed:
+                self._wire.lost = f"it was stopped inside a window ({words(stop)})."
+            raise
         finally:
             self._supervised = False
             self._wrapping.release()
@@ -248,6 +273,9 @@ class Many:
         if self._overlap:
             self._started.listen(lambda: common_factor(weighing.reference, self._common))
 
+    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
+        """Let each rank make as many passes as it has micro-batches."""
+
     def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
         """Return what the window came to, over all ranks, and let `sums` hold the sum over all of them."""
         reduction, common = self._started, self._common
@@ -265,13 +293,12 @@ class Many:
             return self._hear_why(weighing, state)
         presence = reduction.presence()
         if heard.differ:
-            presence = self._anywhere(presence)
+            presence = anywhere(self._wire, presence, reduction.device)
         if heard.targets and not any(presence):
-            raise _no_gradient()
+            raise no_gradient()
         with self.moving():
             reduction.put(presence)
-        if 0 < heard.targets < math.inf:
-            self._common = 2.0 ** math.floor(math.log2(heard.targets))
+        self._common = common_of(heard.targets, common)
         state.rows = None if math.isnan(heard.rows) else int(heard.rows)
         scale = heard.scale
         norm = math.hypot(*heard.norms)
@@ -300,7 +327,7 @@ class Many:
         try:
             yield
         except BaseException as error:
-            self._wire.lost = f"it failed when all had agreed on an update ({_words(error)})."
+            self._wire.lost = f"it failed when all had agreed on an update ({words(error)})."
             raise
 
     def withdraw(self, why: BaseException | None) -> None:
@@ -313,7 +340,7 @@ class Many:
         elif isinstance(why, Exception):
             self._tell(why)
         else:  # such as Ctrl-C, which waits for nobody
-            self._wire.lost = f"it was stopped inside a window ({_words(why)})."
+            self._wire.lost = f"it was stopped inside a window ({words(why)})."
 
     def report_shortage(self, said: str, finer: Size) -> list[Size]:
         """Tell the others that memory ran out, and return to which sizes ranks have to go."""
@@ -339,45 +366,39 @@ class Many:
         self._owed = True
 
     def _exchange(self, weighing: Weighing, state: WindowState) -> "_Heard":
-        """Send the message of a window, and read what all ranks have sent, with one wait for the device."""
+        """Send the message of a window behind its gradient, and read what all ranks have sent, with one wait for the
+        device. The message does not wait for the gradient, so that it costs no latency of its own.
+        """
         reduction = self._started
-        mask = _mask(reduction.presence(), self.ranks)
+        mask = mask_of(reduction.presence(), self.ranks)
         ended = self.ended + self.idle * (self.ranks + 1)
         rows = math.nan if state.rows is None else state.rows
         fields = [
             state.targets,
             weighing.loss_sum,
             rows,
-            _spoilt(weighing, state),
+            spoilt(weighing, state),
             reduction.late,
             ended,
             mask,
             mask**2,
         ]
-        numbers = [0.0 if isinstance(field, Tensor) else float(field) for field in fields]
-        message = torch.tensor(numbers, dtype=torch.float64, device=reduction.device)
-        for place, field in enumerate(fields):
-            if isinstance(field, Tensor):
-                message[place] = field
-        self._wire.wait(self._wire.add_up(message))
-        norms = reduction.norms()
-        scale = [] if weighing.scale is None else [weighing.scale]
-        read = read_numbers([*norms, *scale, *message.unbind()])
-        return _Heard(read[: len(norms)], read[len(norms)] if scale else 1.0, read[-_FIELDS:], self.ranks)
 
-    def _anywhere(self, presence: Sequence[bool]) -> list[bool]:
-        """Return for each parameter whether any rank has a gradient for it. Asked only where ranks differ."""
-        flags = torch.tensor(presence, dtype=torch.uint8, device=self._started.device)
-        self._wire.wait(self._wire.add_up(flags, largest=True))
-        return [bool(flag) for flag in flags.tolist()]
+        def beside() -> list[Tensor | None]:
+            reduction.wait()
+            return [weighing.scale, *reduction.norms()]
+
+        read, heard = summed(self._wire, fields, beside, reduction.device)
+        return _Heard(read[1:], read[0], heard, self.ranks)
 
     def _hear_why(self, weighing: Weighing, state: WindowState) -> Reading:
         """Raise what keeps the ranks from moving; on a rank whose own targets do, return them."""
         targets, least = float(widen(state.targets)), float(weighing.least)
-        spoilt = bool(_spoilt(weighing, state))
+        wrong = bool(spoilt(weighing, state))
         said = f"its targets add up to {targets}, and a micro-batch holds {least}"
-        outcomes = self._wire.gather(_Outcome("failed", said) if spoilt else _Outcome())
-        if spoilt:
+        outcomes = self._wire.gather(_Outcome("failed", said) if wrong else _Outcome())
+        self._started.start()  # which frees what was reduced
+        if wrong:
             return Reading(math.nan, math.nan, 0.0, math.nan, targets, least)
         self._judge(outcomes, always=True)
         raise AssertionError
@@ -388,7 +409,7 @@ class Many:
             return
         self._owed = False
         try:
-            self._join(_Outcome("failed", _words(error)))
+            self._join(_Outcome("failed", words(error)))
         except RankError as lost:
             error.add_note(f"The other ranks could not be told: {lost.found}")
 
@@ -396,7 +417,7 @@ class Many:
         """Take part in what is left of a window, without a gradient, and exchange what has become of it."""
         self._owed = False
         self._started.abandon()
-        message = torch.zeros(_FIELDS, dtype=torch.float64, device=self._started.device)
+        message = torch.zeros(FIELDS, dtype=torch.float64, device=self._started.device)
         message[_FAILED] = 1
         self._wire.wait(self._wire.add_up(message))
         return self._wire.gather(outcome)
@@ -411,18 +432,10 @@ class Many:
         short = [(rank, each.said) for rank, each in enumerate(outcomes) if each.kind == "short"]
         self._shortages = [] if failed else [each.finer for each in outcomes if each.finer is not None]
         if failed or always:
-            shown = (failed or short)[:3]
-            raise RankError(
-                "No rank made this update, because "
-                + "; ".join(f"rank {rank} could not: {said}" for rank, said in shown)
-                + (f"; and {len(failed or short) - 3} more" if len(failed or short) > 3 else "")
-                + ".",
-                hint="the log of that rank says more; weights, gradients, buffers and random state of every rank are "
-                "as before.",
-            )
+            raise told(failed or short)
 
 
-_FIELDS = 8
+FIELDS = 8
 """Numbers in the message of a window, of eight bytes each: `_Heard` says which."""
 _FAILED = 3
 
@@ -438,16 +451,59 @@ class _Heard:
         self.late = late != 0
         self.all_ended = ended % (ranks + 1) == ranks
         self.all_idle = ended // (ranks + 1) == ranks
-        self.differ = ranks * squares != masks**2  # exactly zero if all masks are the same
+        self.differ = differ(masks, squares, ranks)
 
 
-def _mask(presence: Sequence[bool], ranks: int) -> int:
-    """A number for a set of parameters, so small that sums of squares over all ranks are exact in float64."""
+def summed(
+    wire: Wire, fields: Sequence[Tensor | float], beside: Callable[[], Sequence[Tensor | None]], device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Add up the message of a window over all ranks, and read it with one wait for the device.
+
+    Args:
+        wire: Speaks to the other ranks.
+        fields: The message, of `FIELDS` numbers.
+        beside: Returns what else is read, of this rank alone, when the message is on its way; 1 for None.
+        device: Where the message is written.
+
+    Returns:
+        The numbers of `beside`, and the sums of `fields`.
+    """
+    numbers = [0.0 if isinstance(field, Tensor) else float(field) for field in fields]
+    message = torch.tensor(numbers, dtype=torch.float64, device=device)
+    for place, field in enumerate(fields):
+        if isinstance(field, Tensor):
+            message[place] = field
+    sent = wire.add_up(message)
+    others = beside()
+    wire.wait(sent)
+    read = iter(read_numbers([*(each for each in others if each is not None), *message.unbind()]))
+    return [1.0 if each is None else next(read) for each in others], list(read)
+
+
+def anywhere(wire: Wire, presence: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return for each parameter whether any rank has a gradient for it. Asked only where ranks differ."""
+    flags = torch.tensor(presence, dtype=torch.uint8, device=device)
+    wire.wait(wire.add_up(flags, largest=True))
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def common_of(targets: float, before: float) -> float:
+    """Return the reference of the next window, the same on all ranks: a power of two near the targets of the last."""
+    return 2.0 ** math.floor(math.log2(targets)) if 0 < targets < math.inf else before
+
+
+def differ(masks: float, squares: float, ranks: int) -> bool:
+    """Return whether ranks have sent different masks, from the sums of these and of their squares."""
+    return ranks * squares != masks**2  # exactly equal only where all are the same
+
+
+def mask_of(presence: Sequence[bool], ranks: int) -> int:
+    """Return a number for a set of parameters, so small that sums of squares over all ranks are exact in float64."""
     bits = (53 - 2 * math.ceil(math.log2(ranks))) // 2
     return zlib.crc32(bytes(presence)) % (1 << bits)
 
 
-def _spoilt(weighing: Weighing, state: WindowState) -> Tensor | float:
+def spoilt(weighing: Weighing, state: WindowState) -> Tensor | float:
     """1 if a device counted targets that cannot weigh a loss, else 0; still on the device."""
     spoilt: Tensor | float = 0.0
     for count in (state.targets, weighing.least):
@@ -456,46 +512,25 @@ def _spoilt(weighing: Weighing, state: WindowState) -> Tensor | float:
     return spoilt
 
 
-def _words(error: BaseException) -> str:
+def told(failures: Sequence[tuple[int, str]]) -> RankError:
+    """Return the error that some ranks failed, by rank and what each said."""
+    more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
+    return RankError(
+        "No rank made this update, because "
+        + "; ".join(f"rank {rank} could not: {said}" for rank, said in failures[:3])
+        + f"{more}.",
+        hint="the log of that rank says more; weights, gradients, buffers and random state of every rank are as "
+        "before.",
+    )
+
+
+def words(error: BaseException) -> str:
     said = (str(error).strip() or "it says nothing").splitlines()[0]
     return f"{type(error).__name__}: {said[:300].rstrip('.')}"
 
 
-def _no_gradient() -> LossError:
+def no_gradient() -> LossError:
     return LossError(
         "No parameter that the optimizer steps received a gradient.",
         hint="the loss must depend on the weights of the model that was given to wb.Accumulator.",
     )
-
-
-def group_of(model: nn.Module, optimizers: Sequence[Optimizer], reduce_in: str | None, say: Say) -> Group:
-    """Return the ranks that train a model together: one, unless `torch.distributed` is initialised with more.
-
-    Args:
-        model: As it is, or wrapped in `DistributedDataParallel`.
-        optimizers: What steps it.
-        reduce_in: In which dtype gradients travel.
-        say: Takes the reasons.
-
-    Raises:
-        ConfigError: There is no such dtype.
-        OptimizerError: An optimizer or a wrapper cannot work on several ranks.
-    """
-    dtype = check_reduce_in(reduce_in)
-    process_group = ranks_of(model)
-    if process_group is None:
-        return One()
-    taking = takers(optimizers)
-    if taking:
-        raise OptimizerError(
-            f"{type(taking[0]).__name__} takes gradients in as they arrive, and over several ranks they have to be "
-            "added up first.",
-            hint="train in one process, or with an optimizer that steps from the whole gradient, such as AdamW.",
-        )
-    wire = Wire(process_group)
-    say(
-        f"This is rank {wire.rank} of {wire.ranks}: gradients are added up once a window, and one message of "
-        f"{8 * _FIELDS} bytes says over how many targets.",
-        logging.INFO,
-    )
-    return Many(model, wire, lambda: make_equal(model, optimizers, wire, say), dtype)

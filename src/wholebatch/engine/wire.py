@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -61,9 +62,10 @@ class Wire:
         return said
 
     def take_first(self, tensor: Tensor) -> None:
-        """Make a tensor on all ranks that of the first."""
+        """Make a contiguous tensor on all ranks that of the first."""
+        as_bytes = tensor.reshape(-1).view(torch.uint8)  # no network knows every dtype
         with self._speaking():
-            dist.broadcast(tensor, src=dist.get_global_rank(self._process_group, 0), group=self._process_group)
+            dist.broadcast(as_bytes, src=dist.get_global_rank(self._process_group, 0), group=self._process_group)
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
@@ -73,10 +75,14 @@ class Wire:
         except RuntimeError as error:
             if memory.is_out_of_memory(error):
                 raise
-            said = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
-            self.lost = f"a rank is gone, or did not answer within the time-out of the process group ({said})."
-            raise RankError(
-                f"Rank {self.rank} waited for the others, and {self.lost}",
-                hint="look at the end of each rank's log: the first to stop says why. No weight has moved here. How "
-                "long ranks wait for each other is said by init_process_group(timeout=...).",
-            ) from error
+            raise self.unanswered(error) from error
+
+    def unanswered(self, error: RuntimeError) -> RankError:
+        """Return the error that a rank is gone, and remember it."""
+        said = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
+        self.lost = f"a rank is gone, or did not answer within the time-out of the process group ({said})."
+        return RankError(
+            f"Rank {self.rank} waited for the others, and {self.lost}",
+            hint="look at the end of each rank's log: the first to stop says why. No weight has moved here. How "
+            "long ranks wait for each other is said by init_process_group(timeout=...).",
+        )

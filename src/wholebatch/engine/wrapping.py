@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -75,6 +76,17 @@ class Wrapping:
         for each, (backward, forward) in zip(self._wrappers, self._before, strict=False):
             each.require_backward_grad_sync, each.require_forward_param_sync = backward, forward
         self._before = []
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Run a block in which a model's wrapper sends nothing, so that a rank may make passes for itself."""
+    wrapping = Wrapping(model)
+    wrapping.hush()
+    try:
+        yield
+    finally:
+        wrapping.release()
 
 
 def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """What is right, and how far off is a system? The undivided batch, the verdict, and the name of the mistake."""
 
+import os
 import random
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from wholebatch.evidence.conformance.task import MicroBatch, NotExpressible, Pai
 
 LOSS_TOLERANCE = 1e-3
 """How far a reported loss may be off, relative: systems round what they log."""
+
+OTHER_PURPOSE = "it is a way to say"
+"""How the reason begins why a system is not asked for what it is not for."""
 
 _READINGS_TOLERANCE = 1e-11
 """How far the two readings may be apart: both are in float64."""
@@ -68,6 +72,13 @@ def judge(system: System, scene: Scene) -> Verdict:
     lacking = scene.task.asks - system.expresses
     if lacking:
         why = f"its adapter has no way to say: {', '.join(sorted(lacking))}"
+        return Verdict(system.name, scene.name, "not expressible", why=why)
+    if not system.requires <= scene.task.asks:
+        why = f"{OTHER_PURPOSE}: {', '.join(sorted(system.requires))}"
+        return Verdict(system.name, scene.name, "not expressible", why=why)
+    ranks = scene.task.ranks if isinstance(scene.task, Task) else 1
+    if ranks > 1 and os.environ.get("WORLD_SIZE") != str(ranks):
+        why = f"it is for {ranks} processes, such as torchrun --nproc-per-node {ranks} starts"
         return Verdict(system.name, scene.name, "not expressible", why=why)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

@@ -9,13 +9,15 @@ from wholebatch.evidence.conformance.adapters.opacus import opacus
 from wholebatch.evidence.conformance.adapters.optax import optax_microbatch, optax_microbatch_mean, optax_multisteps
 from wholebatch.evidence.conformance.adapters.textbook import textbook
 from wholebatch.evidence.conformance.adapters.transformers import transformers, transformers_loss_func
-from wholebatch.evidence.conformance.adapters.wholebatch import wholebatch
+from wholebatch.evidence.conformance.adapters.wholebatch import wholebatch, wholebatch_ddp, wholebatch_fsdp2
 from wholebatch.evidence.conformance.system import System
 
 SYSTEMS: dict[str, System] = {
     system.name: system
     for system in (
         wholebatch,
+        wholebatch_ddp,
+        wholebatch_fsdp2,
         textbook,
         accelerate,
         accelerate_long,

@@ -34,6 +34,8 @@ class Task:
         make_model: Returns the model in training mode, with the same weights in each call.
         epoch: The micro-batches of one epoch, in order; None is a micro-batch that could not be read.
         window: Micro-batches in one logical batch; an epoch's last may be short, and nothing goes over to the next.
+        ranks: Processes that train together. They see the micro-batches of an epoch in turn, and a logical batch holds
+            `window` of each.
         epochs: How often the epoch is seen.
         sized: Whether the loader knows its length.
         slices: Micro-batches in what the loader yields at once, joined by rows; the loop of the user cuts them apart.
@@ -63,6 +65,7 @@ class Task:
     make_model: Callable[[], nn.Module]
     epoch: Sequence[MicroBatch | None]
     window: int = 4
+    ranks: int = 1
     epochs: int = 1
     sized: bool = True
     slices: int = 1
@@ -86,6 +89,7 @@ class Task:
     def asks(self) -> frozenset[str]:
         """What it asks for beyond windows of micro-batches; a system that cannot say one of these is not judged."""
         wanted = {
+            "ranks": self.ranks > 1,
             "unsized": not self.sized,
             "None": any(micro_batch is None for micro_batch in self.epoch),
             "slices": self.slices > 1,
@@ -104,11 +108,16 @@ class Task:
         }
         return frozenset(name for name, wants in wanted.items() if wants)
 
+    @property
+    def whole_window(self) -> int:
+        """Micro-batches in one logical batch, over all ranks."""
+        return self.window * self.ranks
+
     def windows(self) -> Iterator[tuple[int, list[MicroBatch | None]]]:
         """Yield each logical batch of the run in order: the place of its first micro-batch, and its micro-batches."""
         for epoch in range(self.epochs):
-            for start in range(0, len(self.epoch), self.window):
-                yield epoch * len(self.epoch) + start, list(self.epoch[start : start + self.window])
+            for start in range(0, len(self.epoch), self.whole_window):
+                yield epoch * len(self.epoch) + start, list(self.epoch[start : start + self.whole_window])
 
     def loader(self) -> Iterator[MicroBatch | None]:
         """Yield what the loader of the user yields in one epoch: micro-batches, or `slices` of them joined."""

@@ -84,7 +84,7 @@ def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **optio
 
     optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
     steps = steps_of(optimizer)
-    updates = task.epochs * math.ceil(len(task.epoch) / task.window)
+    updates = task.epochs * math.ceil(len(task.epoch) / task.whole_window)
 
     class Callback(TrainerCallback):
         place = 0
@@ -136,7 +136,7 @@ def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **optio
     return Trained(model.model, steps(), losses)
 
 
-_EXPRESSES = frozenset({"unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
+_EXPRESSES = frozenset({"ranks", "unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
 
 transformers = System(
     name="transformers",

@@ -1,12 +1,15 @@
 """wholebatch: `updates` over a loader of micro-batches, `step` over logical batches, or windows in one's own loop.
 
 Batch norm is made exact. Losses that compare or count rows are those of `wb.losses`, and a layer that standardises sums
-by `wb.sum_over_batch`, so that they see the whole logical batch.
+by `wb.sum_over_batch`, so that they see the whole logical batch. On several ranks each has a loader of its own rows,
+and the model is bare, in DistributedDataParallel, or sharded by FSDP2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -25,7 +28,52 @@ from wholebatch.evidence.conformance.task import TERMS, BadSample, MicroBatch, P
 
 def train(task: Task | PairTask) -> Trained:
     """Train with `wb.Accumulator`."""
-    return _train_players(task) if isinstance(task, PairTask) else _train_one(task)
+    if isinstance(task, PairTask):
+        return _train_players(task)
+    return _train_one(task) if task.ranks == 1 else _train_on_ranks(task, lambda model: model)
+
+
+def train_ddp(task: Task | PairTask) -> Trained:
+    """Train on several ranks, in DistributedDataParallel."""
+    assert isinstance(task, Task)
+    return _train_on_ranks(task, nn.parallel.DistributedDataParallel)
+
+
+def train_fsdp2(task: Task | PairTask) -> Trained:
+    """Train on several ranks, sharded."""
+    from torch.distributed.fsdp import fully_shard
+
+    assert isinstance(task, Task)
+
+    def shard(model: nn.Module) -> nn.Module:
+        fully_shard(model, mesh=init_device_mesh("cpu", (task.ranks,)))
+        return model
+
+    return _train_on_ranks(task, shard)
+
+
+def _train_on_ranks(task: Task, wrap: Callable[[nn.Module], nn.Module]) -> Trained:
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    plain = task.make_model()
+    model = wrap(plain)
+
+    def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        return task.loss_sum(model, micro_batch), task.targets(micro_batch)
+
+    accumulator = Accumulator(model, SGD(model.parameters(), lr=task.lr), loss_fn)
+    losses = []
+    for _ in range(task.epochs):
+        own = task.epoch[distributed.get_rank() :: task.ranks]
+        losses += [
+            update.loss for update in accumulator.updates(own, micro_batches=task.window) if update.skipped is None
+        ]
+    whole = task.make_model()
+    state = {
+        name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in plain.state_dict().items()
+    }
+    whole.load_state_dict(state)
+    return Trained(whole, len(losses), losses)
 
 
 def _train_one(task: Task) -> Trained:
@@ -152,6 +200,7 @@ wholebatch = System(
     train=train,
     expresses=frozenset(
         {
+            "ranks",
             "unsized",
             "None",
             "slices",
@@ -168,6 +217,26 @@ wholebatch = System(
             "two windows",
         }
     ),
+    distributions=("wholebatch", "torch"),
+    install="pip install 'wholebatch[torch]'",
+)
+
+wholebatch_ddp = System(
+    name="wholebatch-ddp",
+    title="wholebatch, in DistributedDataParallel",
+    train=train_ddp,
+    expresses=frozenset({"ranks"}),
+    requires=frozenset({"ranks"}),
+    distributions=("wholebatch", "torch"),
+    install="pip install 'wholebatch[torch]'",
+)
+
+wholebatch_fsdp2 = System(
+    name="wholebatch-fsdp2",
+    title="wholebatch, sharded by FSDP2",
+    train=train_fsdp2,
+    expresses=frozenset({"ranks"}),
+    requires=frozenset({"ranks"}),
     distributions=("wholebatch", "torch"),
     install="pip install 'wholebatch[torch]'",
 )
