@@ -19,6 +19,20 @@ from wholebatch.recipes.config import Layer, configure, defaults_of
 from wholebatch.recipes.finding import find_recipe
 from wholebatch.recipes.job import train
 
+ON_ANY_PAGE = {
+    "sans": "sans-serif",
+    "ink": "#7a8090",
+    "calm": "#7a8090",
+    "rule": "#7a809055",
+    "series": "#2f7fd1",
+    "accent": "#d9692b",
+    "third": "#2f9e68",
+    "fourth": "#a65cc0",
+    "fifth": "#b08c1a",
+    "sixth": "#2b95a5",
+}
+"""What the roles of a report's plot look like on light and dark alike."""
+
 WAYS = ("whole", "exact", "per_micro_batch", "group", "frozen")
 
 
@@ -54,8 +68,8 @@ def plot(path: Path, runs: dict[str, Run]) -> None:
     ]
     figure = curves("Validation accuracy", "", shown)
     assert figure is not None
-    svg = re.sub(r"var\(--(?:ink|calm|rule), #\w+\)", "#7a8090", figure.svg)
-    path.write_text(re.sub(r"var\(--\w+, (#\w+)\)", r"\1", svg).replace("var(--sans)", "sans-serif"), encoding="utf-8")
+    svg = re.sub(r"var\(--(\w+)(?:, #\w+)?\)", lambda found: ON_ANY_PAGE[found[1]], figure.svg)
+    path.write_text(svg, encoding="utf-8")
 
 
 def main() -> int:
