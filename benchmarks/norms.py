@@ -75,9 +75,9 @@ def plot(path: Path, runs: dict[str, Run]) -> None:
 def main() -> int:
     parser = arguments(__doc__, "benchmarks/norms.py")
     parser.add_argument("--folder", type=Path, default=Path("runs/norms"), help="where the runs are (runs/norms)")
-    parser.add_argument("--rows", type=int, default=1, metavar="N", help="rows of a micro-batch (1)")
+    parser.add_argument("--rows", type=int, default=2, metavar="N", help="rows of a micro-batch (2)")
     parser.add_argument("--epochs", type=int, default=8, metavar="N", help="of each run (8)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each kind (3)")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each kind (2)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the accuracy of the runs, as SVG")
     options = parser.parse_args()
     epochs, seeds = (1, 1) if options.quick else (options.epochs, options.seeds)

@@ -26,7 +26,8 @@ class Wire:
     """
 
     def __init__(self, process_group: Any) -> None:
-        self._process_group = process_group
+        # Who still holds the group of all ranks at the end of the process aborts it now and then.
+        self._process_group = None if process_group is dist.group.WORLD else process_group
         self.ranks = dist.get_world_size(process_group)
         self.rank = dist.get_rank(process_group)
         self.lost: str | None = None
@@ -65,7 +66,7 @@ class Wire:
         """Make a contiguous tensor on all ranks that of the first."""
         as_bytes = tensor.reshape(-1).view(torch.uint8)  # no network knows every dtype
         with self._speaking():
-            dist.broadcast(as_bytes, src=dist.get_global_rank(self._process_group, 0), group=self._process_group)
+            dist.broadcast(as_bytes, group=self._process_group, group_src=0)
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
