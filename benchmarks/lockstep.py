@@ -2,9 +2,9 @@
 
 CPU time and peak tensor memory of one update, on one thread, against the same window without meeting and against the
 undivided batch, for windows of several lengths. Two models: a two-tower one whose in-batch negatives are those of the
-whole logical batch (replayed, and joined), and a residual network whose batch norm is exact (joined). All ways take
-turns, in a new order each round; a time is the median over the rounds of the ratio to the window without meeting of the
-same round.
+whole logical batch (replayed, joined, and by GradCache where ``pip install gradcache`` was run), and a residual network
+whose batch norm is exact (joined). All ways take turns, in a new order each round; a time is the median over the rounds
+of the ratio to the window without meeting of the same round.
 
 Tensor memory is what PyTorch's operations hand out and is not freed yet, counted in every thread, above what was there
 before the update (weights, rows). Scratch memory inside an operation is not seen. The rows that meet are held three
@@ -28,9 +28,10 @@ from torch.utils._pytree import tree_leaves
 
 import wholebatch as wb
 from page import Bar, arguments, spread, table, tell
+from wholebatch.evidence.conformance.adapters.gradcache import gradcache, load
 
 COUNTS = (2, 8, 32, 64)
-APART, REPLAY, JOINED, UNDIVIDED = "no meeting", "replay", "joined", "undivided"
+APART, REPLAY, JOINED, UNDIVIDED, CACHED = "no meeting", "replay", "joined", "undivided", "GradCache"
 MIB = 1 << 20
 
 Update = Callable[[], object]
@@ -88,6 +89,8 @@ class Case:
             wb.exact_batch_norm(model)
         rows = self.rows * micro_batches
         batch = self.batch(rows)
+        if way == CACHED:
+            return cached(model, batch, self.rows)
         accumulator = wb.Accumulator(
             model,
             torch.optim.SGD(model.parameters(), lr=1e-3),
@@ -117,9 +120,26 @@ def two_sided(model: nn.Module, batch: Any) -> Tensor:
 
 
 def two_sided_apart(model: nn.Module, batch: Any) -> Tensor:
-    logits = model(batch["a"]) @ model(batch["b"]).T / 0.07
+    return two_sided_of_all(model(batch["a"]), model(batch["b"]))
+
+
+def two_sided_of_all(queries: Tensor, keys: Tensor) -> Tensor:
+    logits = queries @ keys.T / 0.07
     own = torch.arange(len(logits))
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def cached(model: nn.Module, batch: Any, rows: int) -> Update:
+    """Return one update by GradCache, in chunks of so many rows."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    cache = load()(models=[model, model], chunk_sizes=rows, loss_fn=two_sided_of_all)
+
+    def update() -> None:
+        cache(batch["a"], batch["b"])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
 
 
 class Residual(nn.Module):
@@ -151,7 +171,7 @@ CASES = [
         lambda rows: {"a": torch.randn(rows, 512), "b": torch.randn(rows, 512)},
         two_sided,
         two_sided_apart,
-        (APART, REPLAY, JOINED, UNDIVIDED),
+        (APART, REPLAY, JOINED, UNDIVIDED, *([CACHED] if gradcache.versions() else [])),
         met_bytes=2 * 128 * 4,
     ),
     Case(
@@ -192,6 +212,9 @@ def measure(case: Case, micro_batches: int, rounds: int) -> tuple[list[list[str]
         for way in order:
             taken[way].append(seconds(updates[way]))
     ratios, rows = {}, []
+    if CACHED in taken:
+        pairs = zip(taken[REPLAY], taken[CACHED], strict=True)
+        ratios[f"{REPLAY} to {CACHED}"] = statistics.median(one / other for one, other in pairs)
     for way in case.ways:
         each = [one / other for one, other in zip(taken[way], taken[APART], strict=True)]
         ratios[way] = statistics.median(each)
@@ -226,11 +249,16 @@ def main() -> int:
                 found.append(
                     Bar(f"{label}: peak of replay, to one micro-batch and what met", peaks[REPLAY] / room, 1.05)
                 )
+            if CACHED in ratios:
+                found.append(Bar(f"{label}: time of replay to GradCache", ratios[f"{REPLAY} to {CACHED}"], 1.0))
             found.append(Bar(f"{label}: time of joined", ratios[JOINED], 1.3))
         headings = ["way", "micro-batches", "ms an update", "to no meeting", "middle half of rounds", "tensors, MiB"]
         texts.append(f"## {case.name}, {case.rows} rows a micro-batch\n\n{table(headings, rows)}")
     text = "\n\n".join(texts)
-    return tell("Micro-batches that meet", "lockstep", options, ["wholebatch", "torch"], text, found)
+    if gradcache.versions() is None:
+        text += f"\n\nGradCache is not installed ({gradcache.install}), so nothing is said of it."
+    packages = ["wholebatch", "torch", *(["gradcache"] if gradcache.versions() else [])]
+    return tell("Micro-batches that meet", "lockstep", options, packages, text, found)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ from wholebatch.core.errors import RankError
 from wholebatch.engine import memory
 
 
+def initialised() -> bool:
+    """Return whether this process knows of others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Wire:
     """The process group of a run. Every rank makes the same calls in the same order.
 
@@ -62,11 +67,22 @@ class Wire:
             dist.all_gather_object(said, what, group=self._process_group)
         return said
 
+    def side_by_side(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks, of one shape and dtype, by rank."""
+        found = [torch.empty_like(tensor) for _ in range(self.ranks)]
+        with self._speaking():
+            dist.all_gather(found, tensor, group=self._process_group)
+        return found
+
     def take_first(self, tensor: Tensor) -> None:
         """Make a contiguous tensor on all ranks that of the first."""
+        self.take_from(0, tensor)
+
+    def take_from(self, rank: int, tensor: Tensor) -> None:
+        """Make a contiguous tensor on all ranks that of one of them."""
         as_bytes = tensor.reshape(-1).view(torch.uint8)  # no network knows every dtype
         with self._speaking():
-            dist.broadcast(as_bytes, group=self._process_group, group_src=0)
+            dist.broadcast(as_bytes, group=self._process_group, group_src=rank)
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
