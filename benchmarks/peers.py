@@ -10,7 +10,8 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -41,14 +42,15 @@ class Loader:
 
 
 class Clock:
-    """The CPU time at the begin of a training loop, and at each update after it."""
+    """The time at the begin of a training loop, and at each update after it."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, now: Callable[[], float] = time.process_time) -> None:
         self.times: list[float] = []
+        self._now = now
         self._hook = optimizer.register_step_post_hook(lambda *_: self.tick())
 
     def tick(self) -> None:
-        self.times.append(time.process_time())
+        self.times.append(self._now())
 
     def stop(self, updates: int) -> list[float]:
         """Return the times, and make sure that there were as many updates as the others make."""
@@ -89,6 +91,8 @@ def with_lightning(
     window: int,
     updates: int,
     epochs: int = 1,
+    now: Callable[[], float] = time.process_time,
+    trainer: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[float]:
     """Train with ``Trainer(accumulate_grad_batches=window)``.
 
@@ -100,9 +104,11 @@ def with_lightning(
         window: Micro-batches in a window.
         updates: How many updates there will be in all.
         epochs: How often the loader is run through.
+        now: Tells the time.
+        trainer: What else the ``Trainer`` is told.
 
     Returns:
-        CPU seconds: when the loop began, and when each update was made.
+        Seconds, of the CPU unless `now` tells others: when the loop began, and when each update was made.
     """
 
     class Module(lightning.LightningModule):
@@ -124,11 +130,11 @@ def with_lightning(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = lightning.Trainer(
-            accelerator="cpu", devices=1, barebones=True, accumulate_grad_batches=window, max_epochs=epochs
+        fitting = lightning.Trainer(
+            accelerator="cpu", devices=1, barebones=True, accumulate_grad_batches=window, max_epochs=epochs, **trainer
         )
-        clock = Clock(optimizer)
-        trainer.fit(Module(), loader)
+        clock = Clock(optimizer, now)
+        fitting.fit(Module(), loader)
     return clock.stop(updates)
 
 

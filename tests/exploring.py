@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 import wholebatch as wb
 
@@ -106,11 +107,65 @@ def only_serves(rank):
     return weights(model)
 
 
+def one_fails(rank, **options):
+    """Rank 1 raises in its fourth step; says what each rank came to see, and how long that took."""
+    began = time.monotonic()
+
+    def failing(model, batch):
+        step, *batch = batch
+        if rank == 1 and step == 3:
+            raise KeyError("no such column")
+        return squares(model, batch)
+
+    try:
+        with explorer(line(rank), failing, **options) as exploring:
+            for step in range(6 if rank else 4):
+                exploring.step((step, *rows(rank, step)))
+    except (KeyError, wb.RankError) as error:
+        return {"error": type(error).__name__, "said": str(error), "seconds": time.monotonic() - began}
+
+
 def wrapped(rank):
     try:
         explorer(nn.parallel.DistributedDataParallel(line(rank)))
     except wb.OptimizerError as error:
         return str(error)
+
+
+LENGTHS = (9, 2, 3, 4, 8, 1, 5)
+"""The data of logical batches: 7 rows, in batches of 3, so that two of three ranks have nothing of the last."""
+
+
+def shared_out(rank):
+    """Each logical batch is shared out between ranks by cost; the update is that of the whole."""
+    data = [rows(0, length) for length in LENGTHS]
+    batches = wb.LogicalBatches(LENGTHS, rows=3)
+    model = line()
+    accumulator = wb.Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=ETA),
+        lambda model, batch: ((model(batch[0]) - batch[1]).square().sum(), len(batch[0])),
+        collate=lambda parts: tuple(map(torch.cat, zip(*parts, strict=True))),
+        micro_batch=wb.Rows(1),
+    )
+    made = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        for batch in DataLoader(data, batch_sampler=batches, collate_fn=list):
+            update = accumulator.step(batch)
+            made.append((len(batch), update.rows))
+    return {"made": made, "weights": weights(model)}
+
+
+def repeating(rank):
+    """A loader with PyTorch's own sampler for ranks, which repeats rows."""
+    model = line()
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=ETA), squares)
+    data = [rows(0, step) for step in range(4)]
+    loader = DataLoader(data, sampler=DistributedSampler(data), batch_size=None)
+    for _ in accumulator.updates(loader, micro_batches=2):
+        pass
+    return accumulator.reasons
 
 
 if __name__ == "__main__":
@@ -127,6 +182,10 @@ if __name__ == "__main__":
         "in turn": in_turn(rank, store),
         "at will": at_will(rank),
         "only serves": only_serves(rank),
+        "one fails": one_fails(rank),
+        "one fails, asynchronous": one_fails(rank, synchronous=False),
+        "shared out": shared_out(rank),
+        "repeating": repeating(rank),
     }
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(answers))
     distributed.barrier()

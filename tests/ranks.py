@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 TESTS = Path(__file__).parent
-SECONDS = 20
+SECONDS = 60
 """How long ranks wait for each other in a scene."""
 
 
@@ -62,7 +62,7 @@ def launch(module: str, ranks: int, folder: Path, *, seconds: float = 240) -> di
     """Run all scenes of a module in so many processes; return for each what each rank found."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, module, str(ranks), str(folder)]
+    command = [sys.executable, *measured(), __file__, module, str(ranks), str(folder)]
     processes = [
         subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for rank in range(ranks)
@@ -84,6 +84,17 @@ def launch(module: str, ranks: int, folder: Path, *, seconds: float = 240) -> di
     found["said"] = [{"text": each.decode()[-4000:]} for each in said]
     found["exit"] = [{"code": process.returncode} for process in processes]
     return found
+
+
+def measured() -> list[str]:
+    """What runs a program under coverage, where these tests do."""
+    if "coverage" not in sys.modules:
+        return []
+    from coverage import Coverage
+
+    root = TESTS.parent
+    options = ["--parallel-mode", f"--rcfile={root / 'pyproject.toml'}", f"--data-file={root / '.coverage'}"]
+    return ["-m", "coverage", "run", *options] if Coverage.current() else []
 
 
 def result(found: dict[str, list[dict[str, Any]]], name: str, ranks: int) -> list[dict[str, Any]]:

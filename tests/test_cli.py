@@ -171,6 +171,21 @@ def test_ctrl_c_ends_a_run_cleanly(folder):
     assert "Traceback" not in talk
 
 
+def test_runs_are_shown_side_by_side(folder, capsys):
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        Path(name, "log.jsonl").write_text('{"event": "update", "number": 1, "loss": 2.5}\n')
+    assert run("report", "one", "two") == 0
+    out, err = capsys.readouterr()
+    assert out == "comparison.html\n"
+    assert [line.split() for line in err.splitlines()[1:]] == [["one", "1", "2.5"], ["two", "1", "2.5"]]
+    assert run("report", "one", "two", "--out", "page.html") == 0
+    assert capsys.readouterr().out == "page.html\n"
+    assert Path("page.html").read_text() == Path("comparison.html").read_text()
+    assert run("report", "one", "--out", "page.html") == 2
+    assert "is for several runs" in capsys.readouterr().err
+
+
 def test_a_report_is_written_anew(folder, capsys):
     """Data goes to stdout, talk to stderr; the log is that of a run that was killed."""
     log = [{"event": "start", "recipe": "text"}, {"event": "update", "number": 1, "loss": 2.5}]
@@ -374,7 +389,7 @@ def test_the_help_lists_the_commands(capsys):
 def test_what_can_be_stated_in_a_file_can_be_stated_by_flag():
     flags = set(inspect.signature(commands.train).parameters)
     assert set(OPTIONS) <= flags
-    assert flags - set(OPTIONS) == {"config", "list_", "debug"}
+    assert flags - set(OPTIONS) == {"config", "list_", "debug", "nproc"}
 
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(folder, monkeypatch):

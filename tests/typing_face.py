@@ -73,6 +73,8 @@ def every_option(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
         on_nonfinite="raise",
         batch_norm="per_micro_batch",
         check=None,
+        reduce_in="bf16",
+        communication="once",
     )
     accumulator.step(rows)
 
@@ -104,6 +106,8 @@ def layers_that_see_the_cut(model: nn.Module) -> None:
     assert_type(wb.convert_batch_norm(model, to="group"), nn.Module)
     assert_type(wb.freeze_batch_norm(model), nn.Module)
     assert_type(wb.exact_batch_norm(nn.Sequential(model)), nn.Sequential)
+    with wb.offload_to_file(), wb.mask_batch_norm(torch.ones(2, dtype=torch.bool)):
+        model(torch.ones(2, 3))
 
 
 def rows_that_meet(model: nn.Module, batch: Batch) -> Tensor:
@@ -135,6 +139,7 @@ def rows_of_a_rank(rows: list[tuple[Tensor, int]]) -> None:
     batches = wb.LogicalBatches([length_of_row(row) for row in rows], rows=512, balance="tokens", shuffle=True, seed=0)
     batches.set_epoch(1)
     assert_type(next(iter(batches)), list[int])
+    assert_type(batches.collate(pad)(rows), Any)
     wb.LogicalBatches(len(rows), 512, rank=0, ranks=2)
 
 

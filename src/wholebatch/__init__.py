@@ -45,8 +45,10 @@ if TYPE_CHECKING:
     from wholebatch.engine.exactnorm import exact_batch_norm
     from wholebatch.engine.exploration import AccumulatedGradientNormalization
     from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
+    from wholebatch.engine.normmask import mask_batch_norm
     from wholebatch.engine.optimizers import AdamA
     from wholebatch.engine.planning import plan
+    from wholebatch.engine.spilling import offload_to_file
     from wholebatch.engine.window import Window
     from wholebatch.evidence import sinks
     from wholebatch.evidence.verify import Verification, verify
@@ -84,7 +86,9 @@ _HOMES = {
     "freeze_batch_norm": "engine.batchnorm",
     "gather": "engine.meeting",
     "losses": "engine.losses",
+    "mask_batch_norm": "engine.normmask",
     "mean_weights": "core.weights",
+    "offload_to_file": "engine.spilling",
     "own_rows": "engine.meeting",
     "plan": "engine.planning",
     "sinks": "evidence.sinks",
@@ -125,7 +129,9 @@ __all__ = [
     "freeze_batch_norm",
     "gather",
     "losses",
+    "mask_batch_norm",
     "mean_weights",
+    "offload_to_file",
     "own_rows",
     "plan",
     "sinks",

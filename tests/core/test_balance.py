@@ -59,6 +59,14 @@ def test_a_rank_is_without_rows_only_if_there_are_fewer_rows_than_ranks(lengths,
     assert sum(map(bool, given)) == min(ranks, len(lengths))
 
 
+@given(costs=st.lists(st.sampled_from([0.0, 1.0, 7.5]), max_size=20), ranks=RANKS)
+def test_so_it_is_where_rows_cost_nothing(costs, ranks):
+    """Such rows never make a rank look full."""
+    given = balanced(costs, ranks)
+    assert sorted(row for rows in given for row in rows) == list(range(len(costs)))
+    assert sum(map(bool, given)) == min(ranks, len(costs))
+
+
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7), ranks=st.integers(2, 3))
 def test_it_is_close_to_the_best_of_all_divisions(lengths, ranks):
     """Largest differencing is no further off than 4/3 - 1/(3 ranks), the bound of longest first."""

@@ -2,13 +2,15 @@
 
 import copy
 import math
+import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -28,21 +30,28 @@ TEXTS = CALM["shared weights"]
 
 def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
     """FSDP2: each child with weights of its own, and the rest with the root."""
-    for child in model.children():
+    for child in model.children() if isinstance(model, nn.Sequential) else ():
         if any(True for _ in child.parameters()):
             fully_shard(child, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def replicated(model: nn.Module) -> nn.Module:
+    """HSDP: two replicas of two shards each."""
+    return sharded(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
 
 
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bare": lambda model: model,
     "ddp": DistributedDataParallel,
     "fsdp": sharded,
-    "hsdp": lambda model: sharded(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))),
+    "each": sharded,
+    "hsdp": replicated,
+    "hsdp each": replicated,
 }
 
 
-ON = {2: ("bare", "ddp", "fsdp"), 4: ("bare", "hsdp")}
+ON = {2: ("bare", "ddp", "fsdp", "each"), 4: ("bare", "hsdp", "hsdp each")}
 """Which of them are tried on how many ranks."""
 
 
@@ -72,6 +81,9 @@ class Trial:
         self.wrapped = WRAPS[wrap](self.model)
         self.optimizer = optimizer(animal.trained(self.model))
         options = {"micro_batch": wb.Rows(2), "check": None, **animal.objective, **options}
+        if wrap.endswith("each"):
+            options["communication"] = "each"
+        self.communication = {"communication": options["communication"]} if "communication" in options else {}
         self.clip_norm = options.get("clip_norm")
         self.accumulator = wb.Accumulator(
             self.wrapped, self.optimizer, options.pop("loss_fn", animal.loss_fn), **options
@@ -117,16 +129,24 @@ def shown(update: wb.Update) -> dict[str, Any]:
     }
 
 
-def for_each_wrap(name: str, scene: Callable[[Place, str], dict[str, Any]], ranks: tuple[int, ...] = (2, 4)) -> None:
+def for_each_wrap(
+    name: str, scene: Callable[[Place, str], dict[str, Any]], ranks: tuple[int, ...] = (2, 4), *, in_step: bool = True
+) -> None:
     for wrap in WRAPS:
-        suits = tuple(each for each in ranks if wrap in ON[each])
+        suits = tuple(each for each in ranks if wrap in ON[each] and (in_step or not wrap.endswith("each")))
         SCENES(f"{name} [{wrap}]", suits)(lambda place, wrap=wrap: scene(place, wrap))
+
+
+NOT_IN_STEP = ("sparse gradients",)
+"""What fully_shard itself cannot reduce."""
 
 
 def every_animal(place: Place, wrap: str) -> dict[str, Any]:
     """Two updates of each animal, with a cut that differs between ranks."""
     found = {}
     for name, animal in CALM.items():
+        if wrap == "each" and name in NOT_IN_STEP:
+            continue
         trial = Trial(
             animal, wrap, optimizer=adamw if name != "sparse gradients" and name != "complex weights" else sgd
         )
@@ -233,6 +253,8 @@ def nothing_here(place: Place, wrap: str) -> dict[str, Any]:
             batch = part_of(TEXTS, batch, [row for row in range(ROWS) if row not in gone])
             if last and kind in ("None", "an empty list"):
                 mine = None if kind == "None" else []
+        if kind == "no window" and wrap.endswith("each"):
+            continue  # in a loop of one's own nobody can make a pass in its stead
         if kind == "no window":
             with trial.accumulator.window() as window:
                 if not last:
@@ -311,7 +333,59 @@ def shortage(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("shortage", shortage)
+for_each_wrap("shortage", shortage, in_step=False)
+
+
+def shortage_in_a_loader(place: Place, wrap: str) -> dict[str, Any]:
+    """Memory runs out on the last rank, in the first or in the last micro-batch of a window that a loader has cut."""
+    found: dict[str, Any] = {}
+    batch = MLP.batch(8 * place.ranks, torch.float64)
+    first = 8 * place.rank
+    mine = [part_of(MLP, batch, range(first, first + 4)), part_of(MLP, batch, range(first + 4, first + 8))]
+    for where in ("forward", "backward"):
+        for number in (1, 2):
+            trial = Trial(MLP, wrap)
+            trouble = Shortage(trial.model, place, where, rows=2)
+            at: list[int] = []
+
+            def loss_fn(
+                model: nn.Module, rows: Any, trouble: Shortage = trouble, at: list[int] = at, number: int = number
+            ) -> Tensor:
+                at.append(len(rows["x"]))
+                trouble.rows = 2 if at.count(4) == number else 4
+                return trouble.loss_fn(model, rows)
+
+            accumulator = wb.Accumulator(trial.wrapped, trial.optimizer, loss_fn, check=None)
+            updates = list(accumulator.updates(mine, micro_batches=2))
+            trial.reference(batch)
+            found[f"{where} of {number}"] = {
+                "off": trial.off,
+                "times": trouble.times,
+                "retries": [each.retries for each in updates],
+            }
+    return found
+
+
+for_each_wrap("shortage in a loader", shortage_in_a_loader, in_step=False)
+
+
+@SCENES("short after gradients were sent")
+def short_after_sending(place: Place) -> dict[str, Any]:
+    """What other ranks have been sent cannot be taken back by parts; the window can as a whole."""
+    before, reduction.BUCKET_BYTES = reduction.BUCKET_BYTES, 100
+    try:
+        trial = Trial(MLP)
+        trouble = Shortage(trial.model, place, "backward", rows=2)
+        accumulator = wb.Accumulator(trial.model, trial.optimizer, trouble.loss_fn, check=None)
+        batch = MLP.batch(4, torch.float64)
+        said = raised(lambda: list(accumulator.updates([batch], micro_batches=1)))
+        moved = trial.moved
+        trouble.active = False
+        list(accumulator.updates([part_of(MLP, batch, range(2 * place.rank, 2 * place.rank + 2))], micro_batches=2))
+        trial.reference(batch)
+    finally:
+        reduction.BUCKET_BYTES = before
+    return {"said": said, "moved": moved, "off": trial.off}
 
 
 @SCENES("no finer cut")
@@ -430,7 +504,130 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("failure", failure)
+for_each_wrap("failure", failure, in_step=False)
+
+
+def random_faults(place: Place, wrap: str, seed: int = 0) -> dict[str, Any]:
+    """One fault in each logical batch, on a rank and at a place drawn at random."""
+    draw = random.Random(f"{seed} faults of {wrap} on {place.ranks}")
+    trial = Trial(MLP, wrap, micro_batch=wb.Rows(4))
+    fault: dict[str, Any] = {}
+
+    def strike(kind: str, rows: int) -> None:
+        if fault["kind"] != kind or fault["rank"] != place.rank or (kind.startswith("short") and rows == 1):
+            return
+        fault["seen"] += 1
+        if fault["seen"] == fault["at"]:
+            if kind in ("short", "short in backward"):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if kind in ("raise", "raise in backward"):
+                raise SampleError(f"at {rows} rows")
+            time.sleep(0.2)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        rows = len(batch["x"])
+        for kind in ("short", "raise", "stop"):
+            strike(kind, rows)
+        loss = mean_square(model, batch)
+        if fault["kind"] == "infinite" and fault["rank"] == place.rank:
+            loss = loss * math.inf
+        loss.register_hook(
+            lambda _: [strike(kind, rows) for kind in ("short in backward", "raise in backward")] and None
+        )
+        return loss
+
+    accumulator = wb.Accumulator(
+        trial.wrapped, trial.optimizer, loss_fn, micro_batch=wb.Rows(4), check=None, **trial.communication
+    )
+    found = []
+    kinds = ["none", "short", "short in backward", "raise", "raise in backward", "stop", "infinite", "empty"]
+    for number in range(32):
+        if number % len(kinds) == 0:
+            draw.shuffle(kinds)
+        fault.update(kind=kinds[number % len(kinds)], rank=draw.randrange(place.ranks), at=draw.randint(1, 2), seen=0)
+        rows = draw.randint(place.ranks, 30)
+        batch = MLP.batch(rows, torch.float64)
+        mine = part_of(MLP, batch, place.share(rows))
+        if fault["kind"] == "empty":
+            gone = set(Place(fault["rank"], place.ranks).share(rows))
+            batch = part_of(MLP, batch, [row for row in range(rows) if row not in gone])
+            mine = None if place.rank == fault["rank"] else mine
+        before = trial.weights
+        made: list[wb.Update] = []
+        said = raised(lambda mine=mine, made=made: made.append(accumulator.step(mine)))
+        applied = bool(made) and made[0].applied
+        if applied:
+            trial.reference(batch)
+        found.append(
+            {
+                "kind": fault["kind"],
+                "said": said[0],
+                "applied": applied,
+                "moved": bool((trial.weights != before).any()),
+                "struck": fault["seen"] >= fault["at"],
+                "off": trial.off if trial.moved else 0.0,
+            }
+        )
+    return {"faults": found}
+
+
+for_each_wrap("random faults", random_faults, in_step=False)
+
+
+@SCENES("in step: a failure before the first pass")
+def early_failure_in_step(place: Place) -> dict[str, Any]:
+    """Ranks that wait for each other with every pass still hear of what went wrong before the first."""
+    trial = Trial(MLP, "each")
+    batch = MLP.batch(ROWS, torch.float64)
+    mine = part_of(MLP, batch, place.share(ROWS))
+    said = raised(lambda: trial.accumulator.step({"x": torch.ones(2, 5), "y": torch.ones(3)} if place.rank else mine))
+    moved = trial.moved
+    trial.accumulator.step(mine)
+    trial.reference(batch)
+    return {"said": said, "moved": moved, "off": trial.off}
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    """Stands in for the older wrapper, which needs an accelerator."""
+
+
+@SCENES("in step: refused")
+def refused_in_step(_place: Place) -> dict[str, Any]:
+    model = sharded(mlp())
+    older = FullyShardedDataParallel(mlp())
+    half = mlp().double()
+    fully_shard(half[0])
+    narrow = sharded(mlp().bfloat16())
+
+    def each(model: nn.Module, **options: Any) -> wb.Accumulator:
+        options = {"micro_batch": wb.Rows(2), "communication": "each", **options}
+        return wb.Accumulator(model, sgd(model.parameters()), mean_square, **options)
+
+    return {
+        "auto": raised(lambda: each(model, micro_batch="auto")),
+        "reduce_in": raised(lambda: each(model, reduce_in="bf16")),
+        "a choice": raised(lambda: each(model, communication="twice")),
+        "half": raised(lambda: each(half).step(MLP.batch(4, torch.float64))),
+        "16 bits": raised(lambda: each(narrow).step(MLP.batch(4, torch.bfloat16))),
+        "older": raised(lambda: wb.Accumulator(older, sgd(older.parameters()), mean_square)),
+    }
+
+
+@SCENES("in step: a loop of one's own")
+def own_loop_in_step(place: Place) -> dict[str, Any]:
+    """Equally many passes, in a window that ranks close together; clipped, with an inf on one rank first."""
+    trial = Trial(MLP, "each", clip_norm=0.1)
+    batch = MLP.batch(8 * place.ranks, torch.float64)
+    mine = [part_of(MLP, batch, range(8 * place.rank + start, 8 * place.rank + start + 4)) for start in (0, 4)]
+    skipped = []
+    for spoilt in (True, False):
+        with trial.accumulator.window() as window:
+            for rows in mine:
+                loss = mean_square(trial.wrapped, rows)
+                window.backward(loss * math.inf if spoilt and place.rank else loss, 4, rows=4)
+        skipped.append(window.update.skipped)
+    trial.reference(batch)
+    return {"off": trial.off, "skipped": skipped, "rows": window.update.rows}
 
 
 def not_finite(place: Place, wrap: str) -> dict[str, Any]:
@@ -493,6 +690,35 @@ def narrow(place: Place) -> dict[str, Any]:
     return found
 
 
+@SCENES("weights gathered in 16 bits")
+def mixed(place: Place) -> dict[str, Any]:
+    """fully_shard with weights in 32 bits that are gathered, and trained with, in 16."""
+    found: dict[str, Any] = {}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    batch = MLP.batch(40, torch.float32)
+    for communication in ("once", "each"):
+        model = MLP.model(torch.float32)
+        judge = MLP.model(torch.float32)
+        fully_shard(model, mp_policy=policy)
+        accumulator = wb.Accumulator(
+            model,
+            sgd(model.parameters()),
+            lambda model, batch: mean_square(lambda x: model(x).float(), batch),
+            micro_batch=wb.Rows(1),
+            check=None,
+            communication=communication,
+        )
+        start = flat(judge.parameters())
+        accumulator.step(part_of(MLP, batch, place.share(40)))
+        reference.update(judge, sgd(judge.parameters()), mean_square, batch)
+        change = flat(each.full_tensor() for each in model.parameters()) - start
+        found[communication] = relative_error(change, flat(judge.parameters()) - start)
+    wide = fully_shard(MLP.model(torch.float32), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.bfloat16))
+    accumulator = wb.Accumulator(wide, sgd(wide.parameters()), mean_square, check=None, micro_batch=wb.Rows(2))
+    found["refused"] = raised(lambda: accumulator.step(batch))
+    return found
+
+
 @SCENES("in which dtype gradients travel")
 def travel(place: Place) -> dict[str, Any]:
     found = {}
@@ -546,6 +772,30 @@ def counted(place: Place, wrap: str) -> dict[str, Any]:
 
 
 for_each_wrap("counted", counted, (2,))
+
+
+def by_default(place: Place, wrap: str) -> dict[str, Any]:
+    """Nothing but what has to be said: the cut is planned, and the first batch is looked at."""
+    found = {}
+    for kind, options in {"auto": {"micro_batch": "auto"}, "budget": {"micro_batch": "auto", "memory": "2GiB"}}.items():
+        trial = Trial(MLP, wrap, check="first", **options)
+        batch = MLP.batch(ROWS, torch.float64)
+        trial.accumulator.step(part_of(MLP, batch, place.share(ROWS)))
+        trial.reference(batch)
+        found[kind] = {"off": trial.off, "reasons": trial.accumulator.reasons}
+    trial = Trial(MLP, wrap, check="first", micro_batch=wb.Rows(2))
+    trial.accumulator.step(part_of(MLP, batch, place.share(ROWS)))
+    trial.reference(batch)
+    found["check"] = {"off": trial.off, "reasons": trial.accumulator.reasons}
+    if wrap in ("bare", "ddp") and place.rank == 0:
+        plan = wb.plan(trial.wrapped, trial.optimizer, mean_square, batch, memory="1GiB", timed=False)
+        found["plan"] = {"off": 0.0, "reasons": [], "fits": plan.fits}
+        verified = wb.verify(trial.wrapped, mean_square, batch)
+        found["verify"] = {"off": verified.error, "reasons": [], "ok": verified.ok}
+    return found
+
+
+for_each_wrap("by default", by_default, (2,), in_step=False)
 
 
 @SCENES("while the backward pass runs")
@@ -691,27 +941,6 @@ def refused(_place: Place) -> dict[str, Any]:
             model, sgd(model.parameters()), mean_square, micro_batch=wb.Rows(9), check=None, batch_norm=batch_norm
         ).step(batch)
 
-    def exact_norm() -> object:
-        model = wb.exact_batch_norm(BATCH_NORM.model())
-        return wb.Accumulator(model, sgd(model.parameters()), mean_square, micro_batch=wb.Rows(3), check=None).step(
-            batch
-        )
-
-    def meeting(rows: int) -> object:
-        model = MLP.model()
-
-        def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-            return mean_square(model, batch) + wb.gather(model(batch["x"])).mean()
-
-        return wb.Accumulator(model, sgd(model.parameters()), loss_fn, micro_batch=wb.Rows(rows), check=None).step(
-            batch
-        )
-
-    def loaded() -> object:
-        model = MLP.model()
-        accumulator = wb.Accumulator(model, sgd(model.parameters()), lambda m, b: wb.gather(m(b["x"])).mean())
-        return list(accumulator.updates([batch], micro_batches=1))
-
     def consuming() -> object:
         model = MLP.model()
         return wb.Accumulator(model, wb.AdamA(model.parameters()), mean_square)
@@ -723,10 +952,6 @@ def refused(_place: Place) -> dict[str, Any]:
     return {
         "batch norm": raised(norm),
         "batch norm of parts": raised(lambda: norm("per_micro_batch")),
-        "exact batch norm": raised(exact_norm),
-        "gather": raised(lambda: meeting(2)),
-        "gather of one": raised(lambda: meeting(9)),
-        "gather in a loader": raised(loaded),
         "AdamA": raised(consuming),
         "static graph": raised(static),
         "dtype": raised(lambda: wb.Accumulator(MLP.model(), [], reduce_in="int8")),

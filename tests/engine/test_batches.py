@@ -1,9 +1,11 @@
 """Which rows does a rank load, and which does a loader give twice?"""
 
+import logging
+import pickle
 import random
-import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 import wholebatch as wb
-from wholebatch.engine.repeats import repeated_rows, warn_of_repeated_rows
+from wholebatch.engine.repeats import repeated_rows, say_repeated_rows
 
 LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=70)
 
@@ -99,8 +101,27 @@ def test_it_is_a_batch_sampler_of_a_loader():
     assert [accumulator.step(batch).rows for batch in loader] == [3, 1]
 
 
-def test_lengths_may_be_a_tensor():
-    assert list(wb.LogicalBatches(torch.tensor([3, 3]), rows=2, shuffle=False, rank=1, ranks=2)) == [[1]]
+def test_a_rank_without_rows_gets_none_instead_of_an_error_of_the_collate_function():
+    data = [torch.ones(2) * row for row in range(5)]
+    found = []
+    for collate_fn in (None, wb.LogicalBatches.collate()):
+        batches = wb.LogicalBatches(len(data), rows=4, shuffle=False, rank=1, ranks=2)
+        loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=collate_fn))
+        found.append(next(loader))
+        if collate_fn is None:
+            with pytest.raises(IndexError):
+                next(loader)  # what it is there for
+        else:
+            assert next(loader) is None
+    assert torch.equal(*found)
+    assert pickle.loads(pickle.dumps(wb.LogicalBatches.collate(sum)))([1, 2]) == 3  # for the workers of a loader
+
+
+@pytest.mark.parametrize(
+    "lengths", [torch.tensor([3, 3]), np.array([3, 3]), [torch.tensor(3), np.int64(3)], np.int64(2)]
+)
+def test_lengths_may_be_tensors_and_arrays(lengths):
+    assert list(wb.LogicalBatches(lengths, rows=2, shuffle=False, rank=1, ranks=2)) == [[1]]
 
 
 @pytest.mark.parametrize(
@@ -141,14 +162,18 @@ def test_rows_that_accelerate_repeats_are_counted(num_rows, ranks, split, drop):
     assert repeated_rows(DataLoader(data, batch_sampler=shards[0])) == sum(count - 1 for count in times.values())
 
 
-def test_a_loader_that_repeats_rows_is_warned_about_and_ours_is_not():
-    data = list(range(10))
-    with pytest.warns(UserWarning, match=r"(?s)2 rows come twice.*hint:") as caught:
-        warn_of_repeated_rows(DataLoader(data, sampler=DistributedSampler(data, 4, 0)))
-    assert "wb.LogicalBatches" in str(caught[0].message)
-    with pytest.warns(UserWarning, match="1 row comes twice"):
-        warn_of_repeated_rows(DataLoader(data, sampler=DistributedSampler(data, 11, 0)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for loader in (DataLoader(data), DataLoader(data, batch_sampler=wb.LogicalBatches(10, rows=4)), iter(data)):
-            warn_of_repeated_rows(loader)
+def test_it_is_said_that_a_loader_repeats_rows_and_ours_says_nothing():
+    data, said = list(range(10)), []
+
+    def say(reason, level):
+        said.append((reason, level))
+
+    for ranks in (4, 11):
+        say_repeated_rows(DataLoader(data, sampler=DistributedSampler(data, ranks, 0)), say)
+    assert [level for _, level in said] == [logging.WARNING] * 2
+    assert "2 rows come twice" in said[0][0]
+    assert "1 row comes twice" in said[1][0]
+    assert "hint: let wb.LogicalBatches share out the rows" in said[0][0]
+    for loader in (DataLoader(data), DataLoader(data, batch_sampler=wb.LogicalBatches(10, rows=4)), iter(data)):
+        say_repeated_rows(loader, say)
+    assert len(said) == 2

@@ -14,7 +14,8 @@ from coupled import CUTS, NORMED, classify, images, match, normed_mlp, pairs
 from menagerie import Animal, numbers
 from properties import change, flat, relative_error, sgd, stepped, undivided, updated
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.exactnorm import _Moments, _Normalize, exact_layers
+from wholebatch.engine.exactnorm import exact_layers
+from wholebatch.engine.normalizing import Relay, merge, moments_of, normalize
 
 FP64 = 1e-11
 ROWS = 11
@@ -24,7 +25,7 @@ def exactly(animal):
     return Animal(**{**vars(animal), "build": lambda: wb.exact_batch_norm(animal.build())})
 
 
-def trained(animal, make_update, dtype=torch.float64, rows=ROWS, updates=2):
+def trained(animal, make_update, dtype=torch.float64, rows=ROWS, updates=3):
     """What some updates change in the weights, and the buffers that they leave."""
     model = animal.model(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -258,13 +259,28 @@ def test_first_and_second_derivatives(shape):
         numbers(3, seed=2).requires_grad_(),
     )
     moments = torch.stack([numbers(3, seed=3), numbers(3, seed=4).square() + 0.5, torch.ones(3)]).requires_grad_()
-    normalize = _Normalize.apply
 
-    assert torch.autograd.gradcheck(_Moments.apply, (x,))
-    assert torch.autograd.gradgradcheck(_Moments.apply, (x,))
-    assert torch.autograd.gradcheck(normalize, (x, moments, weight, bias))
-    assert torch.autograd.gradgradcheck(normalize, (x, moments, weight, bias))
-    assert torch.autograd.gradcheck(lambda *some: normalize(*some, None, None), (x, moments))
+    def whole(x, weight, bias):
+        """What two micro-batches of different size come to, with the short way of the gradient where it is open."""
+        parts = [x[:1], x[1:]]
+        relays = [Relay(), Relay()]
+        brought = [moments_of(part, relay) for part, relay in zip(parts, relays, strict=True)]
+        met = merge(1e-5, [part.numel() // 3 for part in parts], brought)
+        return torch.cat(
+            [normalize(*each) for each in zip(parts, [met] * 2, [weight] * 2, [bias] * 2, relays, strict=True)]
+        )
+
+    def alone(*inputs):
+        return normalize(*inputs, None)
+
+    assert torch.autograd.gradcheck(lambda x: moments_of(x, Relay()), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: moments_of(x, Relay()), (x,))
+    assert torch.autograd.gradcheck(alone, (x, moments, weight, bias))
+    assert torch.autograd.gradgradcheck(alone, (x, moments, weight, bias))
+    assert torch.autograd.gradcheck(lambda *some: alone(*some, None, None), (x, moments))
+    assert torch.autograd.gradcheck(whole, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(whole, (x, weight, bias))
+    torch.testing.assert_close(whole(x, weight, bias), F.batch_norm(x, None, None, weight, bias, training=True))
 
 
 def test_it_saves_its_input_and_no_more():
@@ -278,8 +294,8 @@ def test_it_saves_its_input_and_no_more():
 
     moments = torch.stack([torch.zeros(16), torch.ones(16), torch.ones(16)]).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        _Moments.apply(x)
-        _Normalize.apply(x, moments, None, None)
+        moments_of(x, Relay())
+        normalize(x, moments, None, None, Relay())
     assert sum(held.values()) <= 1.01 * x.untyped_storage().nbytes()
 
 
@@ -313,7 +329,7 @@ def test_a_layer_in_two_places_meets_twice():
     right = trained(Animal(shared, pairs, match), undivided(Animal(shared, pairs, match)))
     animal = exactly(Animal(shared, pairs, match))
     assert_same(trained(animal, stepped(animal, wb.Rows(4))), right, FP64)
-    assert int(right[1]["1.num_batches_tracked"]) == 4
+    assert int(right[1]["1.num_batches_tracked"]) == 6
 
 
 def test_frozen_affine_weights_get_no_gradient():

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import wholebatch as wb
-from exploring import COEFFICIENTS, ETA, STEPS, TURNS, explorer, line, rows, squares, weights
+from exploring import COEFFICIENTS, ETA, LENGTHS, STEPS, TURNS, explorer, line, rows, squares, weights
 from wholebatch.engine.center import Reduced
 from wholebatch.engine.exploration import vectors, views
 from wholebatch.engine.served import Held
@@ -142,6 +142,42 @@ def test_what_one_rank_finds_beyond_numbers_is_thrown_away(ranks):
         assert ("infinite" in (last or "")) == (rank == 1)
 
 
+def test_ranks_that_share_out_logical_batches_make_the_update_of_the_whole(ranks):
+    w = line().weight.detach().T.clone()
+    batches = wb.LogicalBatches(len(LENGTHS), rows=3)
+    sizes = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        for places in batches:
+            x, y = map(torch.cat, zip(*[rows(0, LENGTHS[place]) for place in places], strict=True))
+            w = w + explored(w, [(x, y)])
+            sizes.append(len(places))
+    for answers in ranks:
+        assert distance(answers["shared out"]["weights"], w.flatten().tolist()) < 1e-13
+        assert [of_all for _, of_all in answers["shared out"]["made"]] == sizes
+    own = [[of_rank for of_rank, _ in answers["shared out"]["made"]] for answers in ranks]
+    assert [sum(each) for each in zip(*own, strict=True)] == sizes
+    assert sizes == [3, 3, 1] * 2
+    assert min(map(min, own)) == 0
+
+
+def test_ranks_are_told_of_rows_that_come_twice(ranks):
+    for answers in ranks:
+        assert sum("2 rows come twice" in reason for reason in answers["repeating"]) == 1
+
+
+@pytest.mark.parametrize("name", ["one fails", "one fails, asynchronous"])
+def test_ranks_hear_of_one_that_fails_and_wait_no_longer(ranks, name):
+    assert [answers[name]["error"] for answers in ranks] == ["RankError", "KeyError", "RankError"]
+    for answers in ranks:
+        assert answers[name]["seconds"] < 25  # a time-out would be longer
+        if answers[name]["error"] == "RankError":
+            assert "have lost one" in answers[name]["said"]
+            assert "hint: start all of them again" in answers[name]["said"]
+    if "asynchronous" in name:
+        assert "rank 1 has failed ('no such column')" in ranks[0][name]["said"]
+
+
 def test_a_wrapper_that_averages_gradients_is_refused(ranks):
     for answers in ranks:
         assert "wrapped for data parallel training" in answers["wrapped"]
@@ -266,6 +302,14 @@ def test_a_held_center_answers_when_all_have_finished():
         center, commits = each.wait()
         assert center[0].tolist() == [1, 1]
         assert commits == 1
+
+
+def test_a_held_center_lets_nobody_wait_for_a_rank_that_has_failed():
+    held = Held([torch.zeros(2)], ranks=2)
+    waiting = held.finish()
+    held.fail("rank 1 has failed (no such column)")
+    held.fail("rank 0 has failed too")
+    assert waiting.wait() == held.commit([torch.ones(2)]) == "rank 1 has failed (no such column)"
 
 
 @pytest.fixture

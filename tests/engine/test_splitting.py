@@ -375,3 +375,73 @@ def short_at(time):
             raise out()
 
     return hook
+
+
+def three_windows(draws):
+    """Train three windows of four micro-batches, drawing random numbers and writing buffers or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6, momentum=0.5), nn.Dropout(0.5), nn.Linear(6, 2)).double()
+    model.train(draws)
+    accumulator = accumulator_of(model, batch_norm="per_micro_batch")
+    list(accumulator.updates([torch.ones(4, 3, dtype=torch.float64)] * 12, micro_batches=4))
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_what_stands_still_needs_no_mark_and_what_moves_is_put_back(draws, monkeypatch):
+    """Random state and buffers are marked inside a window only where they have moved from one to the next."""
+    from wholebatch.engine.transaction import _Kept
+
+    taken = []
+    take = _Kept.take
+    monkeypatch.setattr(_Kept, "take", lambda self, *given: (taken.append(self), take(self, *given))[1])
+    three_windows(draws)
+    marks = len(taken) - 3  # each window keeps both when it begins
+    assert marks == (9 if draws else 3)
+
+
+def test_python_and_numpy_draws_are_put_back_too():
+    import random
+
+    import numpy as np
+
+    def run(parts, at):
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(0)
+        model, seen = linear(torch.float64), [0]
+
+        def loss_fn(model, x):
+            seen[0] += 1
+            loss = model(x).square().mean() * random.random() * np.random.rand()
+            if seen[0] == at:
+                raise out()
+            return loss
+
+        list(accumulator_of(model, loss_fn).updates(parts, micro_batches=len(parts)))
+        return list(model.parameters()), random.random(), np.random.rand()
+
+    rows = [torch.ones(4, 3, dtype=torch.float64) * i for i in range(1, 4)]
+    found, right = run(rows, 2), run([rows[0], *rows[1].split(2), *rows[2].split(2)], None)
+    for one, other in zip(found[0], right[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert found[1:] == right[1:]
+
+
+def test_a_micro_batch_that_cannot_be_taken_back_ends_the_window(monkeypatch):
+    """Memory runs out in its backward pass, and again in the pass that would subtract what it brought."""
+    model = linear()
+    times = [0]
+
+    def hook(_):
+        times[0] += 1
+        if times[0] in (7, 8):  # the second micro-batch's third gradient, and then its first one again
+            raise out()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(hook)
+    accumulator = accumulator_of(model)
+    rows = [torch.randn(4, 3) for _ in range(2)]
+    before = state_of(model)
+    with pytest.raises(wb.OutOfMemoryError, match="again when that was taken back"):
+        list(accumulator.updates(rows, micro_batches=2))
+    assert state_of(model) == before

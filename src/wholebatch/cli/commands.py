@@ -17,6 +17,7 @@ import typer
 from wholebatch.cli import plan as _plan
 from wholebatch.cli.conformance import conformance
 from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, edge, say
+from wholebatch.cli.launch import launch, require_launcher
 from wholebatch.core.errors import ConfigError
 from wholebatch.recipes.finding import BUILT_IN
 from wholebatch.recipes.options import OPTIONS
@@ -78,6 +79,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["epochs"].help)] = None,
     updates: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["updates"].help)] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["lr"].help)] = None,
+    batch_norm: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["batch_norm"].help)] = None,
     clip_norm: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["clip_norm"].help)] = None,
     precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
     accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
@@ -85,6 +87,9 @@ def train(
     out: Annotated[str | None, typer.Option(metavar="FOLDER", help=OPTIONS["out"].help)] = None,
     sink: Annotated[list[str] | None, typer.Option(metavar="NAME", help=OPTIONS["sink"].help)] = None,
     compare: Annotated[bool | None, typer.Option("--compare/--no-compare", help=OPTIONS["compare"].help)] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="On how many processes of this machine, as with torchrun.")
+    ] = None,
     list_: Annotated[  # noqa: ARG001 - answered by its callback
         bool, typer.Option("--list", callback=_show_recipes, is_eager=True, help="Print the recipes and stop.")
     ] = False,
@@ -96,6 +101,9 @@ def train(
     was achieved; it and the path of the report go to stdout, all else to stderr. Ctrl-C ends a run cleanly, with its
     report.
 
+    On several processes, with --nproc or started by torchrun, these share the rows of each logical batch, and the
+    first writes and speaks for all.
+
     \b
     Examples:
       wholebatch train text
@@ -103,6 +111,9 @@ def train(
       wholebatch train text --logical-batch '65536 tokens' --micro-batch '4096 tokens' --out runs/first
       wholebatch train my_file.py:recipe --config job.toml --lr 3e-4
       wholebatch train text --sink tensorboard --sink wandb
+      wholebatch train text --nproc 2
+      torchrun --nnodes 4 --nproc-per-node 8 ... -m wholebatch train my_file.py:recipe
+      wholebatch train images --batch-norm exact --micro-batch '4 rows'
 
     \b
     A file job.toml:
@@ -121,6 +132,7 @@ def train(
         "epochs": epochs,
         "updates": updates,
         "lr": lr,
+        "batch_norm": batch_norm,
         "clip_norm": clip_norm,
         "precision": precision,
         "accumulate_in": accumulate_in,
@@ -144,14 +156,35 @@ def train(
 
         found = find_recipe(stated.recipe)
         stated = configure([defaults_of(found), *layers])
+        if nproc is not None:
+            require_launcher(nproc)
+        if nproc is not None and nproc > 1:
+            sys.exit(launch(nproc, ["train", *_as_flags(given, config), *["--debug"] * debug]))
         with _listening():
             summary = run(stated, [CallbackSink(_say_start), ProgressBar()], recipe=found)
+        if summary.rank > 0:
+            sys.exit(ENDED_BY_CTRL_C if summary.status == "interrupted" else DONE)
         print(summary.line)
         if summary.report is not None:
             print(summary.report)
         else:
             say(f"There is no report: {summary.why_no_report}")
         sys.exit(ENDED_BY_CTRL_C if summary.status == "interrupted" else DONE)
+
+
+def _as_flags(given: Mapping[str, Any], config: Path | None) -> list[str]:
+    """Return what was said on the command line, to say it again."""
+    flags = ["--config", str(config)] if config is not None else []
+    for key, value in given.items():
+        flag = "--" + key.replace("_", "-")
+        if key == "recipe":
+            flags.append(value)
+        elif isinstance(value, bool):
+            flags.append(flag if value else f"--no-{key}")
+        else:
+            for each in value if isinstance(value, list) else [value]:
+                flags += [flag, str(each)]
+    return flags
 
 
 def _rest_while_waiting() -> None:
@@ -174,7 +207,8 @@ def _say_start(event: Mapping[str, Any]) -> None:
 
 class _Talk(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        if os.environ.get("RANK", "0") == "0":  # the first rank speaks for all
+            say(record.getMessage())
 
 
 @contextmanager
@@ -250,19 +284,38 @@ app.command()(conformance)
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or the log in it.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, or the log in it; or several.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of several runs: the page; left out, comparison.html in their folder."),
+    ] = None,
     debug: _Debug = False,
 ) -> None:
-    """Write report.html anew from the log of a run.
+    """Write report.html anew from the log of a run, or one page that shows several runs side by side.
 
-    Also of one that was killed. The path of the report goes to stdout, a summary in words to stderr.
+    Also of one that was killed. The path of the page goes to stdout, a summary in words to stderr.
 
     \b
     Examples:
       wholebatch report runs/text
       open "$(wholebatch report runs/text)"
+      wholebatch report runs/exact runs/group runs/frozen
+      wholebatch report runs/* --out side-by-side.html
     """
     with edge(debug=debug):
+        if len(runs) > 1:
+            from wholebatch.evidence.beside import summarize_runs, write_comparison
+
+            say(summarize_runs(runs))
+            print(write_comparison(runs, out))
+            return
+        (run,) = runs
+        if out is not None:
+            raise ConfigError(
+                "`--out` is for several runs; the report of one is written beside its log.", hint="leave it out."
+            )
         from wholebatch.evidence.report import read_log, summarize, write_report
 
         say(summarize(read_log(run)))

@@ -1,6 +1,7 @@
 """What does a person at the terminal see when something goes wrong? A sentence, a hint and an exit code."""
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -59,8 +60,14 @@ def edge(*, debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         found, hint = _words(error)
-        say("\n".join([f"error: {found}", f"hint: {hint}", *getattr(error, "__notes__", [])]))
+        if not (isinstance(error, _MISTAKES) and os.environ.get("LOCAL_RANK", "0") != "0"):  # once a machine
+            rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+            say(f"{rank}error: {found}\nhint: {hint}" + "".join(f"\n{note}" for note in _notes(error)))
         raise SystemExit(WRONG_INPUT if isinstance(error, _MISTAKES) or _extra(error) else FAILED) from None
+
+
+def _notes(error: Exception) -> list[str]:
+    return getattr(error, "__notes__", []) if os.environ.get("RANK", "0") == "0" else []
 
 
 def _words(error: Exception) -> tuple[str, str]:

@@ -213,10 +213,10 @@ def count_rows(
         >>> count_rows({"text": ["a", "b"]}), count_rows("ab")
         (2, None)
     """
-    if (
-        not whole and dims is None and type(micro_batch) in (dict, tuple, list)
-    ):  # the usual kind, in a fraction of the time
-        leaves = micro_batch.values() if type(micro_batch) is dict else micro_batch
+    kind = type(micro_batch)
+    if not whole and dims is None and (kind in (dict, tuple, list) or is_array(micro_batch)):
+        # The usual kind, in a fraction of the time.
+        leaves = micro_batch.values() if kind is dict else micro_batch if kind in (tuple, list) else (micro_batch,)
         counts = {leaf.shape[0] if is_array(leaf) and len(leaf.shape) > 0 else None for leaf in leaves}
         if len(counts) == 1 and None not in counts:
             return counts.pop()

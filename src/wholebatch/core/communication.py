@@ -2,9 +2,9 @@
 
 The model. Each rank runs its micro-batches, which takes what was measured. Gradients are added up once a window, in a
 ring, bucket by bucket, and the buckets of a window's last backward pass are sent while it still runs; gradients are
-taken to arrive evenly over it. What is not hidden behind it is exposed: the ranks wait for it. At the end one message
-says over how many targets the gradient is to be divided. The optimizer's step is not in it, as in every plan, and
-neither is waiting for the slowest rank.
+taken to arrive evenly over it. What is not hidden behind it is exposed: the ranks wait for it. The message of 64 bytes
+that says over how many targets the gradient is to be divided travels beside the last bucket and is there before it.
+The optimizer's step is not in it, as in every plan, and neither is waiting for the slowest rank.
 """
 
 from collections.abc import Mapping
@@ -77,14 +77,12 @@ class Ranks:
         """How long the network works for a window. Unit: seconds."""
         if self.link is None:
             return None
-        return sum(self.link.all_reduce(size, self.ranks) for size in self._buckets()) + self.link.message(self.ranks)
+        return sum(self.link.all_reduce(size, self.ranks) for size in self._buckets())
 
     @property
     def exposed_seconds(self) -> float | None:
         """How long the ranks wait for the network in a window; without a time of passes, all of it. Unit: seconds."""
-        if self.link is None:
-            return None
-        return self._exposed(self.link) + self.link.message(self.ranks)
+        return None if self.link is None else self._exposed(self.link)
 
     @property
     def window_seconds(self) -> float | None:
@@ -104,7 +102,11 @@ class Ranks:
 
     @property
     def sharings(self) -> tuple[Sharing, ...]:
-        """What each way to share the model takes: memory against communication."""
+        """What each way to share the model takes: memory against communication.
+
+        Held is what stays from one micro-batch to the next: all of it where ranks gather once a window, and between
+        windows only the share of a rank.
+        """
         if self.held is None:
             return ()
         n, parts = self.ranks, self.micro_batches
@@ -118,20 +120,9 @@ class Ranks:
 
         return (
             way("whole on every rank (no wrapper, DDP)", weights + gradients + states, 0, 0, gradients),
+            way('FSDP2, communication="once"', weights + gradients + states / n, weights, gradients),
             way(
-                "FSDP2, weights and gradients stay gathered in a window",
-                weights + gradients + states / n,
-                weights,
-                gradients,
-            ),
-            way(
-                "FSDP2, gradients stay whole in a window",
-                (weights + states) / n + gradients,
-                2 * parts * weights,
-                gradients,
-            ),
-            way(
-                "FSDP2, everything in parts after each micro-batch",
+                'FSDP2, communication="each"',
                 (weights + gradients + states) / n,
                 2 * parts * weights,
                 parts * gradients,

@@ -115,14 +115,6 @@ class Link:
         """
         return (ranks - 1) * (size / ranks / self.bandwidth + self.latency)
 
-    def message(self, ranks: int) -> float:
-        """Return the time until all know a few numbers: by halving and doubling, where latency is all. Unit: seconds.
-
-        Args:
-            ranks: How many there are.
-        """
-        return math.ceil(math.log2(ranks)) * self.latency
-
 
 def say_seconds(seconds: float) -> str:
     """Return a time in the unit that fits it.

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 class Update:
     """The record of one window: the update that it became, or why it did not become one.
 
+    Over several ranks it speaks of all of them, but for `micro_batches`, `padding`, `peak_bytes` and `seconds`, which
+    are this process's own.
+
     Attributes:
         number: Which window of its accumulator this was, from 1.
         loss: The declared objective over the logical batch: the sum over its targets divided by their number.

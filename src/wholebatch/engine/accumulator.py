@@ -27,8 +27,10 @@ from wholebatch.engine.making import Making
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
+from wholebatch.engine.ranks import Communication
 from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.reduction import ReduceIn, check_reduce_in
+from wholebatch.engine.repeats import say_repeated_rows
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.splitting import Splitting
 from wholebatch.engine.sums import SumIn, check_sum_in
@@ -47,7 +49,8 @@ class Accumulator:
     one gradient of L, clipped once, and one step of the optimizer; or no step at all, with the reason in the record.
 
     Args:
-        model: The module whose parameters learn.
+        model: The module whose parameters learn: as it is, in `DistributedDataParallel`, or sharded with
+            `torch.distributed.fsdp.fully_shard`. Under `torch.distributed` all ranks make each update together.
         optimizer: Any `torch.optim.Optimizer` that needs no closure, or several that each step a part of the model.
         loss_fn: ``loss_fn(model, micro_batch)`` returns a scalar tensor, or ``(loss_sum, targets)``, or ``(loss_sum,
             targets, once)`` where `once` is a term, such as a regulariser, that acts once a window. May be left out
@@ -75,6 +78,8 @@ class Accumulator:
             None: off.
         reduce_in: The dtype in which gradients travel between ranks: ``"fp32"``, or ``"bf16"`` for half the bytes and
             8 bits of each number. None: as they are summed.
+        communication: For sharded weights: ``"once"`` gathers them and reduces gradients once a window, holding all of
+            both meanwhile; ``"each"`` does so with every pass, and holds no more than a layer and a share.
 
     Attributes:
         reasons: What was chosen automatically, and why; one sentence each.
@@ -120,6 +125,7 @@ class Accumulator:
         lockstep: Execution = "auto",
         check: Literal["first"] | None = "first",
         reduce_in: ReduceIn | None = None,
+        communication: Communication = "once",
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
@@ -137,7 +143,9 @@ class Accumulator:
         check_reduce_in(reduce_in)
         self._reasons = say = Reasons()
         self.reasons = say.said
-        self._setup = Setup.of(model, optimizer, lr_scheduler, reduce_in=reduce_in, say=say)
+        self._setup = Setup.of(
+            model, optimizer, lr_scheduler, reduce_in=reduce_in, communication=communication, say=say
+        )
         check_clip_norm(self._setup.optimizers, clip_norm)
         objective = Objective(loss_fn, targets, reduction)
         self._precision = Precision(precision, self._setup.device)
@@ -160,9 +168,11 @@ class Accumulator:
         )
         self._cutting = Cutting(micro_batch, fitting)
         self._windows = Windows(rules, sum_in)
-        self._lockstep = Lockstep(lockstep, model, self._setup.device)
+        self._lockstep = Lockstep(lockstep, model, self._setup.device, self._setup.group)
         forward = Forward(self._setup, objective, self._precision)
-        first_check = FirstCheck(forward, self._cutting, check == "first", say)
+        if self._setup.group.in_step:
+            _require_a_size(micro_batch)
+        first_check = FirstCheck(forward, self._cutting, check == "first" and not self._setup.group.in_step, say)
         self._making = Making(self._windows, forward, self._lockstep, first_check, say)
         splitting = Splitting(self._windows, forward, self._layout, say)
         self._loading = Loading(
@@ -174,7 +184,7 @@ class Accumulator:
 
         Args:
             batch: A list of rows, if the accumulator has `collate`; else a pytree of tensors. None is a batch without
-                targets.
+                targets. Of several ranks each hands in rows of its own, or none.
 
         Returns:
             The record of the update, or of why there was none.
@@ -187,6 +197,7 @@ class Accumulator:
                 out when a part of the weights had moved. Where several rows do not fit together, the same logical
                 batch is cut finer and tried again.
             LossError, WeightError, NonFiniteError, WindowError: See `Window.close`.
+            RankError: Another rank failed, or is gone.
             Exception: What the loss function raised, as it is. In every case weights, gradients, buffers and random
                 state are those of before.
         """
@@ -240,6 +251,8 @@ class Accumulator:
             WindowError: `micro_batches` is less than 1, or a window is open.
             Exception: As in `step`; an exception in the loader leaves as it is, after the open window was rolled back.
         """
+        if self._setup.group.ranks > 1:
+            say_repeated_rows(loader, self._reasons)
         return self._loading.updates(loader, micro_batches)
 
     def window(self, *, targets: Count | None = None, micro_batches: int = 1) -> Window:
@@ -283,6 +296,15 @@ class Accumulator:
 
 def _is_positive(number: object) -> bool:
     return hasattr(number, "__float__") and float(number) > 0
+
+
+def _require_a_size(micro_batch: object) -> None:
+    if micro_batch == "auto":
+        raise ConfigError(
+            'micro_batch="auto" is planned by each rank for itself, and with communication="each" no rank can make a '
+            "pass for itself.",
+            hint='pass wb.Rows(8), wb.Tokens(4096, length=...), or communication="once".',
+        )
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -18,7 +18,7 @@ from torch.utils import _python_dispatch as dispatch
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.company import Call, sit_down, without_value
+from wholebatch.engine.company import Call, known_rows, sit_down, without_value
 
 STACKS = 2 << 30
 """Address space of all threads' stacks together, where that leaves each what it needs. Unit: bytes."""
@@ -146,7 +146,7 @@ class _MicroBatch:
         return answer
 
     def own_rows(self) -> Indices | None:
-        return self._rows
+        return known_rows(self._rows)
 
     @property
     def whereabouts(self) -> str:

@@ -9,10 +9,14 @@ from typing import Literal
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes
 from wholebatch.core.errors import OutOfMemoryError
+from wholebatch.core.need import Need
 from wholebatch.core.split import Indices, Rows, Size, Tokens, padding
 from wholebatch.engine import memory as device_memory
+from wholebatch.engine.bylength import ByLength, pays, plan_by_length, varying_lengths
 from wholebatch.engine.fitting import Fitting
+from wholebatch.engine.lengths import lengths_of
 from wholebatch.engine.reasons import Say
+from wholebatch.engine.watching import Watch
 
 CLEAN = 8
 """After so many logical batches without a shortage, twice the rows are tried again."""
@@ -55,6 +59,8 @@ class Share:
         rows: Now: as planned, or fewer after a shortage.
         clean: Logical batches since the last shortage or growth.
         shortages: How often memory ran out, by rows at once.
+        unit: What is counted: rows, or padded tokens where rows are sorted by length.
+        need: What training takes, by rows, where it is known.
     """
 
     asked: int
@@ -63,10 +69,18 @@ class Share:
     rows: int
     clean: int = 0
     shortages: Counter[int] = field(default_factory=Counter)
+    unit: Literal["rows", "tokens"] = "rows"
+    need: Need | None = None
 
     def speaks_for(self, rows: int, holds: int) -> bool:
         """Whether what is known holds for a batch of so many rows, the largest of which holds so much."""
         return self.planned is None or (holds <= self.holds and (self.planned < self.asked or rows <= self.asked))
+
+    def takes(self, at_once: int, rows: int) -> int | None:
+        """Return what a window takes above what is there between two, or None where nobody knows. Unit: bytes."""
+        if self.need is None:
+            return None
+        return self.need.peak(at_once, alone=at_once >= rows) - self.need.resident_bytes
 
     def grow(self) -> bool:
         """Take twice the rows again when a shortage seems to have passed; return whether that was so.
@@ -110,6 +124,9 @@ class Cutting:
         self._shares: dict[object, Share] = {}
         self._kind: object = None
         self._unsaid = micro_batch != "auto" and fitting.budget is not None
+        self._by_length: ByLength | None = None
+        self._by_rows = False
+        self._watch = Watch(fitting.setup.device, fitting.budget is not None)
 
     def cut(self, rows: LogicalBatch, say: Say) -> tuple[list[Indices], float | None]:
         """Return the micro-batches of a logical batch, and the share of padding where lengths are known.
@@ -131,13 +148,21 @@ class Cutting:
             if self._unsaid:
                 self._say_whether_it_fits(rows, min(self.micro_batch.rows, rows.rows), say)
             return self.micro_batch.cut(rows.rows), None
-        share = self._share(rows, say)
-        if share.grow():
+        varying = None if self._by_rows else varying_lengths(self._fitting, rows)
+        known = self._known(rows, varying, say) if varying is not None else None
+        share = self._share(rows, say) if known is None else self._shares[self._kind]
+        grown = share.grow()
+        if grown:
+            self._watch.look_again()
+        if not self._eased(share, rows.rows, say if not grown else None) and grown:
             say(
-                f"{CLEAN} logical batches went by without a shortage: micro-batches of {share.rows} rows are tried "
-                "again.",
+                f"{CLEAN} logical batches went by without a shortage: micro-batches of {share.rows} {share.unit} are "
+                "tried again.",
                 logging.INFO,
             )
+        if known is not None and varying is not None:
+            cut = known.cut(varying, share.rows if share.rows < share.asked else None)
+            return cut, padding(varying, cut)
         return Rows(min(share.rows, rows.rows)).cut(rows.rows), None
 
     def take_finer(self, rows: LogicalBatch, cut: Sequence[Indices], shortage: Shortage, say: Say) -> None:
@@ -166,6 +191,13 @@ class Cutting:
             lengths = rows.lengths(before.length)
             largest = max(len(part) * max(lengths[row] for row in part) for part in several)
             finer = self.micro_batch = Tokens(max(1, min(before.tokens, largest)), before.length).halved()
+        elif before == "auto" and self._shares[self._kind].unit == "tokens":
+            lengths = lengths_of(rows.given) or [1] * rows.rows
+            largest = max(len(part) * max(lengths[row] for row in part) for part in several)
+            finer = Tokens(largest, len).halved()
+            share = self._shares[self._kind]
+            share.asked = share.planned = max(share.asked, largest)
+            share.shrink(largest, finer.tokens)
         else:
             at_once = max(map(len, several))
             finer = Rows(at_once).halved()
@@ -186,7 +218,10 @@ class Cutting:
         """How large micro-batches are now."""
         if isinstance(self.micro_batch, Tokens):
             return "tokens", self.micro_batch.tokens
-        return "rows", self.micro_batch.rows if isinstance(self.micro_batch, Rows) else self._shares[self._kind].rows
+        if isinstance(self.micro_batch, Rows):
+            return "rows", self.micro_batch.rows
+        share = self._shares[self._kind]
+        return share.unit, share.rows
 
     def follow(self, sizes: Sequence[Size], say: Say) -> None:
         """Take micro-batches no larger than those to which ranks had to go when memory ran out.
@@ -202,7 +237,7 @@ class Cutting:
                 self.micro_batch = Tokens(most, self.micro_batch.length)
             elif isinstance(self.micro_batch, Rows) and unit == "rows" and most < self.micro_batch.rows:
                 self.micro_batch = Rows(most)
-            elif share is not None and unit == "rows" and most < share.rows:
+            elif share is not None and unit == share.unit and most < share.rows:
                 share.shrink(share.rows, most)
                 before = None
         if self.micro_batch is not before:
@@ -211,6 +246,43 @@ class Cutting:
                 f"of {self.size[1]} {self.size[0]} here too.",
                 logging.WARNING,
             )
+
+    def _eased(self, share: Share, rows: int, say: Say | None) -> bool:
+        """Take fewer rows before memory runs out, where it is seen to get short; return whether that was so."""
+        at_once = min(share.rows, rows) if share.unit == "rows" else share.rows
+        why = self._watch.short(share.takes(at_once, rows))
+        if why is None or at_once < 2:
+            return False
+        fewer, free = -(-at_once // 2), self._watch.free
+        while free is not None and fewer > 1 and (share.takes(fewer, rows) or 0) > free:
+            fewer = -(-fewer // 2)
+        share.clean, share.rows = 0, fewer
+        if say is not None:
+            say(f"{why}: micro-batches of {fewer} {share.unit} are taken.", logging.WARNING)
+        return True
+
+    def _known(self, rows: LogicalBatch, lengths: Sequence[int], say: Say) -> ByLength | None:
+        """How many rows of each length fit; None where that does not pay, or cannot be found out."""
+        known = self._by_length
+        if known is None and not pays(lengths):
+            return None
+        if known is None or max(lengths) > known.reach:
+            try:
+                known = plan_by_length(self._fitting, rows, lengths, say, timed=not self._shares)
+                self._watch.forget()
+            except Exception as error:  # by rows it may be found out, or said why not
+                if device_memory.is_out_of_memory(error):
+                    device_memory.free_cached(self._fitting.setup.device)
+                known = None
+            self._by_rows = known is None
+            self._by_length = known
+            if known is None:
+                return None
+        self._kind = "by length"
+        if self._kind not in self._shares:
+            most = len(lengths) * max(lengths)
+            self._shares[self._kind] = Share(most, most, 0, most, unit="tokens")
+        return known
 
     def _share(self, rows: LogicalBatch, say: Say) -> Share:
         """How many rows of a batch like this are taken at once; planned when the first of its kind comes by."""
@@ -232,7 +304,9 @@ class Cutting:
                 f"out, since a few rows could not be run to plan it ({type(error).__name__}: {said}).",
                 logging.WARNING,
             )
-        self._shares[self._kind] = Share(rows.rows, planned, holds, rows.rows if planned is None else planned)
+        most = rows.rows if planned is None else planned
+        self._shares[self._kind] = Share(rows.rows, planned, holds, most, need=self._fitting.need)
+        self._watch.forget()
         return self._shares[self._kind]
 
     def _say_whether_it_fits(self, rows: LogicalBatch, at_once: int, say: Say) -> None:

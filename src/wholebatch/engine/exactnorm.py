@@ -1,11 +1,6 @@
 """Batch norm over the whole logical batch, however it is cut.
 
-Each layer is a meeting. A micro-batch brings the moments of its n_k values a channel, and gets those of all:
-
-    n = sum n_k,   mean = sum n_k mean_k / n,   M2 = sum ( M2_k + n_k (mean_k - mean)^2 ),   var = M2 / n,
-
-which is stable where a sum of squares is not (Chan, Golub and LeVeque, 1979). Gradients flow back through the moments
-to every micro-batch.
+Each layer is a meeting: a micro-batch brings the moments of its values, and gets those of all.
 """
 
 from collections.abc import Sequence
@@ -14,12 +9,13 @@ from typing import Any, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wholebatch.core.errors import BatchNormError
-from wholebatch.engine.company import Order, here, meet
+from wholebatch.engine.company import Alone, Order, among, here, meet
 from wholebatch.engine.device import modules
+from wholebatch.engine.normalizing import Relay, merge, moments_of, moments_of_kept, normalize, total_of
+from wholebatch.engine.normmask import kept_positions
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -77,21 +73,27 @@ class _Exact(nn.Module):
     _reached = False
 
     def forward(self, x: Tensor) -> Tensor:
-        self._reached = True
+        self.__dict__["_reached"] = True  # a module takes ten times as long to set an attribute
         layer = cast(_BatchNorm, self)
-        if here() is None or not _uses_batch(layer):
+        kept = kept_positions(x)
+        if not _uses_batch(layer) or (kept is None and here() is None):
             return super().forward(x)  # type: ignore[no-any-return]
+        if here() is None:
+            with among(Alone()):
+                return _Exact.forward(self, x)
         layer._check_input_dim(x)  # type: ignore[no-untyped-call]
+        relay, count = Relay(), x.numel() // x.shape[1]
+        value, counted = (moments_of(x, relay), count) if kept is None else moments_of_kept(x, kept)
         moments = meet(
             "exact batch norm",
-            _Moments.apply(x),  # type: ignore[no-untyped-call]
+            value,
             partial(_merge, layer.eps),
-            beside=(x.numel() // x.shape[1], tuple(x.shape)),
+            beside=(counted, tuple(x.shape)),
             once=partial(_track, layer),
             of=self,
         )
-        result: Tensor = _Normalize.apply(x, moments, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
-        return result
+        on_the_way = kept is None and moments.requires_grad and value.requires_grad
+        return normalize(x, moments, layer.weight, layer.bias, relay if on_the_way else None)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         plain = next(kind for kind in type(self).__mro__ if not issubclass(kind, _Exact))
@@ -190,110 +192,29 @@ def _uses_batch(layer: Any) -> bool:
 
 
 def _merge(eps: float, values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Tensor:
-    """Return mean, 1 / deviation and variance of all values from the moments of some; shape ``[3, channels]``."""
-    counts = [count for count, _ in beside]
-    total = sum(counts)
-    if total <= 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {beside[0][1]}")
-    means, squares = torch.stack(list(values), dim=1)
-    if len(set(counts)) == 1:
-        mean = means.mean(0)
-        between = (means - mean).square().sum(0) * counts[0]
-    else:
-        weights = torch.tensor(counts, dtype=means.dtype, device="cpu")
-        weights = weights.to(means.device, non_blocking=True).unsqueeze(1)
-        mean = (means * (weights / total)).sum(0)
-        between = ((means - mean).square() * weights).sum(0)
-    variance = (squares.sum(0) + between) / total
-    return torch.stack([mean, torch.rsqrt(variance + eps), variance])
+    counts, shape = [count for count, _ in beside], beside[0][1]
+    total = total_of(counts)
+    if not isinstance(total, Tensor) and total <= 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    return merge(eps, counts, values)
 
 
 def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
-    """Move the running statistics as one undivided forward pass does."""
+    """Move the running statistics as one undivided forward pass does; where nothing counts, let them be."""
     if not (layer.training and layer.track_running_stats) or layer.running_mean is None or layer.running_var is None:
         return
+    counts = [count for count, _ in beside]
+    total, (mean, _, variance) = total_of(counts), moments.detach()
+    moves: Any = torch.as_tensor(sum(counts) > 0) if isinstance(total, Tensor) else 1
     share: Any = layer.momentum
     if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
+        layer.num_batches_tracked.add_(moves)
         if layer.momentum is None:
-            share = 1.0 / layer.num_batches_tracked
-    total = sum(count for count, _ in beside)
-    mean, _, variance = moments.detach()
+            share = 1.0 / layer.num_batches_tracked.to(variance.dtype)
+    if isinstance(total, Tensor):
+        share = share * moves.to(variance.dtype)
+    fewer = (total - 1).clamp(min=1) if isinstance(total, Tensor) else total - 1
+    unbiased = variance * total / fewer
     with torch.no_grad():
-        layer.running_mean.mul_(1 - share).add_((mean * share).to(layer.running_mean.dtype))
-        unbiased = variance * (total / (total - 1))
-        layer.running_var.mul_(1 - share).add_((unbiased * share).to(layer.running_var.dtype))
-
-
-class _Moments(torch.autograd.Function):
-    """Mean, and sum of squared deviations from it, of each channel; shape ``[2, channels]``. Saves its input alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        wide = _widened(x)
-        if x.device.type in ("cpu", "cuda"):  # torch's own kernel; var_mean takes three times as long
-            mean, variance = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
-        else:
-            variance, mean = torch.var_mean(wide, dim=_dims(x), correction=0)
-        ctx.save_for_backward(x, mean)
-        return torch.stack([mean, variance * (x.numel() // x.shape[1])])
-
-    @staticmethod
-    def backward(ctx: Any, d_moments: Tensor) -> Tensor:
-        x, mean = ctx.saved_tensors
-        wide = _widened(x)
-        if torch.is_grad_enabled():  # a second derivative is wanted, and the mean depends on x
-            mean = wide.mean(_dims(x))
-        d_mean, d_squares = d_moments
-        slope = 2 * d_squares
-        shift = d_mean * (x.shape[1] / x.numel()) - slope * mean
-        return torch.addcmul(_over(shift, x), wide, _over(slope, x)).to(x.dtype)
-
-
-class _Normalize(torch.autograd.Function):
-    """``(x - mean) * scale * weight + bias``, differentiable in all five. Saves its input alone.
-
-    What belongs to the batch is in `moments`: mean, scale, and the variance, which is not used here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, moments, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        mean, scale, _ = moments
-        slope = scale if weight is None else scale * weight
-        wide_bias = None if bias is None else bias.to(mean.dtype)
-        return functional.batch_norm(x, mean, torch.ones_like(mean), slope, wide_bias, training=False, eps=0.0)
-
-    @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, moments, weight = ctx.saved_tensors
-        mean, scale, _ = moments
-        slope = scale if weight is None else scale * weight
-        if torch.is_grad_enabled():  # a second derivative is wanted
-            wide = _widened(d_y)
-            d_x = (wide * _over(slope, x)).to(x.dtype)
-            d_bias = wide.sum(_dims(x))
-            d_slope = (wide * (_widened(x) - _over(mean, x))).sum(_dims(x))
-        else:
-            d_x, d_slope, d_bias = torch.ops.aten.native_batch_norm_backward(
-                d_y, x, slope, mean, torch.ones_like(mean), None, None, False, 0.0, [True, True, True]
-            )
-        d_scale = d_slope if weight is None else d_slope * weight
-        d_moments = torch.stack([-slope * d_bias, d_scale, torch.zeros_like(mean)])
-        d_weight = None if weight is None else (d_slope * scale).to(weight.dtype)
-        return d_x, d_moments, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
-
-
-def _dims(x: Tensor) -> list[int]:
-    """The dimensions over which a channel's values lie."""
-    return [0, *range(2, x.ndim)]
-
-
-def _over(channels: Tensor, x: Tensor) -> Tensor:
-    """A value for each channel, in a shape that goes with `x`."""
-    return channels.view(1, -1, *(1,) * (x.ndim - 2))
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.element_size() < 4 else x
+        for running, value in ((layer.running_mean, mean), (layer.running_var, unbiased)):
+            running.lerp_(value.to(running.dtype), share)

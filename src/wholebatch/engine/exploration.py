@@ -77,6 +77,8 @@ class AccumulatedGradientNormalization:
         process_group: The ranks of the synchronous variant. Default: all of `torch.distributed`; one process is a group
             of one.
         timeout: How long the asynchronous variant waits for an answer. Unit: seconds.
+        center: What holds the center in the place of both variants, such as another way to send it. Default: as
+            `synchronous` says.
 
     Raises:
         OptimizerError: Model and optimizer do not belong together, or a wrapper averages gradients already.
@@ -114,6 +116,7 @@ class AccumulatedGradientNormalization:
         normalize: bool = True,
         process_group: Any = None,
         timeout: float = 600.0,
+        center: Center | None = None,
     ) -> None:
         if local_steps < 1:
             raise ConfigError(f"local_steps={local_steps} makes no step.", hint="pass 1 or more.")
@@ -140,7 +143,9 @@ class AccumulatedGradientNormalization:
         self._number = 0
         self._merges = 0
         self._closed = False
-        self._center: Center = Reduced(process_group) if synchronous else _served(timeout)
+        if center is None:
+            center = Reduced(process_group) if synchronous else _served(timeout)
+        self._center = center
         self._pull(self._center.start(vectors(self._parameters)))
 
     def step(self, batch: Any) -> LocalStep:
@@ -155,6 +160,7 @@ class AccumulatedGradientNormalization:
         Raises:
             LossError, WeightError: As for `wb.Accumulator`.
             WindowError: It is closed.
+            RankError: Another rank has failed.
         """
         if self._closed:
             raise WindowError("These ranks have parted: close() was called.", hint="make a new one to train on.")
@@ -171,6 +177,9 @@ class AccumulatedGradientNormalization:
 
         To be called by every rank at the end of an epoch, before validation, and at the end. Ranks may have made
         different numbers of steps. A rank that calls it at once takes no part in the epoch beyond holding the center.
+
+        Raises:
+            RankError: Another rank has failed.
         """
         if self._since:
             self._merge()
@@ -180,7 +189,7 @@ class AccumulatedGradientNormalization:
         """Finish, and take down what was set up between the ranks. Also done at the end of a ``with`` block."""
         if not self._closed:
             self.finish()
-            self._end(in_peace=True)
+            self._end()
 
     def __enter__(self) -> "AccumulatedGradientNormalization":
         return self
@@ -190,12 +199,12 @@ class AccumulatedGradientNormalization:
     ) -> None:
         if error is None:
             self.close()
-        elif not self._closed:
-            self._end(in_peace=False)
+        elif isinstance(error, Exception) and not self._closed:  # Ctrl-C waits for nobody
+            self._end((str(error).strip() or type(error).__name__).splitlines()[0])
 
-    def _end(self, *, in_peace: bool) -> None:
+    def _end(self, failure: str | None = None) -> None:
         self._closed = True
-        self._center.close(in_peace=in_peace)
+        self._center.close(failure)
 
     def _explore(self, batch: Any) -> Tensor | None:
         self._optimizer.zero_grad()

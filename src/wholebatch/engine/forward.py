@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wholebatch.core.errors import RankError
 from wholebatch.core.weights import Count
 from wholebatch.engine.device import move
 from wholebatch.engine.objective import Objective, Part
@@ -57,6 +58,23 @@ class Forward:
             window.leave_out(rows=rows)
         else:
             window.add(part, rows=rows)
+
+    def fill(self, window: Window) -> None:
+        """Make passes of weight zero for as long as other ranks make more.
+
+        Args:
+            window: Open; all micro-batches of this rank are in it.
+        """
+        while window.lacks_passes:
+            spare = self.setup.group.spare
+            part = self.meeting(lambda spare=spare: spare, None, 1)  # type: ignore[misc]
+            if part is None:
+                raise RankError(
+                    "The loss function returned None for a micro-batch that stands in where this rank has fewer than "
+                    "others.",
+                    hint='with communication="each" every pass has to make a loss.',
+                )
+            window.add_nothing(part)
 
     def meeting(
         self, take: Callable[[], Any], rows: int | None, count: Count | None, *, graph: bool = True

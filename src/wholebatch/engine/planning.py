@@ -30,11 +30,13 @@ from wholebatch.engine.rowsize import largest_row
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import SumIn, check_sum_in
 from wholebatch.engine.ways import Ways
+from wholebatch.engine.wrapping import by_itself
 
 PATIENCE = 20.0
 """No pass is timed that would take longer. Unit: seconds."""
 
 
+@by_itself
 def plan(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wholebatch.core.communication import BUCKET_BYTES
 from wholebatch.core.errors import ConfigError
 from wholebatch.core.weights import Count
 from wholebatch.engine.sums import GradientSum
@@ -19,9 +20,6 @@ from wholebatch.engine.wire import Wire
 
 ReduceIn: TypeAlias = Literal["fp32", "bf16"]
 """The dtype in which gradients travel."""
-
-BUCKET_BYTES = 25 << 20
-"""About how much is sent at once. Unit: bytes."""
 
 
 def check_reduce_in(reduce_in: str | None) -> torch.dtype | None:
@@ -113,7 +111,7 @@ class Reduction:
         self._hooks = []
 
     def finish(self, factor: Count) -> None:
-        """Send what has not been sent, and wait for all of it.
+        """Send what has not been sent. What is said next is on its way at once; `wait` says when all is there.
 
         Args:
             factor: What the gradients are multiplied by on their way.
@@ -124,8 +122,16 @@ class Reduction:
                 if bucket.flat is None:
                     self._fill(bucket, factor)
         self._send()
+
+    def wait(self) -> None:
+        """Wait for all that was sent."""
         for bucket in self._buckets:
             self._wait(bucket)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a bucket has been filled."""
+        return any(bucket.flat is not None for bucket in self._buckets)
 
     @property
     def late(self) -> bool:
@@ -137,6 +143,7 @@ class Reduction:
         before, present = [bucket.flat for bucket in self._buckets], self._present
         self.start()
         self.finish(factor)
+        self.wait()
         self._present |= present
         for bucket, flat in zip(self._buckets, before, strict=True):
             assert bucket.flat is not None

@@ -1,10 +1,12 @@
 """Which rows does a loader give twice, so that all ranks have equally many?"""
 
-import warnings
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DistributedSampler
+
+from wholebatch.engine.reasons import Say
 
 
 def repeated_rows(loader: Any) -> int:
@@ -26,20 +28,21 @@ def repeated_rows(loader: Any) -> int:
     return max(map(_repeated_by, _samplers(loader)), default=0)
 
 
-def warn_of_repeated_rows(loader: Any) -> None:
-    """Warn where rows that come twice count twice, as no mean over targets can tell them from others.
+def say_repeated_rows(loader: Any, say: Say) -> None:
+    """Say where rows come twice: they count twice, as no mean over targets can tell them from others.
 
     Args:
         loader: As for `repeated_rows`.
+        say: Takes a warning.
     """
     repeated = repeated_rows(loader)
     if repeated:
         rows = "1 row comes" if repeated == 1 else f"{repeated} rows come"
-        warnings.warn(
-            f"In each epoch of this loader {rows} twice, to give all ranks equally many, and count twice in the last "
-            "update.\n\nhint: let wb.LogicalBatches share out the rows: DataLoader(data, batch_sampler="
-            "wb.LogicalBatches(len(data), rows=...)); ranks need not have equally many here.",
-            stacklevel=3,
+        say(
+            f"in each epoch of this loader {rows} twice, to give all ranks equally many, and count twice in the last "
+            "update (hint: let wb.LogicalBatches share out the rows, as in DataLoader(data, "
+            "batch_sampler=wb.LogicalBatches(len(data), rows=...)); ranks need not have equally many)",
+            logging.WARNING,
         )
 
 

@@ -14,9 +14,10 @@ from wholebatch.core.errors import OptimizerError, OutOfMemoryError
 from wholebatch.engine import memory
 from wholebatch.engine.consuming import Consumption, takers
 from wholebatch.engine.device import input_device
+from wholebatch.engine.ranks import group_of
 from wholebatch.engine.reasons import Say, silent
 from wholebatch.engine.stepping import Stepping
-from wholebatch.engine.sync import Group, group_of
+from wholebatch.engine.sync import Group
 
 OnNonFinite: TypeAlias = Literal["skip", "raise"]
 """What an infinite or undefined gradient does to its window."""
@@ -52,6 +53,7 @@ class Setup:
         lr_scheduler: Any | Sequence[Any] | None,
         *,
         reduce_in: str | None = None,
+        communication: str = "once",
         say: Say = silent,
     ) -> "Setup":
         """Check that the three belong together.
@@ -61,6 +63,7 @@ class Setup:
             optimizer: One optimizer, or several that each step a part of the model.
             lr_scheduler: One schedule or several, or None.
             reduce_in: In which dtype gradients travel between ranks.
+            communication: How often ranks speak where weights are spread over them.
             say: Takes the reason of an automatic choice.
 
         Raises:
@@ -77,7 +80,7 @@ class Setup:
         for scheduler in schedulers:
             _check_scheduler(scheduler, optimizers)
         device = input_device(model)
-        group = group_of(model, optimizers, reduce_in, say)
+        group = group_of(model, optimizers, say, reduce_in=reduce_in, communication=communication)
         return cls(model, optimizers, schedulers, device, Stepping(optimizers, device), group)
 
     def consumption(self) -> Consumption | None:
@@ -93,7 +96,7 @@ class Setup:
     @property
     def bystanders(self) -> list[nn.Parameter]:
         """Parameters of the model that no optimizer steps."""
-        stepped = set(map(id, self.parameters))
+        stepped = set(map(id, [*self.parameters, *self.group.leaves(self.parameters)]))
         return [parameter for parameter in self.model.parameters() if id(parameter) not in stepped]
 
     @property

@@ -8,7 +8,7 @@ random numbers and take batch statistics of their own, then start from what was 
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -58,30 +58,31 @@ class Splitting:
         """
         rows = self._layout.count(micro_batch)
         rules = self._windows.rules
-        # What is taken in as it arrives cannot be taken back by parts, nor can what other ranks have been sent.
-        if rules.sums.consumes or rules.setup.group.ranks > 1:
+        # What is taken in as it arrives cannot be taken back by parts.
+        if rules.sums.consumes or rules.setup.group.in_step:
             self._forward.into(window, micro_batch, rows, None)
             return 0
-        retries = 0
-        whole: LogicalBatch | None = None
-        ahead: deque[Indices | None] = deque([None])
         if self.splits([rows]):
             whole = self._layout.loaded(micro_batch)
-            ahead = deque(self.parts(whole))
+            return self._into_in_parts(window, whole, deque(self.parts(whole)))
+        said = self._tried(window, micro_batch, rows)
+        if said is None:
+            return 0
+        whole = self.rows_of(micro_batch, said)
+        self.take_finer(whole, whole.rows, said)
+        return 1 + self._into_in_parts(window, whole, deque(Rows(-(-whole.rows // 2)).cut(whole.rows)))
+
+    def _into_in_parts(self, window: Window, whole: LogicalBatch, ahead: deque[Indices]) -> int:
+        """Run the parts of a micro-batch, and halves of those that do not fit; return how often memory ran out."""
+        retries = 0
         while ahead:
             part = ahead.popleft()
-            if part is None or whole is None:
-                said = self._tried(window, micro_batch, rows)
-            else:
-                said = self._tried(window, whole.take(part), len(part))
-            if said is None:
-                continue
-            retries += 1
-            whole = whole or self.rows_of(micro_batch, said)
-            part = range(whole.rows) if part is None else part
-            self.take_finer(whole, len(part), said)
-            middle = -(-len(part) // 2)
-            ahead.extendleft([part[middle:], part[:middle]])
+            said = self._tried(window, whole.take(part), len(part))
+            if said is not None:
+                retries += 1
+                self.take_finer(whole, len(part), said)
+                middle = -(-len(part) // 2)
+                ahead.extendleft([part[middle:], part[:middle]])
         return retries
 
     def splits(self, rows: Sequence[int | None]) -> bool:
@@ -148,32 +149,47 @@ class Splitting:
             OutOfMemoryError: Not even what had fitted did a second time.
         """
         window.mark()
-        said = _said(lambda: self._forward.into(window, micro_batch, rows, None))
-        if said is None:
+        try:
+            self._forward.into(window, micro_batch, rows, None)
+        except Exception as error:
+            said = _said(error)
+        else:
             return None
-        arrived = window.take_back()
-        memory.free_cached(self._forward.setup.device)
-        if arrived and _said(lambda: self._subtract(window, micro_batch, rows, arrived)) is not None:
+        if not self._windows.rules.setup.group.keep_from_sending():
             raise OutOfMemoryError(
-                f"Memory ran out in the backward pass of a micro-batch ({said}), and again when it was taken back.",
+                f"Memory ran out ({said}) in the last backward pass of a window, after other ranks had been sent "
+                "gradients.",
                 hint="let the loader make smaller micro-batches, or hand accumulator.step a logical batch; weights are "
                 "as before.",
             )
+        arrived = window.take_back()
+        memory.free_cached(self._forward.setup.device)
+        if arrived:
+            self._subtract(window, micro_batch, rows, arrived)
         return said
 
     def _subtract(self, window: Window, micro_batch: Any, rows: int | None, arrived: Sequence[nn.Parameter]) -> None:
-        part = self._forward.meeting(lambda: micro_batch, rows, None)
-        if part is not None:
-            window.subtract(part, arrived)
+        """Run a micro-batch once more as it was, as far as it came, and take out what it had brought."""
+        try:
+            part = self._forward.meeting(lambda: micro_batch, rows, None)
+            if part is not None:
+                window.subtract(part, arrived)
+        except Exception as error:
+            said = _said(error)
+        else:
+            return
+        raise OutOfMemoryError(
+            f"Memory ran out in the backward pass of a micro-batch, and again when that was taken back ({said}).",
+            hint="let the loader make smaller micro-batches, or hand accumulator.step a logical batch; weights are as "
+            "before.",
+        )
 
 
-def _said(run: Callable[[], None]) -> str | None:
-    """Run something, and return what was said where memory ran out."""
-    try:
-        run()
-    except Exception as error:
-        if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
-            raise
-        # Only words leave this block: the error's traceback holds the tensors of the attempt.
-        return memory.in_a_line(error)
-    return None
+def _said(error: Exception) -> str:
+    """Return what was said where memory ran out; only words may leave the block that caught it.
+
+    The error's traceback holds the tensors of the attempt.
+    """
+    if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+        raise error
+    return memory.in_a_line(error)

@@ -227,6 +227,11 @@ class GradientSum:
         return self._consumption is not None
 
     @property
+    def sums_apart(self) -> bool:
+        """Whether some weights are so narrow that their gradients are summed apart."""
+        return bool(self._own)
+
+    @property
     def empty(self) -> bool:
         """Whether no gradient has arrived."""
         if self._consumption is not None and not self._consumption.empty:

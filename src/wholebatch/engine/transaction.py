@@ -7,6 +7,7 @@ good. The gradient sum has its own beginning and end (`sums.py`).
 import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enumerations, at ten times the cost
 import ctypes
 import random
+import struct
 import sys
 import threading
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class RandomState:
             cpu=torch.get_rng_state(),
             device=device if on_accelerator else None,
             on_device=torch.get_device_module(device).get_rng_state(*_place(device)) if on_accelerator else None,
-            python=random.getstate(),
+            python=_python.state(),
             numpy=_numpy.state(),
         )
 
@@ -96,6 +97,34 @@ class _NumpyStream:
         return self._state
 
 
+class _PythonStream:
+    """The global stream of Python's `random`, which is read the same way: as a tuple of 625 numbers only when it moved.
+
+    Its bytes follow the head of the object in CPython. Whether they do here is seen once; elsewhere the tuple is read.
+    """
+
+    def __init__(self) -> None:
+        self._source: Any = getattr(random, "_inst", None)
+        self._seen = b""
+        self._state: Any = None
+        state = random.getstate()
+        self._told = self._source is not None and sys.implementation.name == "cpython"
+        if self._told:
+            index, *words = struct.unpack("=625I", self._bytes())
+            self._told = state[1] == (*words, index)
+
+    def state(self) -> Any:
+        if not self._told or getattr(random, "_inst", None) is not self._source:
+            return random.getstate()
+        seen = self._bytes()
+        if seen != self._seen or self._state[2] != getattr(self._source, "gauss_next", None):
+            self._seen, self._state = seen, random.getstate()
+        return self._state
+
+    def _bytes(self) -> bytes:
+        return ctypes.string_at(id(self._source) + object.__basicsize__, _MT19937_BYTES)
+
+
 _MT19937_BYTES = 625 * 4
 
 
@@ -111,6 +140,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 _numpy = _NumpyStream()
+_python = _PythonStream()
 
 
 def _place(device: torch.device | None) -> tuple[torch.device, ...]:
@@ -135,15 +165,26 @@ class Transaction:
         self._modules: list[nn.Module] = []
         self._begun = _Kept()
         self._marked = _Kept()
+        self._draws = True
+        self._writes: bool | None = None
 
     def begin(self) -> None:
         """Keep random state and buffers as they are now."""
+        before, versions = self._begun.random, self._begun.versions
         self._modules = modules(self._model)
         self._begun.take([module for module in self._modules if module._buffers], self._device)
+        # What was still from one window to the next needs no mark in this one.
+        self._draws = before is None or not self._begun.random_is(before)
+        self._writes = self._writes or (None if self._writes is None else versions != self._begun.versions)
 
     def mark(self) -> None:
-        """Keep both once more, in the middle of a window, to come back to."""
-        self._marked.take(self._begun.modules, self._device)
+        """Keep both once more, in the middle of a window, to come back to; as far as passes may have moved them."""
+        if self._draws or self._writes is not False:
+            self._marked.take(self._begun.modules, self._device)
+            if self._writes is None:  # the first time, by their values, since writing through ``.data`` has no version
+                self._writes = not self._marked.holds_the_same_buffers(self._begun)
+        else:
+            self._marked.random = None
 
     def copy_of_buffer(self, module: nn.Module, name: str) -> Tensor | None:
         """Return what a buffer held at `begin`, or None if it was not there. To be read, not changed."""
@@ -158,9 +199,9 @@ class Transaction:
 
     def roll_back_to_mark(self) -> None:
         """Put both back to where they were at `mark`."""
-        assert self._marked.random is not None
-        self._marked.random.restore()
-        self._marked.put_back_buffers(self._modules)
+        if self._marked.random is not None:
+            self._marked.random.restore()
+            self._marked.put_back_buffers(self._modules)
 
     def roll_back_buffers(self) -> None:
         """Put buffers back to where they were at `begin`, and let the random streams go on."""
@@ -173,6 +214,7 @@ class _Kept:
     Attributes:
         modules: Those that had buffers.
         random: The random state; None before the first moment.
+        versions: How often each buffer had been written.
     """
 
     def __init__(self) -> None:
@@ -180,12 +222,33 @@ class _Kept:
         self.random: RandomState | None = None
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._copies: dict[int, Tensor] = {}
+        self.versions: list[int] = []
+
+    def random_is(self, other: RandomState) -> bool:
+        """Whether every stream stands where it stood at another moment."""
+        mine = self.random
+        return (
+            mine is not None
+            and mine.python is other.python
+            and mine.numpy is other.numpy
+            and torch.equal(mine.cpu, other.cpu)
+            and (
+                mine.on_device is None or (other.on_device is not None and torch.equal(mine.on_device, other.on_device))
+            )
+        )
+
+    def holds_the_same_buffers(self, other: "_Kept") -> bool:
+        """Whether every buffer had the same values at another moment."""
+        return self._copies.keys() == other._copies.keys() and all(
+            torch.equal(copy, other._copies[key]) for key, copy in self._copies.items()
+        )
 
     def take(self, modules: list[nn.Module], device: torch.device) -> None:
         self.random = RandomState.now(device)
         self.modules = modules
         self._buffers = {module: dict(module._buffers) for module in modules}
         there = {id(each): each for held in self._buffers.values() for each in held.values() if each is not None}
+        self.versions = [-1 if each.is_inference() else each._version for each in there.values()]
         if there.keys() == self._copies.keys() and all(map(_alike, there.values(), map(self._copies.get, there))):
             if there:
                 with torch.no_grad():

@@ -45,14 +45,23 @@ class Weighing:
         micro_batches: About how many micro-batches will come; the guess is this times the targets of the first.
         scale: The loss scale, on the device, or None.
         early: Whether gradients are used up as they arrive, so that nothing can be divided at the close.
+        reference: What losses are divided by, where that is prescribed. Unit: targets.
     """
 
-    def __init__(self, *, targets: Count | None, micro_batches: int, scale: Tensor | None, early: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        targets: Count | None,
+        micro_batches: int,
+        scale: Tensor | None,
+        early: bool = False,
+        reference: float | None = None,
+    ) -> None:
         self._early = early
         self._weighed = False
         self._known = widen(targets)
         self._expected = micro_batches
-        self._reference: Count | None = None
+        self._reference: Count | None = reference
         self._scale = scale
         self._loss_sum: Tensor | None = None
         self._least: Tensor | None = None

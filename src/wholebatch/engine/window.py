@@ -104,12 +104,19 @@ class Window:
         self.steps_again = False
         self._state = WindowState()
         self._update: Update | None = None
+        self._fillers = 0
         self._mark: Mark | None = None
         self._marked = 0  # the first mark is where the window began
         scale = rules.precision.scale()
         self._sums = rules.sums
         early = self._sums.consumes
-        self._weighing = Weighing(targets=targets, micro_batches=micro_batches, scale=scale, early=early)
+        self._weighing = Weighing(
+            targets=targets,
+            micro_batches=micro_batches,
+            scale=scale,
+            early=early,
+            reference=rules.setup.group.reference,
+        )
         memory.reset_peak(rules.setup.device)
         rules.transaction.begin()
         rules.sums.start(scale)
@@ -180,6 +187,7 @@ class Window:
             WindowError: The window has ended before, or somebody else changed the gradients in the meantime.
             NonFiniteError: The loss or the gradient is not finite, and ``on_nonfinite="raise"``.
             LossError: No parameter that an optimizer steps received a gradient.
+            RankError: Another rank failed, rolled its window back, or is gone.
             WeightError: Targets that were counted on the device turn out to be negative or not a number.
             OutOfMemoryError: Memory ran out; the window was rolled back.
         """
@@ -223,6 +231,23 @@ class Window:
     def expect_last(self) -> None:
         """Say that the next micro-batch is the last of this process, so that ranks speak during its backward pass."""
         self._rules.setup.group.expect_last(self._weighing)
+
+    @property
+    def lacks_passes(self) -> bool:
+        """Whether other ranks make more passes, so that this one has to make some of weight zero."""
+        return self._state.micro_batches + self._fillers < self._rules.setup.group.passes
+
+    def add_nothing(self, part: Part) -> None:
+        """Run the backward pass of a micro-batch that counts for nothing, since other ranks make one of theirs.
+
+        Args:
+            part: Loss and targets.
+        """
+        losses = [each for each in (part.loss, part.once) if each is not None and each.requires_grad]
+        self._sums.open_backward()
+        torch.autograd.backward(losses, [torch.zeros_like(each) for each in losses])
+        self._sums.close_backward()
+        self._fillers += 1
 
     def before_forward(self) -> None:
         """Refuse a second forward pass that a batch-dependent layer would spoil. Not needed once `row_by_row` holds.
@@ -347,6 +372,11 @@ class Window:
         """Add the gradient of one of these weights, inside a backward pass of the window."""
         parameter.grad = gradient
         self._sums._take(parameter)
+
+    @property
+    def reference(self) -> Count:
+        """What every loss of this process is divided by. Unit: targets."""
+        return self._weighing.reference
 
     def rehearsal(self) -> Weighing:
         """Return what weighs losses as this window does, before the first of them, and notes nothing in it."""

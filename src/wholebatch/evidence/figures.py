@@ -1,27 +1,19 @@
-"""What does a run look like? Its plots as inline SVG, whose colours follow the page."""
+"""What does a run look like? Its plots over the updates."""
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from statistics import median
 from typing import TYPE_CHECKING
 
-from wholebatch.core.errors import MissingExtraError
+from wholebatch.evidence.drawing import COLOURS, ROUND, drawing, require_matplotlib
 from wholebatch.evidence.runlog import Run
 from wholebatch.evidence.wording import number, say_bytes, say_rate, say_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Each role has a colour of its own, which the SVG hands to the style sheet: the page decides in the dark and in print.
-_COLOURS = {"ink": "#3d4250", "rule": "#d9dbe0", "series": "#1d5fa6", "accent": "#b3450f", "calm": "#6d7280"}
-# About as wide as a phone, so that text stays legible there; wider screens show two in a row.
-_INCHES = (372 / 72, 228 / 72)
 _DASHES = (("--", "Dashed"), (":", "Dotted"))
-_ROUND = (1, 2, 2.5, 5, 10)  # steps between ticks that read well
 _MARKED_UP_TO = 80  # updates: beyond, a mark at each would hide the line
 
 
@@ -61,13 +53,7 @@ def figures(run: Run) -> list[Figure]:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            "The plots of a report need matplotlib, which is not installed.",
-            hint="pip install 'wholebatch[plots]', then write the report with `wholebatch report RUN`.",
-        ) from error
+    require_matplotlib()
     drawn = [_loss(run), _memory(run), _speed(run), _padding(run), _grad_norm(run), _lr(run)]
     return [figure for figure in drawn if figure is not None]
 
@@ -161,48 +147,11 @@ def _figure(
     caption += "".join(f" {pattern}: {line.label}, {line.said}." for line, (_, pattern) in dashed)
     said += f" {len(points)} validation points, the last {points[-1][1]:.4g}." if points else ""
 
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Canvas
-
-    with mpl.rc_context():
-        _set_style(salt=title)
-        canvas = Canvas(figsize=_INCHES, layout="constrained")
-        axes = canvas.add_subplot()
+    def fill(axes: "Axes") -> None:
         _draw(axes, run, values, points=points, lines=lines, marks=marks)
         _scale(axes, known, lines, from_zero=from_zero, logarithmic=logarithmic)
-        buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", transparent=True)
-    return Figure(title, caption, _inline(buffer.getvalue(), said))
 
-
-def _set_style(salt: str) -> None:
-    import matplotlib as mpl
-
-    mpl.rcdefaults()  # the user's own style would make the report depend on the machine
-    mpl.rcParams.update(
-        {
-            "svg.hashsalt": salt,
-            "svg.fonttype": "none",  # text stays text: small, selectable, in the font of the page
-            "font.size": 11,
-            "text.color": _COLOURS["ink"],
-            "axes.labelcolor": _COLOURS["ink"],
-            "axes.edgecolor": _COLOURS["calm"],
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "axes.grid": True,
-            "axes.grid.axis": "y",
-            "axes.axisbelow": True,
-            "axes.unicode_minus": False,
-            "grid.color": _COLOURS["rule"],
-            "grid.linewidth": 0.8,
-            "xtick.color": _COLOURS["ink"],
-            "ytick.color": _COLOURS["ink"],
-            "ytick.major.size": 0,
-            "legend.frameon": False,
-            "legend.fontsize": 10.5,
-        }
-    )
+    return Figure(title, caption, drawing(title, said, fill))
 
 
 def _draw(
@@ -216,19 +165,17 @@ def _draw(
 ) -> None:
     numbers = [number(update, "number") or index for index, update in enumerate(run.updates, 1)]
     marker = "." if len(numbers) <= _MARKED_UP_TO else ""
-    axes.plot(
-        numbers, values, color=_COLOURS["series"], linewidth=1.6, marker=marker, markersize=4, label="each update"
-    )
+    axes.plot(numbers, values, color=COLOURS["series"], linewidth=1.6, marker=marker, markersize=4, label="each update")
     if points:
         across, up = zip(*points, strict=True)
-        axes.plot(across, up, "D", color=_COLOURS["accent"], markersize=5.5, label="validation")
+        axes.plot(across, up, "D", color=COLOURS["accent"], markersize=5.5, label="validation")
     for line, (dashes, _) in zip(lines, _DASHES, strict=False):
-        axes.axhline(line.value, color=_COLOURS[line.role], linewidth=1.6, linestyle=dashes, label=line.label)
+        axes.axhline(line.value, color=COLOURS[line.role], linewidth=1.6, linestyle=dashes, label=line.label)
     skipped = [at for at, update in zip(numbers, run.updates, strict=True) if marks and update.get("skipped")]
     if skipped:
         foot = axes.get_xaxis_transform()  # across: updates; up: the height of the plot
         low = [0.03] * len(skipped)
-        axes.plot(skipped, low, "x", color=_COLOURS["accent"], transform=foot, markersize=5, label="skipped")
+        axes.plot(skipped, low, "x", color=COLOURS["accent"], transform=foot, markersize=5, label="skipped")
     if points or lines or skipped:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, columnspacing=1.2, handlelength=1.6)
     axes.set_xlabel("update", loc="right")
@@ -237,27 +184,14 @@ def _draw(
 def _scale(axes: "Axes", known: Sequence[float], lines: Sequence[_Line], *, from_zero: bool, logarithmic: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=_ROUND))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.0f}"))
     if logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_ROUND))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=ROUND))
         if from_zero and min(known) >= 0:
             axes.set_ylim(bottom=0, top=1.08 * max(*known, *(line.value for line in lines), 0) or 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.6g}"))
-
-
-def _inline(svg: str, said: str) -> str:
-    """Return the bare element of a drawing: no prologue, no metadata, no rule that reaches out into the page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[\w.]+_\d+"| transform="rotate\(-0 [^"]*"', "", svg)  # numbered names repeat from plot to plot
-    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)
-    for role, colour in _COLOURS.items():
-        svg = svg.replace(colour, f"var(--{role}, {colour})")
-    svg = re.sub(r"\n\s*", "\n", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(said)}" ', 1).strip()

@@ -1,27 +1,22 @@
 """What does a reader get? The log of a run as a page of HTML that needs nothing else, and as text for the terminal."""
 
-import re
 import textwrap
-from collections.abc import Iterable
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
-from wholebatch.core.errors import ConfigError
 from wholebatch.evidence.figures import Figure, figures
 from wholebatch.evidence.findings import Finding, findings, headline, trained
+from wholebatch.evidence.page import as_html, html_page, plots, table, write_page
 from wholebatch.evidence.runlog import Run, read_log
 from wholebatch.evidence.wording import number, one_line, say_bytes, text
 
 __all__ = ["Run", "read_log", "summarize", "write_report"]
 
 REPORT_NAME = "report.html"
-_STYLE = Path(__file__).with_name("report.css")
-# Nothing is loaded and no script runs, whatever a log holds.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _STATED = {
     "logical_batch": "Logical batch",
     "micro_batch": "Micro-batch",
+    "batch_norm": "Batch norm",
     "precision": "Precision",
     "seed": "Seed",
     "device": "Device",
@@ -51,20 +46,7 @@ def write_report(run_folder: str | Path) -> Path:
         report.html
     """
     run = read_log(run_folder)
-    page = run.path.with_name(REPORT_NAME)
-    draft = page.with_name(f".{REPORT_NAME}.part")
-    html = _page(run, figures(run))
-    try:
-        draft.write_text(html, encoding="utf-8", newline="\n")
-        draft.replace(page)  # a reader sees the earlier page or this one, never half of one
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise ConfigError(
-            f"The report {page} cannot be written: {error.strerror}.",
-            hint="free some space there or make the folder writable, then run `wholebatch report` on it.",
-        ) from error
-    return page
+    return write_page(run.path.with_name(REPORT_NAME), _page(run, figures(run)))
 
 
 def summarize(run: Run, *, width: int = 100) -> str:
@@ -109,70 +91,26 @@ def summarize(run: Run, *, width: int = 100) -> str:
 def _page(run: Run, drawn: list[Figure]) -> str:
     recipe = text(run.start, "recipe")
     title = f"Training run: {recipe}" if recipe else "Training run"
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<link rel="icon" href="data:,">',
-        f"<title>{escape(title)} - wholebatch</title>",
-        f"<style>\n{_STYLE.read_text(encoding='ascii')}</style>",
-        "</head>",
-        "<body>",
-        "<header>",
-        '<p class="kind">wholebatch</p>',
-        f"<h1>{escape(title)}</h1>",
-        *_opening(run),
-        "</header>",
-        "<main>",
-        *_findings(findings(run)),
-        *_plots(drawn),
-        *_validations(run),
-        *_reasons(run),
-        *_stated(run),
-        "</main>",
-        f"<footer>Made from {escape(run.path.name)} alone.</footer>",
-        "</body>",
-        "</html>",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-def _said(sentence: str) -> str:
-    """Return a sentence as HTML, with no line break between a number and its unit."""
-    return re.sub(r"(?<=\d) (?=(?:%|[KMGT]?i?B|s|min|h)(?!\w))", "&nbsp;", escape(sentence))
+    main = [*_findings(findings(run)), *plots(drawn), *_validations(run), *_reasons(run), *_stated(run)]
+    return html_page(title, _opening(run), main, f"Made from {escape(run.path.name)} alone.")
 
 
 def _opening(run: Run) -> list[str]:
     attention = "" if run.status == "done" else " warn"
-    lines = [f'<p class="lede{attention}">{_said(headline(run))}</p>']
-    lines += [f"<p>{_said(said)}</p>" for said in (trained(run), text(run.finish, "summary")) if said]
-    return lines + [f'<p class="warn">{_said(note)}</p>' for note in run.notes]
+    lines = [f'<p class="lede{attention}">{as_html(headline(run))}</p>']
+    lines += [f"<p>{as_html(said)}</p>" for said in (trained(run), text(run.finish, "summary")) if said]
+    return lines + [f'<p class="warn">{as_html(note)}</p>' for note in run.notes]
 
 
 def _findings(found: list[Finding]) -> list[str]:
     if not found:
         return ["<p>No update was recorded, so there is nothing to show yet.</p>"]
     rows = [
-        f'<div><dt>{escape(finding.topic)}</dt><dd class="figure">{_said(finding.figure)}</dd>'
-        f"<dd>{_said(finding.sentence)}</dd></div>"
+        f'<div><dt>{escape(finding.topic)}</dt><dd class="figure">{as_html(finding.figure)}</dd>'
+        f"<dd>{as_html(finding.sentence)}</dd></div>"
         for finding in found
     ]
     return ['<dl class="findings">', *rows, "</dl>"]
-
-
-def _plots(drawn: list[Figure]) -> list[str]:
-    if not drawn:
-        return []
-    plots = [
-        f"<figure>\n<h3>{escape(figure.title)}</h3>\n{figure.svg}\n"
-        f"<figcaption>{_said(figure.caption)}</figcaption>\n</figure>"
-        for figure in drawn
-    ]
-    return ["<h2>Update by update</h2>", '<div class="plots">', *plots, "</div>"]
 
 
 def _validations(run: Run) -> list[str]:
@@ -185,30 +123,12 @@ def _validations(run: Run) -> list[str]:
         [text(event, "epoch"), text(event, "update"), *(_cell(measures, name) for name in names)]
         for event, measures in told
     ]
-    cells = [_row("td", row) for row in rows]
-    table = [
-        '<table class="numbers">',
-        f"<thead>{_row('th scope=col', head)}</thead>",
-        "<tbody>",
-        *cells,
-        "</tbody></table>",
-    ]
-    return [
-        "<h2>Validation</h2>",
-        '<div class="scroll" tabindex="0" role="region" aria-label="Validation">',
-        *table,
-        "</div>",
-    ]
+    return ["<h2>Validation</h2>", *table("Validation", head, rows)]
 
 
 def _cell(measures: dict[str, object], name: str) -> str:
     value = measures.get(name)
     return f"{value:.5g}" if isinstance(value, float) else "-" if value is None else text(measures, name)
-
-
-def _row(tag: str, cells: Iterable[str]) -> str:
-    end = tag.split()[0]
-    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{end}>' for cell in cells)}</tr>"
 
 
 def _reasons(run: Run) -> list[str]:
@@ -218,7 +138,7 @@ def _reasons(run: Run) -> list[str]:
     return [
         "<h2>Choices made automatically</h2>",
         "<ul>",
-        *(f"<li>{_said(one_line(str(reason)))}</li>" for reason in reasons),
+        *(f"<li>{as_html(one_line(str(reason)))}</li>" for reason in reasons),
         "</ul>",
     ]
 

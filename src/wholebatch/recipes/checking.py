@@ -5,6 +5,7 @@ from typing import Literal
 
 from wholebatch.evidence.verify import Verification, verify
 from wholebatch.recipes.amount import Amount
+from wholebatch.recipes.config import Layer, configure, defaults_of
 from wholebatch.recipes.ingredients import cut_of, model_of, rows_of, seed_everything
 from wholebatch.recipes.protocol import Recipe
 
@@ -35,11 +36,12 @@ def check_recipe(
         True
     """
     cut = cut_of(recipe, micro_batch) if micro_batch != "auto" else None
+    chosen = configure([defaults_of(recipe), Layer("asked for", {"recipe": recipe.name})]).batch_norm
     seed_everything(seed)
     available = rows_of(recipe, "train")
     places = random.Random(seed).sample(range(len(available)), min(rows, len(available)))
     return verify(
-        model_of(recipe),
+        model_of(recipe, chosen),
         recipe.loss,
         [available[place] for place in places],
         step=recipe.step,

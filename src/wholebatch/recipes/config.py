@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
@@ -15,6 +15,7 @@ from wholebatch.recipes.amount import Amount
 from wholebatch.recipes.options import OPTIONS
 from wholebatch.recipes.protocol import Recipe
 
+BatchNormChoice: TypeAlias = Literal["refuse", "exact", "group", "frozen", "per_micro_batch"]
 SinkName = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -54,6 +55,7 @@ class TrainConfig(BaseModel):
     epochs: int | None = Field(default=None, ge=1)
     updates: int | None = Field(default=None, ge=1)
     lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    batch_norm: BatchNormChoice = "refuse"
     clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate_in: Literal["fp32", "compensated", "weights"] | None = None

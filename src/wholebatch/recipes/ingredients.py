@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from wholebatch.core.errors import ConfigError
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.recipes.amount import Amount
+from wholebatch.recipes.config import BatchNormChoice
+from wholebatch.recipes.norms import made, treated
 from wholebatch.recipes.protocol import Recipe
 
 
@@ -44,13 +46,17 @@ def rows_of(recipe: Recipe, split: Literal["train", "validation"]) -> Sequence[A
     return rows
 
 
-def model_of(recipe: Recipe) -> nn.Module:
+def model_of(recipe: Recipe, batch_norm: BatchNormChoice = "refuse") -> nn.Module:
     """Return the model in training mode, on the accelerator where there is one.
 
+    Args:
+        recipe: Whose.
+        batch_norm: What is done about its batch norm.
+
     Raises:
-        ConfigError: It is no module, or has nothing that learns.
+        ConfigError: It is no module, has nothing that learns, or no batch norm where something is to be done about it.
     """
-    model = recipe.model()
+    model = made(recipe, batch_norm)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model() of {recipe.name} returned a {type(model).__name__}, not a torch.nn.Module.",
@@ -61,6 +67,7 @@ def model_of(recipe: Recipe) -> nn.Module:
             f"The model of {recipe.name} has no parameter that learns.",
             hint="return a module with parameters, and leave requires_grad on for those that shall learn.",
         )
+    model = treated(model, recipe, batch_norm)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model.train()

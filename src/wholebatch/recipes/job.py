@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ from wholebatch.recipes.ingredients import cut_of, model_of, optimizer_of, rows_
 from wholebatch.recipes.loader import LogicalBatches
 from wholebatch.recipes.outlets import open_sink, require
 from wholebatch.recipes.protocol import Recipe
+from wholebatch.recipes.ranks import Place, joined
 from wholebatch.recipes.summary import Summary
 from wholebatch.recipes.validation import validate
 
@@ -41,6 +43,9 @@ def train(config: TrainConfig, sinks: Iterable[Sink] = (), *, recipe: Recipe | N
 
     The run folder gets ``log.jsonl``, one event a line, and at the end ``report.html``, whichever way the run ends.
     Ctrl-C ends it as an outcome, not as an exception: the open window leaves no trace.
+
+    Started by torchrun it is one of several ranks, which share the rows of each logical batch; the first rank alone
+    writes log, report and sinks.
 
     Args:
         config: What was asked for.
@@ -63,47 +68,63 @@ def train(config: TrainConfig, sinks: Iterable[Sink] = (), *, recipe: Recipe | N
         ('done', 1, 'report.html')
     """
     recipe = recipe if recipe is not None else find_recipe(config.recipe)
-    run = _Run(config, recipe)
-    folder = Path(config.out) if config.out is not None else _new_folder(config.recipe)
-    require(config.sink)
+    with joined() as place:
+        return _train(_Run(config, recipe, place), list(sinks) if place.first else [])
+
+
+def _train(run: "_Run", sinks: list[Sink]) -> Summary:
+    config, place = run.config, run.place
     began = time.monotonic()
-    log = JsonLines(folder / LOG_NAME)
-    (folder / REPORT_NAME).unlink(missing_ok=True)  # of an earlier run in the same place
-    run.log, run.others = log, Sinks(*sinks)
-    run.summary.folder = folder
+    if place.first:
+        folder = Path(config.out) if config.out is not None else _new_folder(config.recipe)
+        require(config.sink)
+        run.log = JsonLines(folder / LOG_NAME)
+        (folder / REPORT_NAME).unlink(missing_ok=True)  # of an earlier run in the same place
+        run.others = Sinks(*sinks)
+        run.summary.folder = folder
     failure = "the run was ended from outside"
     try:
-        if config.sink:
+        if config.sink and place.first:
             run.others = Sinks(*sinks, *(open_sink(name, folder) for name in config.sink))
-        run.go()
+        with place.at_work():
+            run.go()
         run.summary.status = "done"
     except KeyboardInterrupt:
+        if place.stopped == signal.SIGTERM:
+            place.await_report()
+            raise place.why_stopped() from None
         run.summary.status = "interrupted"
     except Exception as error:
-        found = error.found if isinstance(error, WholeBatchError) else str(error)
-        failure = f"{type(error).__name__}: {found}"
-        error.add_note(f"What the run did until then is in {folder}.")
-        raise
+        if place.stopped != signal.SIGINT:  # else it is what becomes of a message to a rank that has stopped too
+            found = error.found if isinstance(error, WholeBatchError) else str(error)
+            failure = f"{type(error).__name__}: {found}"
+            error.add_note(f"What the run did until then is in {run.summary.folder}.")
+            place.await_report()
+            raise
+        run.summary.status = "interrupted"
     finally:
         run.summary.seconds = time.monotonic() - began
-        run.finish(f"Failed: {failure}" if run.summary.status == "failed" else run.summary.line)
+        if place.first:
+            run.finish(f"Failed: {failure}" if run.summary.status == "failed" else run.summary.line)
+            place.written()
     return run.summary
 
 
 class _Run:
     """One run: what it was told, and how far it is."""
 
-    def __init__(self, config: TrainConfig, recipe: Recipe) -> None:
+    def __init__(self, config: TrainConfig, recipe: Recipe, place: Place) -> None:
         self.config = config
         self.recipe = recipe
+        self.place = place
         self.whole = cut_of(recipe, config.logical_batch)
         self.cut: Rows | Tokens | Literal["auto"] = (
             "auto" if config.micro_batch == "auto" else cut_of(recipe, config.micro_batch)
         )
-        self.log: JsonLines
+        self.log: Sink = Sinks()
         self.others = Sinks()
         self.device = torch.device("cpu")
-        self.summary = Summary(logical_batch=str(config.logical_batch))
+        self.summary = Summary(logical_batch=str(config.logical_batch), rank=place.rank, ranks=place.ranks)
         self.reasons: list[str] = []
 
     def go(self) -> None:
@@ -114,7 +135,7 @@ class _Run:
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
         seed_everything(self.config.seed)
         rows, held_out = rows_of(self.recipe, "train"), rows_of(self.recipe, "validation")
-        model = model_of(self.recipe)
+        model = model_of(self.recipe, self.config.batch_norm)
         self.device = input_device(model)
         accumulator = Accumulator(
             model,
@@ -128,8 +149,11 @@ class _Run:
             precision=self.config.precision,
             accumulate_in=self.config.accumulate_in,
             clip_norm=self.config.clip_norm or None,
+            batch_norm="per_micro_batch" if self.config.batch_norm == "per_micro_batch" else "refuse",
         )
         self.reasons = accumulator.reasons
+        if not self.place.first:
+            seed_everything((self.config.seed + self.place.rank) % 2**32)  # equal weights, and other dropout
         batches = LogicalBatches(rows, self.config.logical_batch, length=self.recipe.length, seed=self.config.seed)
         planned = self.config.updates or sum(batches.count(epoch) for epoch in range(1, (self.config.epochs or 1) + 1))
         self._start(model, num_rows=len(rows), planned=planned)
@@ -144,7 +168,11 @@ class _Run:
                 self._validate(epoch, done, model, accumulator, held_out)
             if done == planned:
                 break
-        if self.config.compare:
+        held = self.place.largest([self.summary.rows_at_once, self.summary.tokens_at_once or -1])
+        self.summary.rows_at_once, tokens = held
+        self.summary.tokens_at_once = tokens if tokens >= 0 else None
+        self.place.leave()
+        if self.config.compare and self.place.first:
             self._compare(model, next(batches.epoch(1)))
 
     def finish(self, summary: str) -> None:
@@ -185,11 +213,13 @@ class _Run:
                 "recipe": self.config.recipe,
                 "logical_batch": str(self.config.logical_batch),
                 "micro_batch": str(self.config.micro_batch),
+                "batch_norm": self.config.batch_norm if self.config.batch_norm != "refuse" else None,
                 "precision": self.config.precision,
                 "seed": self.config.seed,
                 "device": str(self.device),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "rows": num_rows,
+                "ranks": self.place.ranks,
                 "updates_planned": planned,
                 "budget_bytes": None,
                 "config": {key: str(value) if isinstance(value, Amount) else value for key, value in self.config},
@@ -203,7 +233,7 @@ class _Run:
         )
 
     def _update(self, epoch: int, accumulator: Accumulator, batch: list[Any]) -> None:
-        update = accumulator.step(batch)
+        update = accumulator.step(self.place.share(batch, self.recipe.length))
         memory.release(self.device)  # so that each update's peak is its own
         self.summary.updates += update.applied
         self.summary.skipped += not update.applied
@@ -218,8 +248,9 @@ class _Run:
     def _compare(self, model: nn.Module, batch: list[Any]) -> None:
         """Measure what the cut saved. The run has succeeded already, so that nothing found here makes it fail."""
         why = "the logical batch was not cut" if not self.summary.cut else "one row cannot be cut"
+        why = why if self.place.alone else "other ranks are still joined"
         found: dict[str, Any] = {}
-        if self.cut != "auto" and self.summary.cut and len(batch) > 1:
+        if self.place.alone and self.cut != "auto" and self.summary.cut and len(batch) > 1:
             memory.release(self.device)
             _log.info("Comparing one logical batch cut, as a whole, and in the plain loop ...")
             try:

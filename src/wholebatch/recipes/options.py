@@ -40,6 +40,10 @@ OPTIONS: dict[str, Option] = {
     "lr": Option(
         "Learning rate of every parameter group", "a number above 0; left out, what the recipe's optimizer says"
     ),
+    "batch_norm": Option(
+        "What is done about batch norm, which sees the cut",
+        "'refuse' (the default), 'exact', 'group' (convert), 'frozen' or 'per_micro_batch'",
+    ),
     "clip_norm": Option("Largest norm of a logical batch's gradient", "a number above 0, or 0 for no clipping"),
     "precision": Option("In what the model computes", "'fp32' (the default), 'bf16' or 'fp16'"),
     "accumulate_in": Option("How gradients of 16-bit weights are summed", "'fp32', 'compensated' or 'weights'"),

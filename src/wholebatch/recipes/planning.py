@@ -51,7 +51,7 @@ def plan_recipe(
         if recipe.length is None:
             raise no_length(recipe, f"An amount of {config.logical_batch}")
         count = max(1, round(count * len(rows) / sum(map(recipe.length, rows))))
-    model = model_of(recipe)
+    model = model_of(recipe, config.batch_norm)
     return plan(
         model,
         optimizer_of(recipe, model, config.lr),

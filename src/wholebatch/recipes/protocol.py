@@ -42,6 +42,8 @@ class RecipeLike(Protocol):
     - ``step(model, optimizer, micro_batches)``: a loop of your own, from a list of micro-batches to an update; an
       argument with ``sched`` in its name is given a schedule. ``wholebatch verify`` judges it in place of the
       accumulator; ``wholebatch train`` does not need it.
+    - ``model`` may have an argument ``batch_norm``: it is told what was chosen with ``--batch-norm``, if anything was.
+      Whatever batch norm is in the model that it returns is then treated as chosen.
     - ``defaults``: a dict with the keys of a configuration file.
 
     Example:

@@ -26,6 +26,8 @@ class Summary:
         evidence: What the comparison found; empty where there was none.
         seconds: From start to finish, the comparison included. Unit: seconds.
         report: The page, or None where it could not be written.
+        rank: Which process says so; the first writes log and report.
+        ranks: How many have trained together.
         why_no_report: Then a sentence that says why.
     """
 
@@ -41,6 +43,8 @@ class Summary:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     report: Path | None = None
+    rank: int = 0
+    ranks: int = 1
     why_no_report: str | None = None
 
     @property
@@ -68,8 +72,10 @@ class Summary:
             said += f" ({self.skipped} skipped)"
         if not self.updates + self.skipped:
             return said
+        if self.ranks > 1:
+            said += f" on {self.ranks} ranks"
         if not self.cut:
-            return f"{said}, each in memory as a whole"
+            return f"{said}, each in memory as a whole" if self.ranks == 1 else f"{said}, each rank's share as a whole"
         at_once = say_count(self.rows_at_once, "row")
         if self.tokens_at_once is not None:
             at_once = f"{say_count(self.tokens_at_once, 'token')} ({at_once})"

@@ -16,13 +16,16 @@ from wholebatch.evidence.conformance.mistakes import HABITS, Habit
 from wholebatch.evidence.conformance.scenes import SCENES
 from wholebatch.evidence.conformance.second_reading import second_reading
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import NotExpressible, PairTask, Task, Trained
+from wholebatch.evidence.conformance.task import NotExpressible, PairTask, Task, Trained, join
 
 BY_NAME = {scene.name: scene for scene in SCENES}
-T1_TO_T4 = [scene for scene in SCENES if scene.trap in ("T1", "T2", "T3", "T4")]
+T1_TO_T4 = [scene for scene in SCENES if scene.trap.partition("x")[0] in ("T1", "T2", "T3", "T4")]
 
 
-@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+ALONE = [scene for scene in SCENES if "ranks" not in scene.task.asks]
+
+
+@pytest.mark.parametrize("scene", ALONE, ids=lambda scene: scene.name)
 def test_wholebatch_passes_every_scene_or_refuses_where_that_is_honest(scene):
     verdict = judge(wholebatch, scene)
     if scene.refusal_will_do:
@@ -41,7 +44,8 @@ def test_two_readings_of_what_is_right_agree(scene):
     assert textbook_verdicts[0].outcome == textbook_verdicts[1].outcome
 
 
-BY_MICRO_BATCH = [scene for scene in SCENES if isinstance(scene.task, Task) and "batch norm" not in scene.task.asks]
+MEETS = {"batch norm", "coupled"}
+BY_MICRO_BATCH = [scene for scene in SCENES if isinstance(scene.task, Task) and not scene.task.asks & MEETS]
 
 
 @pytest.mark.parametrize("scene", BY_MICRO_BATCH, ids=lambda scene: scene.name)
@@ -59,6 +63,13 @@ PLANTED = {
     "T7-zero-first": "only the last micro-batch",
     "T7-exception": "given up joins the next",
     "T7-gan": "the discriminator steps with",
+    "T8-in-batch-negatives": "rows meet only those of their own micro-batch",
+    "T8-hard-triplets": "rows meet only those of their own micro-batch",
+    "T8-standardised": "rows meet only those of their own micro-batch",
+    "T8-dropout": "rows meet only those of their own micro-batch",
+    "T8-layer-drop": "rows meet only those of their own micro-batch",
+    "T8-batch-norm": "rows meet only those of their own micro-batch",
+    "T9-balance-of-the-batch": "rows meet only those of their own micro-batch",
     "T9-batch-norm": "batch norm sees micro-batches",
     "T10-sums-in-16-bits": "stagnates",
     "T10-overflow": "the schedule goes on",
@@ -86,6 +97,7 @@ WHERE = {
     "what a window had gathered when it was given up joins the next": "T7-exception",
     "the schedule goes on although the update was skipped": "T10-overflow",
     "the sum of the gradients stagnates in the dtype of the weights": "T10-sums-in-16-bits",
+    "micro-batches come twice, so that all ranks have equally many": "T10x2-uneven-ranks",
     "an evaluation zeroes what the window had gathered": "T7-evaluation",
     "the schedule goes on with each micro-batch": "T9-schedule",
     "the moving average follows each micro-batch": "T9-moving-average",
@@ -111,6 +123,38 @@ def test_there_is_a_mistake_that_each_scene_sees_and_names(scene):
         if verdict.outcome == "fail" and verdict.why.count(";") == 1
     ]
     assert seen
+
+
+@pytest.mark.parametrize("name", ["T1x2-ragged-counts", "T4x2-masked-rank"])
+def test_ranks_that_weigh_the_same_are_found_and_named(name):
+    """Each rank's own mean is right, and their mean is not that of the logical batch."""
+    task = BY_NAME[name].task
+    model = task.make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=task.lr)
+    for rank in range(2):
+        rows = join(task.epoch[rank::2])
+        if task.targets(rows) > 0:
+            (task.loss(model, rows) / 2).backward()
+    optimizer.step()
+    verdict = compare("planted", BY_NAME[name], Trained(model, 1), expected(task))
+    assert verdict.outcome == "fail"
+    assert "each rank weighs the same" in verdict.why
+
+
+def test_a_mean_that_counts_once_for_each_rank_is_found_and_named():
+    scene = BY_NAME["T1x2-ragged-counts"]
+    doubled = expected(replace(scene.task, lr=2 * scene.task.lr))
+    assert "once for each rank" in compare("planted", scene, doubled, expected(scene.task)).why
+
+
+def test_scenes_over_ranks_are_not_judged_in_one_process():
+    scene = BY_NAME["T1x2-ragged-counts"]
+    assert judge(textbook, scene).why == "its adapter has no way to say: ranks"
+    verdict = judge(replace(textbook, expresses=frozenset({"ranks"})), scene)
+    assert (verdict.outcome, verdict.updates) == ("not expressible", None)
+    assert "for 2 processes" in verdict.why
+    of_ranks = replace(textbook, expresses=frozenset({"ranks"}), requires=frozenset({"ranks"}))
+    assert judge(of_ranks, BY_NAME["T2-mean"]).why == "it is a way to say: ranks"
 
 
 @pytest.mark.parametrize("name", ["T7-two-optimizers", "T7-gan", "T10-two-optimizers"])

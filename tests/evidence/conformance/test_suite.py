@@ -65,6 +65,38 @@ def test_a_process_that_dies_fails_the_scenes_that_it_has_not_told(monkeypatch):
     assert (verdict["outcome"], verdict["why"]) == ("fail", "the process ended with 1: no message")
 
 
+def test_of_several_ranks_the_worst_verdict_counts_and_one_that_dies_ends_the_others(monkeypatch):
+    monkeypatch.setattr(suite.sys, "executable", "/bin/false")
+    found = suite.run([wholebatch], ["T2x2-mean", "T1x2-ragged-counts"])["systems"]["wholebatch"]["verdicts"]
+    assert list(found) == ["T2x2-mean", "T1x2-ragged-counts"]
+    assert {verdict["outcome"] for verdict in found.values()} == {"fail"}
+    assert "rank 0 ended with" in found["T2x2-mean"]["why"]
+
+
+@pytest.fixture(scope="module")
+def over_ranks():
+    """What two real processes say, once for all tests."""
+    scenes = [scene.name for scene in SCENES if "ranks" in scene.task.asks]
+    return suite.run([each for each in SYSTEMS.values() if each.name.partition("-")[0] == "wholebatch"], scenes)
+
+
+def test_wholebatch_passes_the_scenes_over_ranks(over_ranks):
+    assert "wholebatch-ddp" in over_ranks["systems"]
+    for name, system in over_ranks["systems"].items():
+        assert len(system["verdicts"]) == 6
+        for scene, verdict in system["verdicts"].items():
+            assert (verdict["outcome"], verdict["confirmed"]) == ("pass", True), (name, scene, verdict)
+            assert verdict["error"] <= 1e-12
+
+
+def test_what_a_way_for_several_ranks_is_not_for_is_not_held_against_it(over_ranks):
+    alone = suite.run([SYSTEMS["wholebatch-ddp"]], ["T2-mean"])
+    assert "| wholebatch-ddp |   - |" in table.as_text(alone)
+    assert table.details(alone) == []
+    assert "not expressible" not in table.as_page(alone)
+    assert "passes 6 of the 6 scenes" in table.as_page(over_ranks)
+
+
 def test_the_recorded_verdicts_are_those_of_the_systems_and_scenes_that_there_are():
     recorded = suite.recorded()
     assert {*recorded["systems"], *recorded["not_installed"]} == set(SYSTEMS)
@@ -113,6 +145,11 @@ def test_wholebatch_stands_if_it_passes_or_refuses_where_that_is_honest():
     assert not suite.stands(results(T2_mean="refuses", T7_zero_first="pass"))
     assert not suite.stands(results(T7_zero_first="fail"))
     assert suite.stands({"systems": {}})
+    of_ranks = {"T2-mean": {"outcome": "not expressible"}, "T2x2-mean": {"outcome": "pass"}}
+    assert suite.stands({"systems": {"wholebatch-ddp": {"verdicts": of_ranks}}})
+    assert not suite.stands({"systems": {"wholebatch": {"verdicts": of_ranks}}})
+    of_ranks["T2x2-mean"]["outcome"] = "fail"
+    assert not suite.stands({"systems": {"wholebatch-ddp": {"verdicts": of_ranks}}})
 
 
 def test_the_plugin_costs_those_nothing_who_do_not_use_it():
@@ -146,7 +183,7 @@ adapter.expresses = {expresses}
 
 @pytest.mark.parametrize(
     ("name", "expresses", "passed", "failed", "skipped"),
-    [("wholebatch", {"clipping", "unsized"}, 10, 0, 17), ("textbook", set(), 3, 5, 19)],
+    [("wholebatch", {"clipping", "unsized"}, 10, 0, 30), ("textbook", set(), 3, 5, 32)],
 )
 def test_other_projects_run_the_suite_with_pytest(tmp_path, name, expresses, passed, failed, skipped):
     (tmp_path / "my_module.py").write_text(ADAPTER.format(name=name, expresses=expresses))

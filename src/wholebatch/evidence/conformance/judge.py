@@ -1,5 +1,7 @@
 """What is right, and how far off is a system? The undivided batch, the verdict, and the name of the mistake."""
 
+import os
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence import reference
 from wholebatch.evidence.conformance import mistakes
+from wholebatch.evidence.conformance.encoders import as_drawn
 from wholebatch.evidence.conformance.scenes import Scene
 from wholebatch.evidence.conformance.second_reading import has_second_reading, second_reading
 from wholebatch.evidence.conformance.system import System
@@ -19,6 +22,9 @@ from wholebatch.evidence.conformance.task import MicroBatch, NotExpressible, Pai
 
 LOSS_TOLERANCE = 1e-3
 """How far a reported loss may be off, relative: systems round what they log."""
+
+OTHER_PURPOSE = "it is a way to say"
+"""How the reason begins why a system is not asked for what it is not for."""
 
 _READINGS_TOLERANCE = 1e-11
 """How far the two readings may be apart: both are in float64."""
@@ -63,12 +69,21 @@ class Verdict:
 
 def judge(system: System, scene: Scene) -> Verdict:
     """Let a system train a scene, and return the verdict."""
+    if not system.requires <= scene.task.asks:
+        why = f"{OTHER_PURPOSE}: {', '.join(sorted(system.requires))}"
+        return Verdict(system.name, scene.name, "not expressible", why=why)
     lacking = scene.task.asks - system.expresses
     if lacking:
         why = f"its adapter has no way to say: {', '.join(sorted(lacking))}"
         return Verdict(system.name, scene.name, "not expressible", why=why)
+    ranks = scene.task.ranks if isinstance(scene.task, Task) else 1
+    if ranks > 1 and os.environ.get("WORLD_SIZE") != str(ranks):
+        why = f"it is for {ranks} processes, such as torchrun --nproc-per-node {ranks} starts"
+        return Verdict(system.name, scene.name, "not expressible", why=why)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            random.seed(0)
             warnings.simplefilter("ignore")  # a warning is no refusal, also where warnings are errors
             trained = system.train(scene.task)
     except NotExpressible as missing:
@@ -76,7 +91,8 @@ def judge(system: System, scene: Scene) -> Verdict:
     except Exception as error:  # whatever a system says instead of training is its refusal
         first = (str(error).strip() or "no message").splitlines()[0]
         return Verdict(system.name, scene.name, "refuses", why=f"{type(error).__name__}: {first}")
-    scene = replace(scene, tolerance=max(scene.tolerance, system.rounding))
+    task = as_drawn(scene.task, trained.model) if isinstance(scene.task, Task) else scene.task
+    scene = replace(scene, task=task, tolerance=max(scene.tolerance, system.rounding))
     verdict = compare(system.name, scene, trained, expected(scene.task))
     return replace(verdict, confirmed=_confirmed(verdict, scene, trained))
 

@@ -1,6 +1,6 @@
 """Which mistake is it? Loops, each with a habit that goes wrong: a run that ends where one of them does has it too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from wholebatch.evidence.conformance.models import Players
-from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task, flat
+from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task, flat, join
+from wholebatch.evidence.conformance.two_passes import two_passes
 
 CLOSE = 1e-6
 """How near a run must come to the end of a wrong loop to have its mistake, relative to the way that both went."""
@@ -33,6 +34,7 @@ class Habit:
         evaluated: What an evaluation leaves of the window in which it begins: all, or nothing.
         schedule: Whether the learning rate goes by updates, or by micro-batches.
         follow: Whether a moving average follows once an update, or after each micro-batch.
+        evened: Whether an epoch repeats its first micro-batches until all ranks have equally many.
     """
 
     divide_by: Literal["targets", "micro-batches", "window", "nothing"] = "targets"
@@ -47,6 +49,7 @@ class Habit:
     evaluated: Literal["all", "nothing"] = "all"
     schedule: Literal["updates", "micro-batches"] = "updates"
     follow: Literal["update", "micro-batch"] = "update"
+    evened: bool = False
 
 
 _IN_16_BITS = 0.25
@@ -84,6 +87,11 @@ HABITS: dict[str, tuple[Habit, ...]] = {
     "the schedule goes on although the update was skipped": (Habit("window", skipped="counts"),),
     "the schedule goes on with each micro-batch": (Habit(schedule="micro-batches"),),
     "the moving average follows each micro-batch": (Habit(follow="micro-batch"),),
+    "micro-batches come twice, so that all ranks have equally many": (
+        Habit(evened=True),
+        Habit("micro-batches", evened=True),
+        Habit("nothing", evened=True),
+    ),
     "an evaluation zeroes what the window had gathered": (Habit("window", evaluated="nothing"),),
 }
 """The mistakes by name, with the ways in which they come."""
@@ -91,6 +99,9 @@ HABITS: dict[str, tuple[Habit, ...]] = {
 _LEAK = "the discriminator steps with what the generator's loss has left in it"
 _TWICE = "the second optimizer's gradient is divided by the loss scale twice"
 _NORM = "batch norm sees micro-batches, and its running statistics move with each"
+_ALIKE = "each rank weighs the same, whatever it holds"
+_FOR_EACH = "the mean of all ranks counts once for each rank"
+_APART = "rows meet only those of their own micro-batch"
 _NO_LABEL = "the mean over no label is not a number"
 
 
@@ -122,8 +133,16 @@ def name(task: Task | PairTask, found: nn.Module, right: nn.Module, tolerance: f
     if "bf16" in task.asks:
         way = _IN_16_BITS * float((end - flat(task.make_model())).norm())
         return _STAGNATES if any(ends_there(train(task, habit)) for habit in HABITS[_STAGNATES]) else None
-    if "batch norm" in task.asks:
-        return _NORM if ends_there(train(task, Habit("window"))) else None
+    if task.asks & {"coupled", "batch norm"}:
+        if ends_there(train(task, Habit("window"))):
+            return _APART if "coupled" in task.asks else _NORM
+        found_out = next((said for said, wrong in two_passes(task, found) if ends_there(wrong)), None)
+        if found_out is not None or not task.has_term:
+            return found_out
+    if task.ranks > 1 and ends_there(_ranks_alike(task)):
+        return _ALIKE
+    if task.ranks > 1 and ends_there(train(replace(task, lr=task.lr * task.ranks), Habit())):
+        return _FOR_EACH
     return next(
         (said for said, habits in HABITS.items() if any(ends_there(train(task, habit)) for habit in habits)), None
     )
@@ -131,6 +150,8 @@ def name(task: Task | PairTask, found: nn.Module, right: nn.Module, tolerance: f
 
 def train(task: Task, habit: Habit) -> nn.Module:
     """Return the model at the end of a run with a habit."""
+    if habit.evened and len(task.epoch) % task.ranks:
+        task = replace(task, epoch=[*task.epoch, *task.epoch[: -len(task.epoch) % task.ranks]])
     model = task.make_model()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     loop = _Loop(task, habit, model, weights)
@@ -141,7 +162,7 @@ def train(task: Task, habit: Habit) -> nn.Module:
             loop.add(micro_batch)
             if habit.evaluated == "nothing" and place in task.evaluates_after:
                 loop.forget()
-            if loop.places == task.window or habit.step == "micro-batch":
+            if loop.places == task.whole_window or habit.step == "micro-batch":
                 loop.update()
             if habit.follow == "micro-batch":
                 task.after_update(model)
@@ -205,8 +226,8 @@ class _Loop:
         if self._habit.divide_by != "targets":
             loss = loss / self._task.targets(micro_batch)
         if self._habit.divide_by == "window":
-            loss = loss / self._task.window
-        return list(torch.autograd.grad(loss, self._weights))
+            loss = loss / self._task.whole_window
+        return list(torch.autograd.grad(loss, self._weights, allow_unused=True, materialize_grads=True))
 
     def update(self) -> None:
         """Step with the gradient of the window, if it holds a target and does not overflow."""
@@ -247,6 +268,20 @@ class _Loop:
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         factor = torch.clamp(self._task.clip_norm / (norm + 1e-6), max=1.0)
         return [gradient * factor for gradient in gradients]
+
+
+def _ranks_alike(task: Task) -> nn.Module:
+    """Ranks that each compute the mean over their own targets, and average these means."""
+    model = task.make_model()
+    optimizer = SGD(model.parameters(), lr=task.lr)
+    for _, micro_batches in task.windows():
+        optimizer.zero_grad()
+        for rank in range(task.ranks):
+            batch = join(micro_batches[rank :: task.ranks])
+            if batch and int(task.targets(batch)) > 0:
+                torch.autograd.backward(task.loss(model, batch) / task.ranks)
+        optimizer.step()
+    return model
 
 
 def _leaking(task: PairTask) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wholebatch.evidence.conformance.coupled import COUPLED
 from wholebatch.evidence.conformance.models import (
     EXPERTS,
     IGNORED,
@@ -220,6 +221,7 @@ SCENES: tuple[Scene, ...] = (
         "the backward pass of the generator's loss adds nothing to the discriminator",
         PairTask(PLAYERS, _players()),
     ),
+    *(Scene(*each) for each in COUPLED),
     Scene(
         "T9-regulariser",
         "a penalty on the weights counts once an update",
@@ -229,6 +231,11 @@ SCENES: tuple[Scene, ...] = (
         "T9-balancing-loss",
         "the balancing loss of a mixture of experts counts once an update",
         Task(partial(_seeded, Routed), _alike(), of_rows=balance),
+    ),
+    Scene(
+        "T9-balance-of-the-batch",
+        "the experts are balanced over the logical batch, and not in each micro-batch",
+        Task(partial(_seeded, Routed), labelled(FULL), of_rows=balance, meets=True),
     ),
     Scene(
         "T9-divergence",
@@ -286,5 +293,35 @@ SCENES: tuple[Scene, ...] = (
         ),
         tolerance=4 * torch.finfo(torch.float16).eps,
     ),
+    Scene(
+        "T1x2-ragged-counts",
+        "every target counts once, whichever of two ranks holds it",
+        Task(TAGGER, labelled([1, 5, 3, 2, 8, 2, 7, 1]), ranks=2),
+    ),
+    Scene(
+        "T2x2-mean",
+        "a loss that is a mean is divided by the micro-batches of both ranks",
+        Task(TAGGER, labelled([10] * 8), ranks=2, loss_form="mean"),
+    ),
+    Scene(
+        "T2x2-keywords",
+        "so is that of a model that takes any keyword",
+        Task(TAGGER, labelled([10] * 8), ranks=2, takes_keywords=True),
+    ),
+    Scene(
+        "T2x2-no-accumulation",
+        "the same with one micro-batch on each rank",
+        Task(TAGGER, labelled([10] * 4), ranks=2, window=1, takes_keywords=True),
+    ),
+    Scene(
+        "T4x2-masked-rank",
+        "a rank without a label is left out of the divisor, and nobody waits for it",
+        Task(TAGGER, labelled([4, 0, 3, 0, 2, 0, 5, 0]), ranks=2),
+    ),
+    Scene(
+        "T10x2-uneven-ranks",
+        "ranks with 5 and 4 micro-batches make the update of all 9",
+        Task(TAGGER, labelled([10] * 9), ranks=2, window=5),
+    ),
 )
-"""The suite, in the order of the traps."""
+"""The suite, in the order of the traps; those over two ranks at the end."""

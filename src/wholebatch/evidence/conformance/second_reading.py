@@ -11,7 +11,7 @@ from wholebatch.evidence.conformance.models import IGNORED
 from wholebatch.evidence.conformance.task import PairTask, Task, Trained
 
 _BEYOND = frozenset(
-    {"clipping", "term", "term of rows", "batch norm", "schedule", "follows", "exception", "fp16", "bf16"}
+    {"clipping", "term", "term of rows", "batch norm", "coupled", "schedule", "follows", "exception", "fp16", "bf16"}
 )
 
 

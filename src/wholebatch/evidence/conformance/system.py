@@ -20,6 +20,7 @@ class System:
         distributions: What has to be installed.
         install: The command that does it.
         environment: Variables to be set before it is loaded.
+        requires: What it has to be asked for, in the same words: a way to train on several ranks is not judged alone.
         rounding: The relative error that is its rounding, where it computes in a narrower dtype than the weights have;
             a scene with a smaller tolerance is judged with this one.
     """
@@ -31,6 +32,7 @@ class System:
     distributions: tuple[str, ...] = ()
     install: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    requires: frozenset[str] = frozenset()
     rounding: float = 0.0
 
     def versions(self) -> dict[str, str] | None:

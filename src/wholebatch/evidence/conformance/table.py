@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from wholebatch.evidence.conformance.judge import OTHER_PURPOSE
+
 _WORST_FIRST = ("fail", "refuses", "not expressible", "pass")
 _SHORT = {"refuses": "refuses", "not expressible": "-", "pass": "pass"}
 
@@ -39,12 +41,12 @@ def by_scene(results: Mapping[str, Any]) -> str:
 
 
 def details(results: Mapping[str, Any]) -> list[str]:
-    """Return a line for each verdict that is not a pass, with what is wrong."""
+    """Return a line for each verdict that is not a pass, with what is wrong; none for what a system is not for."""
     return [
         f"{name}, {scene}: {verdict['outcome']}; {verdict['why']}"
         for name, system in results["systems"].items()
         for scene, verdict in system["verdicts"].items()
-        if verdict["outcome"] != "pass"
+        if verdict["outcome"] != "pass" and not verdict["why"].startswith(OTHER_PURPOSE)
     ]
 
 
@@ -54,7 +56,12 @@ def as_page(results: Mapping[str, Any]) -> str:
     for name, system in results["systems"].items():
         versions = ", ".join(f"{package} {version}" for package, version in system["versions"].items())
         passed = [scene for scene, verdict in system["verdicts"].items() if verdict["outcome"] == "pass"]
-        unsaid = [scene for scene, verdict in system["verdicts"].items() if verdict["outcome"] == "not expressible"]
+        unsaid = {
+            scene: verdict["why"]
+            for scene, verdict in system["verdicts"].items()
+            if verdict["outcome"] == "not expressible"
+        }
+        lacking = [scene for scene, why in unsaid.items() if not why.startswith(OTHER_PURPOSE)]
         asked = len(system["verdicts"]) - len(unsaid)
         lines += [
             f'??? note "{name}: {system["title"]}, passes {len(passed)} of the {asked} scenes that it can say"',
@@ -66,7 +73,7 @@ def as_page(results: Mapping[str, Any]) -> str:
             for scene, verdict in system["verdicts"].items()
             if verdict["outcome"] in ("fail", "refuses")
         ]
-        lines += [f"    - not expressible: {', '.join(unsaid)}"] if unsaid else []
+        lines += [f"    - not expressible: {', '.join(lacking)}"] if lacking else []
         lines += [""]
     lines += [f"Not installed beside the others: {name} (`{line}`)." for name, line in results["not_installed"].items()]
     return "\n".join(lines).strip()

@@ -15,7 +15,7 @@ MicroBatch: TypeAlias = dict[str, Tensor]
 """``input_ids`` and ``labels``, shape ``[rows, time]`` each; labels of -100 are not to be learned."""
 
 
-TERMS = frozenset({"term", "term of rows", "batch norm"})
+TERMS = frozenset({"term", "term of rows", "batch norm", "coupled"})
 """What `Task.asks` of a system in which the user writes model and loss in PyTorch: no more than to run them."""
 
 
@@ -34,6 +34,8 @@ class Task:
         make_model: Returns the model in training mode, with the same weights in each call.
         epoch: The micro-batches of one epoch, in order; None is a micro-batch that could not be read.
         window: Micro-batches in one logical batch; an epoch's last may be short, and nothing goes over to the next.
+        ranks: Processes that train together. They see the micro-batches of an epoch in turn, and a logical batch holds
+            `window` of each.
         epochs: How often the epoch is seen.
         sized: Whether the loader knows its length.
         slices: Micro-batches in what the loader yields at once, joined by rows; the loop of the user cuts them apart.
@@ -44,6 +46,10 @@ class Task:
             stands, and counts once an update.
         of_rows: ``of_rows(model, micro_batch)``: a term that is a mean over all positions, with or without a label, and
             counts once an update as well.
+        compares: ``compares(model, model(input_ids), labels)``: the loss, where it is not one of single labels: a mean
+            over the rows of a batch, each compared with all of them.
+        meets: Whether rows of one logical batch have to meet in the model or in the term, in whichever micro-batch they
+            are.
         follows: Whether ``model.follow()`` is to be called after each update, as a moving average of weights asks for.
         loss_form: What the loss of the user is: a mean, or a sum over a count, which the user can tell apart.
         takes_keywords: Whether the model takes any keyword arguments, and ignores them.
@@ -59,6 +65,7 @@ class Task:
     make_model: Callable[[], nn.Module]
     epoch: Sequence[MicroBatch | None]
     window: int = 4
+    ranks: int = 1
     epochs: int = 1
     sized: bool = True
     slices: int = 1
@@ -67,6 +74,8 @@ class Task:
     lr_factor: Callable[[int], float] | None = None
     penalty: float | None = None
     of_rows: Callable[[nn.Module, MicroBatch], Tensor] | None = None
+    compares: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    meets: bool = False
     follows: bool = False
     loss_form: Literal["mean", "sum over count"] = "sum over count"
     takes_keywords: bool = False
@@ -80,6 +89,7 @@ class Task:
     def asks(self) -> frozenset[str]:
         """What it asks for beyond windows of micro-batches; a system that cannot say one of these is not judged."""
         wanted = {
+            "ranks": self.ranks > 1,
             "unsized": not self.sized,
             "None": any(micro_batch is None for micro_batch in self.epoch),
             "slices": self.slices > 1,
@@ -93,15 +103,21 @@ class Task:
             "exception": self.fails_at is not None,
             "fp16": self.precision == "fp16",
             "bf16": next(self.make_model().parameters()).dtype == torch.bfloat16,
+            "coupled": self.meets or self.compares is not None,
             "batch norm": any(isinstance(layer, nn.BatchNorm1d) for layer in self.make_model().modules()),
         }
         return frozenset(name for name, wants in wanted.items() if wants)
 
+    @property
+    def whole_window(self) -> int:
+        """Micro-batches in one logical batch, over all ranks."""
+        return self.window * self.ranks
+
     def windows(self) -> Iterator[tuple[int, list[MicroBatch | None]]]:
         """Yield each logical batch of the run in order: the place of its first micro-batch, and its micro-batches."""
         for epoch in range(self.epochs):
-            for start in range(0, len(self.epoch), self.window):
-                yield epoch * len(self.epoch) + start, list(self.epoch[start : start + self.window])
+            for start in range(0, len(self.epoch), self.whole_window):
+                yield epoch * len(self.epoch) + start, list(self.epoch[start : start + self.whole_window])
 
     def loader(self) -> Iterator[MicroBatch | None]:
         """Yield what the loader of the user yields in one epoch: micro-batches, or `slices` of them joined."""
@@ -116,11 +132,20 @@ class Task:
         return [{name: part[place] for name, part in parts.items()} for place in range(self.slices)]
 
     def loss_sum(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
-        """Return the sum of the cross entropy over the labels; shape ``[]``."""
-        return cross_entropy(model(micro_batch["input_ids"]), micro_batch["labels"])
+        """Return the sum of the cross entropy over the labels, or what `compares` says of the rows; shape ``[]``."""
+        outputs, labels = model(micro_batch["input_ids"]), micro_batch["labels"]
+        if self.compares is not None:
+            return self.compares(model, outputs, labels) * self.targets(micro_batch)
+        return cross_entropy(outputs, labels)
+
+    def loss_of(self, model: nn.Module, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss without the term, as one writes it for what came out of the model; shape ``[]``."""
+        if self.compares is not None:
+            return self.compares(model, outputs, labels)
+        return cross_entropy(outputs, labels) / (labels != IGNORED).sum()
 
     def targets(self, micro_batch: MicroBatch) -> Tensor:
-        """Return how many labels are to be learned; shape ``[]``, an integer."""
+        """Return how many labels are to be learned; a row that is compared has one. Shape ``[]``, an integer."""
         return (micro_batch["labels"] != IGNORED).sum()
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:

@@ -150,6 +150,7 @@ accelerate = System(
     train=train,
     expresses=frozenset(
         {
+            "ranks",
             "unsized",
             "None",
             "slices",
@@ -173,7 +174,7 @@ accelerate_long = System(
     name="accelerate-long",
     title="Accelerate, its recipe for samples of variable size",
     train=train_long,
-    expresses=frozenset({"clipping", "schedule", *TERMS, "follows", "evaluation", "fp16", "bf16"}),
+    expresses=frozenset({"ranks", "clipping", "schedule", *TERMS, "follows", "evaluation", "fp16", "bf16"}),
     distributions=("accelerate", "torch"),
     install="pip install 'wholebatch[accelerate]'",
 )

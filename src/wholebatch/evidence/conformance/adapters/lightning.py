@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from wholebatch.evidence.conformance.adapters.loaders import data_loader
+from wholebatch.evidence.conformance.adapters.loaders import data_loader, data_loader_of_a_rank
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import TERMS, MicroBatch, NotExpressible, PairTask, Task, Trained, steps_of
 
@@ -39,8 +39,8 @@ def _train_automatically(task: Task) -> Trained:
             self.followed = 0
 
         def training_step(self, micro_batch: MicroBatch, _place: int) -> Tensor | None:
-            if int(task.targets(micro_batch)) == 0:
-                return None  # "skip to the next batch"
+            if int(task.targets(micro_batch)) == 0 and task.ranks == 1:
+                return None  # "skip to the next batch"; "not supported" on several ranks
             return task.loss(self.model, micro_batch)
 
         def validation_step(self, micro_batch: MicroBatch, _place: int) -> None:
@@ -152,25 +152,30 @@ def _fit(module: Any, task: Task | PairTask, **options: Any) -> None:
         if len(task.evaluates_after) > 1:
             raise NotExpressible("evaluations come at intervals, not at any places")
         options.update(val_check_interval=max(task.evaluates_after) + 1, limit_val_batches=1, num_sanity_val_steps=0)
+    loader = data_loader(task)
+    if isinstance(task, Task) and task.ranks > 1:  # the sampler that it puts in itself would shuffle
+        options.update(devices=task.ranks, strategy="ddp", use_distributed_sampler=False)
+        loader = data_loader_of_a_rank(task)
     trainer = Trainer(
         accelerator="cpu",
-        devices=1,
         precision="bf16-true" if "bf16" in asks else "64-true",
         max_epochs=task.epochs if isinstance(task, Task) else 1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **{"devices": 1, **options},
     )
-    trainer.fit(module, data_loader(task), data_loader(task) if "evaluation" in asks else None)
+    trainer.fit(module, loader, data_loader(task) if "evaluation" in asks else None)
 
 
 lightning = System(
     name="lightning",
     title="Lightning",
     train=train,
-    expresses=frozenset({"unsized", "None", "clipping", "schedule", *TERMS, "follows", "evaluation", "fp16", "bf16"}),
+    expresses=frozenset(
+        {"ranks", "unsized", "None", "clipping", "schedule", *TERMS, "follows", "evaluation", "fp16", "bf16"}
+    ),
     distributions=("lightning", "torch"),
     install="pip install 'wholebatch[lightning]'",
 )
@@ -181,6 +186,7 @@ lightning_manual = System(
     train=train_by_hand,
     expresses=frozenset(
         {
+            "ranks",
             "unsized",
             "None",
             "slices",

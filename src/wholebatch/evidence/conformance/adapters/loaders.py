@@ -1,9 +1,10 @@
 """How do micro-batches come to systems that want a DataLoader? An item is a micro-batch, in the given order."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from wholebatch.evidence.conformance.task import PairTask, Task
 
@@ -32,5 +33,12 @@ def dataset(task: Task | PairTask) -> Any:
 
 
 def data_loader(task: Task | PairTask) -> DataLoader[Any]:
-    """Return a loader of one epoch."""
+    """Return a loader of one epoch, of all ranks."""
     return DataLoader(dataset(task), batch_size=1, shuffle=False, collate_fn=only)
+
+
+def data_loader_of_a_rank(task: Task) -> DataLoader[Any]:
+    """Return a loader of what this rank sees of an epoch, in the given order, with PyTorch's own sampler for ranks."""
+    items = dataset(task)
+    sampler: DistributedSampler[Any] = DistributedSampler(items, task.ranks, int(os.environ["RANK"]), shuffle=False)
+    return DataLoader(items, batch_size=1, sampler=sampler, collate_fn=only)

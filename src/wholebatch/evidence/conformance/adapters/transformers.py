@@ -23,7 +23,6 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence.conformance.adapters.loaders import dataset, only
-from wholebatch.evidence.conformance.models import IGNORED
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import TERMS, PairTask, Task, Trained, cross_entropy, steps_of
 
@@ -41,7 +40,7 @@ class Model(nn.Module):
         if labels is None:
             rows = {"input_ids": input_ids}
             return {"logits": logits, **({"term": self._task.term(self.model, rows)} if self._task.has_term else {})}
-        loss = cross_entropy(logits, labels) / (labels != IGNORED).sum()
+        loss: Tensor = self._task.loss_of(self.model, logits, labels)
         if self._task.has_term:
             loss = loss + self._task.term(self.model, {"input_ids": input_ids, "labels": labels})
         return {"loss": loss, "logits": logits}
@@ -65,13 +64,15 @@ def train_loss_func(task: Task | PairTask) -> Trained:
     assert isinstance(task, Task)
 
     def loss_func(outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        loss_sum = cross_entropy(outputs["logits"], labels)
-        items = num_items_in_batch if task.loss_form == "sum over count" else (labels != IGNORED).sum()
-        loss = loss_sum / items
+        if task.loss_form == "sum over count":
+            loss: Tensor = cross_entropy(outputs["logits"], labels) / num_items_in_batch
+        else:
+            loss = task.loss_of(model.model, outputs["logits"], labels)
         return loss + outputs["term"] if task.has_term else loss
 
+    model = _model(task)
     scaled = None if task.loss_form == "sum over count" else False
-    return _train(task, _model(task), scaled, compute_loss_func=loss_func)
+    return _train(task, model, scaled, compute_loss_func=loss_func)
 
 
 def _model(task: Task) -> Model:
@@ -83,7 +84,7 @@ def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **optio
 
     optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
     steps = steps_of(optimizer)
-    updates = task.epochs * math.ceil(len(task.epoch) / task.window)
+    updates = task.epochs * math.ceil(len(task.epoch) / task.whole_window)
 
     class Callback(TrainerCallback):
         place = 0
@@ -135,7 +136,7 @@ def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **optio
     return Trained(model.model, steps(), losses)
 
 
-_EXPRESSES = frozenset({"unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
+_EXPRESSES = frozenset({"ranks", "unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
 
 transformers = System(
     name="transformers",

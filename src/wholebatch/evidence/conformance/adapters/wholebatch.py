@@ -1,11 +1,15 @@
 """wholebatch: `updates` over a loader of micro-batches, `step` over logical batches, or windows in one's own loop.
 
-Batch norm is made exact, and a balancing loss is that of `wb.losses`, over the whole logical batch.
+Batch norm is made exact. Losses that compare or count rows are those of `wb.losses`, and a layer that standardises sums
+by `wb.sum_over_batch`, so that they see the whole logical batch. On several ranks each has a loader of its own rows,
+and the model is bare, in DistributedDataParallel, or sharded by FSDP2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -13,7 +17,10 @@ from wholebatch.core.record import Update
 from wholebatch.core.split import Rows
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.exactnorm import exact_batch_norm
-from wholebatch.engine.losses import load_balancing
+from wholebatch.engine.losses import batch_hard_triplet, info_nce, load_balancing
+from wholebatch.engine.meeting import sum_over_batch
+from wholebatch.evidence.conformance import encoders
+from wholebatch.evidence.conformance.coupled import MARGIN, hard_triplets, in_batch_negatives
 from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import TERMS, BadSample, MicroBatch, PairTask, Task, Trained, join
@@ -21,14 +28,61 @@ from wholebatch.evidence.conformance.task import TERMS, BadSample, MicroBatch, P
 
 def train(task: Task | PairTask) -> Trained:
     """Train with `wb.Accumulator`."""
-    return _train_players(task) if isinstance(task, PairTask) else _train_one(task)
+    if isinstance(task, PairTask):
+        return _train_players(task)
+    return _train_one(task) if task.ranks == 1 else _train_on_ranks(task, lambda model: model)
+
+
+def train_ddp(task: Task | PairTask) -> Trained:
+    """Train on several ranks, in DistributedDataParallel."""
+    assert isinstance(task, Task)
+    return _train_on_ranks(task, nn.parallel.DistributedDataParallel)
+
+
+def train_fsdp2(task: Task | PairTask) -> Trained:
+    """Train on several ranks, sharded."""
+    from torch.distributed.fsdp import fully_shard
+
+    assert isinstance(task, Task)
+
+    def shard(model: nn.Module) -> nn.Module:
+        fully_shard(model, mesh=init_device_mesh("cpu", (task.ranks,)))
+        return model
+
+    return _train_on_ranks(task, shard)
+
+
+def _train_on_ranks(task: Task, wrap: Callable[[nn.Module], nn.Module]) -> Trained:
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    plain = task.make_model()
+    model = wrap(plain)
+
+    def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        return task.loss_sum(model, micro_batch), task.targets(micro_batch)
+
+    accumulator = Accumulator(model, SGD(model.parameters(), lr=task.lr), loss_fn)
+    losses = []
+    for _ in range(task.epochs):
+        own = task.epoch[distributed.get_rank() :: task.ranks]
+        losses += [
+            update.loss for update in accumulator.updates(own, micro_batches=task.window) if update.skipped is None
+        ]
+    whole = task.make_model()
+    state = {
+        name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in plain.state_dict().items()
+    }
+    whole.load_state_dict(state)
+    return Trained(whole, len(losses), losses)
 
 
 def _train_one(task: Task) -> Trained:
-    model = exact_batch_norm(task.make_model())
+    model = exact_batch_norm(meeting(task.make_model()))
     optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
 
-    def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
+    def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> Tensor | tuple[Tensor, ...]:
+        if task.compares is not None:
+            return compared(task, model, micro_batch)
         pair = task.loss_sum(model, micro_batch), task.targets(micro_batch)
         if task.of_rows is balance:
             return (*pair, BALANCE * load_balancing(model.route(micro_batch["input_ids"])))  # type: ignore[operator]
@@ -49,6 +103,33 @@ def _train_one(task: Task) -> Trained:
             losses.append(update.loss)
             task.after_update(model)
     return Trained(model, len(losses), losses)
+
+
+class Standardised(nn.Module):
+    """The layer of the scene, as "Write your own batch-coupled layer" has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = sum_over_batch(len(x))
+        centred = x - sum_over_batch(x.sum(0)) / rows
+        return centred / (sum_over_batch(centred.square().sum(0)) / rows + 1e-5).sqrt()
+
+
+def meeting(model: nn.Module) -> nn.Module:
+    """Return a model in whose standardising layer micro-batches meet."""
+    if isinstance(model, encoders.StandardisedTagger):
+        model.standardised = Standardised()
+    return model
+
+
+def compared(task: Task, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Return the loss of a scene in which rows are compared, from `wb.losses`; shape ``[]``."""
+    points = model(micro_batch["input_ids"])
+    if task.compares is in_batch_negatives:
+        assert isinstance(model, encoders.Encoder)
+        queries, keys = points.unbind(dim=1)
+        return info_nce(queries, keys, temperature=model.log_temperature.exp(), symmetric=True)
+    assert task.compares is hard_triplets
+    return batch_hard_triplet(points, micro_batch["labels"], margin=MARGIN)
 
 
 def _updates(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumulator) -> Iterator[Update]:
@@ -119,6 +200,7 @@ wholebatch = System(
     train=train,
     expresses=frozenset(
         {
+            "ranks",
             "unsized",
             "None",
             "slices",
@@ -135,6 +217,26 @@ wholebatch = System(
             "two windows",
         }
     ),
+    distributions=("wholebatch", "torch"),
+    install="pip install 'wholebatch[torch]'",
+)
+
+wholebatch_ddp = System(
+    name="wholebatch-ddp",
+    title="wholebatch, in DistributedDataParallel",
+    train=train_ddp,
+    expresses=frozenset({"ranks"}),
+    requires=frozenset({"ranks"}),
+    distributions=("wholebatch", "torch"),
+    install="pip install 'wholebatch[torch]'",
+)
+
+wholebatch_fsdp2 = System(
+    name="wholebatch-fsdp2",
+    title="wholebatch, sharded by FSDP2",
+    train=train_fsdp2,
+    expresses=frozenset({"ranks"}),
+    requires=frozenset({"ranks"}),
     distributions=("wholebatch", "torch"),
     install="pip install 'wholebatch[torch]'",
 )
