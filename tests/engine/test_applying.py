@@ -228,8 +228,9 @@ def test_blocks_that_cannot_be_watched_are_taken_from_the_front(monkeypatch):
 
     model = stack(torch.float32)
     monkeypatch.setattr("wholebatch.engine.probe.Probe.watch", broken)
-    plan = planned(model, fewer=1000)
-    assert plan.checkpointing == ("blocks.0",)
+    chosen = planned(model, fewer=1000).checkpointing
+    assert 0 < len(chosen) < 4
+    assert chosen == tuple(f"blocks.{place}" for place in range(len(chosen)))
 
 
 def test_a_micro_batch_that_is_too_much_is_told_what_would_help():
