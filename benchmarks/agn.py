@@ -137,7 +137,7 @@ class Near(Center):
     def finish(self) -> Vectors:
         return self._held.commit(None)[0]
 
-    def close(self, *, in_peace: bool) -> None:
+    def close(self, failure: str | None = None) -> None:
         pass
 
 

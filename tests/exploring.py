@@ -107,6 +107,24 @@ def only_serves(rank):
     return weights(model)
 
 
+def one_fails(rank, **options):
+    """Rank 1 raises in its fourth step; says what each rank came to see, and how long that took."""
+    began = time.monotonic()
+
+    def failing(model, batch):
+        step, *batch = batch
+        if rank == 1 and step == 3:
+            raise KeyError("no such column")
+        return squares(model, batch)
+
+    try:
+        with explorer(line(rank), failing, **options) as exploring:
+            for step in range(6 if rank else 4):
+                exploring.step((step, *rows(rank, step)))
+    except (KeyError, wb.RankError) as error:
+        return {"error": type(error).__name__, "said": str(error), "seconds": time.monotonic() - began}
+
+
 def wrapped(rank):
     try:
         explorer(nn.parallel.DistributedDataParallel(line(rank)))
@@ -164,6 +182,8 @@ if __name__ == "__main__":
         "in turn": in_turn(rank, store),
         "at will": at_will(rank),
         "only serves": only_serves(rank),
+        "one fails": one_fails(rank),
+        "one fails, asynchronous": one_fails(rank, synchronous=False),
         "shared out": shared_out(rank),
         "repeating": repeating(rank),
     }

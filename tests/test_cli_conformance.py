@@ -44,7 +44,7 @@ def test_verdicts_that_are_disputed_are_a_failure(capsys, monkeypatch):
     def disputed(system, scenes):
         return {scene: {"outcome": "pass", "error": 0.0, "confirmed": False, "why": ""} for scene in scenes}
 
-    monkeypatch.setattr(suite, "_in_a_process", disputed)
+    monkeypatch.setattr(suite, "_judge", disputed)
     assert run("--system", "wholebatch", "--scene", "T1") == 1
     assert "error: wholebatch, T1-ragged-counts: two ways to compute what is right disagree" in capsys.readouterr().err
 
@@ -63,7 +63,7 @@ def test_a_scene_that_wholebatch_does_not_pass_is_a_failure(capsys, monkeypatch)
     def broken(system, scenes):
         return {scene: {"outcome": "fail", "error": 0.5, "confirmed": True, "why": "planted"} for scene in scenes}
 
-    monkeypatch.setattr(suite, "_in_a_process", broken)
+    monkeypatch.setattr(suite, "_judge", broken)
     assert run("--system", "wholebatch", "--scene", "T1") == 1
     said = capsys.readouterr()
     assert "wholebatch, T1-ragged-counts: fail; planted" in said.out

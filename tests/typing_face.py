@@ -139,6 +139,7 @@ def rows_of_a_rank(rows: list[tuple[Tensor, int]]) -> None:
     batches = wb.LogicalBatches([length_of_row(row) for row in rows], rows=512, balance="tokens", shuffle=True, seed=0)
     batches.set_epoch(1)
     assert_type(next(iter(batches)), list[int])
+    assert_type(batches.collate(pad)(rows), Any)
     wb.LogicalBatches(len(rows), 512, rank=0, ranks=2)
 
 

@@ -81,10 +81,8 @@ def trained(model, **options):
 )
 def test_the_update_is_the_same_bit_for_bit(options, dtype, meets):
     """Dropout draws the same masks again; weights and the random stream end as without the plan."""
-    if meets and options["lockstep"] == "replay":
-        inner = (128,)  # a meeting that feeds another needs joined graphs
-    else:
-        inner = (128,) * 4
+    # A meeting that feeds another needs joined graphs.
+    inner = (128,) if options.get("lockstep") == "replay" else (128,) * 4
     plain, stream = trained(stack(dtype, inner=inner, meets=meets), **options)
     model = stack(dtype, inner=inner, meets=meets)
     names = tuple(f"blocks.{place}" for place in range(len(inner)))[:2]

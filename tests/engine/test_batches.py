@@ -1,9 +1,11 @@
 """Which rows does a rank load, and which does a loader give twice?"""
 
 import logging
+import pickle
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -99,8 +101,27 @@ def test_it_is_a_batch_sampler_of_a_loader():
     assert [accumulator.step(batch).rows for batch in loader] == [3, 1]
 
 
-def test_lengths_may_be_a_tensor():
-    assert list(wb.LogicalBatches(torch.tensor([3, 3]), rows=2, shuffle=False, rank=1, ranks=2)) == [[1]]
+def test_a_rank_without_rows_gets_none_instead_of_an_error_of_the_collate_function():
+    data = [torch.ones(2) * row for row in range(5)]
+    found = []
+    for collate_fn in (None, wb.LogicalBatches.collate()):
+        batches = wb.LogicalBatches(len(data), rows=4, shuffle=False, rank=1, ranks=2)
+        loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=collate_fn))
+        found.append(next(loader))
+        if collate_fn is None:
+            with pytest.raises(IndexError):
+                next(loader)  # what it is there for
+        else:
+            assert next(loader) is None
+    assert torch.equal(*found)
+    assert pickle.loads(pickle.dumps(wb.LogicalBatches.collate(sum)))([1, 2]) == 3  # for the workers of a loader
+
+
+@pytest.mark.parametrize(
+    "lengths", [torch.tensor([3, 3]), np.array([3, 3]), [torch.tensor(3), np.int64(3)], np.int64(2)]
+)
+def test_lengths_may_be_tensors_and_arrays(lengths):
+    assert list(wb.LogicalBatches(lengths, rows=2, shuffle=False, rank=1, ranks=2)) == [[1]]
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,18 @@ def test_ranks_are_told_of_rows_that_come_twice(ranks):
         assert sum("2 rows come twice" in reason for reason in answers["repeating"]) == 1
 
 
+@pytest.mark.parametrize("name", ["one fails", "one fails, asynchronous"])
+def test_ranks_hear_of_one_that_fails_and_wait_no_longer(ranks, name):
+    assert [answers[name]["error"] for answers in ranks] == ["RankError", "KeyError", "RankError"]
+    for answers in ranks:
+        assert answers[name]["seconds"] < 25  # a time-out would be longer
+        if answers[name]["error"] == "RankError":
+            assert "have lost one" in answers[name]["said"]
+            assert "hint: start all of them again" in answers[name]["said"]
+    if "asynchronous" in name:
+        assert "rank 1 has failed ('no such column')" in ranks[0][name]["said"]
+
+
 def test_a_wrapper_that_averages_gradients_is_refused(ranks):
     for answers in ranks:
         assert "wrapped for data parallel training" in answers["wrapped"]
@@ -290,6 +302,14 @@ def test_a_held_center_answers_when_all_have_finished():
         center, commits = each.wait()
         assert center[0].tolist() == [1, 1]
         assert commits == 1
+
+
+def test_a_held_center_lets_nobody_wait_for_a_rank_that_has_failed():
+    held = Held([torch.zeros(2)], ranks=2)
+    waiting = held.finish()
+    held.fail("rank 1 has failed (no such column)")
+    held.fail("rank 0 has failed too")
+    assert waiting.wait() == held.commit([torch.ones(2)]) == "rank 1 has failed (no such column)"
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from operator import index
 from typing import Any, Literal
 
 import torch
 from torch import distributed
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, default_collate
 
 from wholebatch.core.balance import ATTENTION, balanced, costs_of
 from wholebatch.core.errors import ConfigError, SplitError
@@ -19,7 +21,8 @@ class LogicalBatches(Sampler[list[int]]):
     The logical batches are drawn from all rows, and are the same whatever the number of ranks; then the rows of each
     are shared out. Every row comes once an epoch, on one rank: none is repeated to make ranks equal, and none is left
     out, so that the last logical batch holds what is left. A rank gets an empty list where there are fewer rows than
-    ranks, which only the last logical batch can bring about.
+    ranks, which only the last logical batch can bring about; `collate` makes None of it, which `wb.Accumulator.step`
+    takes.
 
     Args:
         lengths: The tokens of each row of the data, or, where rows are alike, how many rows there are.
@@ -70,8 +73,8 @@ class LogicalBatches(Sampler[list[int]]):
                 hint="pass both, as in rank=0, ranks=2, or neither.",
             )
         self._costs: list[float] | None = None
-        if isinstance(lengths, int):
-            self._num_rows = lengths
+        if hasattr(lengths, "__index__") and not hasattr(lengths, "__len__"):
+            self._num_rows = index(lengths)
         else:
             tokens = _numbers(lengths)
             self._num_rows = len(tokens)
@@ -116,6 +119,26 @@ class LogicalBatches(Sampler[list[int]]):
         """
         self._epoch = epoch
 
+    @staticmethod
+    def collate(collate_fn: Callable[[list[Any]], Any] = default_collate) -> Callable[[list[Any]], Any]:
+        """Return a collate function for a loader that knows what to do where a rank has no rows: it returns None.
+
+        PyTorch's own fails on an empty list, and only on the ranks that get one.
+
+        Args:
+            collate_fn: Makes a batch of one row or more.
+
+        Example:
+            >>> collate = LogicalBatches.collate(sum)
+            >>> collate([1, 2]), collate([])
+            (3, None)
+        """
+        return partial(_collate_or_none, collate_fn)
+
+
+def _collate_or_none(collate_fn: Callable[[list[Any]], Any], rows: list[Any]) -> Any:
+    return collate_fn(rows) if rows else None
+
 
 def place_among_ranks() -> tuple[int, int]:
     """Return which process this is, and of how many: of `torch.distributed`, or, before that is set up, of torchrun."""
@@ -130,7 +153,7 @@ def _numbers(lengths: Any) -> list[int]:
     if hasattr(lengths, "tolist"):
         lengths = lengths.tolist()
     try:
-        return list(lengths)
+        return [each.item() if hasattr(each, "item") else each for each in lengths]
     except TypeError:
         raise SplitError(
             f"The lengths are a {type(lengths).__name__}.",

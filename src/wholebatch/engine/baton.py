@@ -41,6 +41,7 @@ def in_lockstep(
     before: Callable[[int], None],
     meet: Callable[[Sequence[Call]], Sequence[Any]],
     finish: Callable[[int, Any], None],
+    after: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Run some functions from meeting to meeting, in order and one at a time.
 
@@ -51,6 +52,7 @@ def in_lockstep(
         before: Called with the number of a micro-batch before it goes on.
         meet: Called with what each micro-batch brings to a meeting; returns what each of them gets.
         finish: Called with the number of a micro-batch and its result as soon as it is there.
+        after: Called with the number of a micro-batch when it has come to a meeting, or to its end.
 
     Raises:
         MeetingError: The micro-batches do not meet at the same places.
@@ -66,6 +68,7 @@ def in_lockstep(
                 before(number)
                 each.go_on(stack_size)
                 each.raise_error()
+                after(number)
                 _require_same_place(micro_batches, number)
                 if each.is_done:
                     finish(number, each.take_result())

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed
 
-from wholebatch.core.errors import ConfigError
+from wholebatch.core.errors import ConfigError, RankError
 from wholebatch.engine.batches import place_among_ranks
 
 Vectors: TypeAlias = list[Tensor]
@@ -35,18 +35,25 @@ class Center(ABC):
 
         Args:
             found: A change of the weights, or None: this rank adds nothing this time.
+
+        Raises:
+            RankError: Another rank has failed.
         """
 
     @abstractmethod
     def finish(self) -> Vectors:
-        """Wait until no rank has anything to add, and return the center, the same for all ranks."""
+        """Wait until no rank has anything to add, and return the center, the same for all ranks.
+
+        Raises:
+            RankError: Another rank has failed.
+        """
 
     @abstractmethod
-    def close(self, *, in_peace: bool) -> None:
+    def close(self, failure: str | None = None) -> None:
         """Take down what was set up for this center.
 
         Args:
-            in_peace: Whether to wait for the others; not where this rank has failed.
+            failure: Why this rank goes no further, to be told to the others; None: all have finished.
         """
 
 
@@ -70,6 +77,7 @@ class Reduced(Center):
                 hint="call torch.distributed.init_process_group() before.",
             )
         self._center: Vectors = []
+        self._hears = True  # whether the others can be told anything
 
     def start(self, weights: Vectors) -> Vectors:
         self._center = [each.clone() for each in weights]
@@ -79,28 +87,46 @@ class Reduced(Center):
         return self._center
 
     def commit(self, found: Vectors | None) -> tuple[Vectors, int]:
-        self._announce(1)
+        self._announce(adding=True)
         self._add(found)
         return self._center, 0
 
     def finish(self) -> Vectors:
-        while self._announce(0).item() > 0:
+        while self._announce(adding=False):
             self._add(None)
         return self._center
 
-    def close(self, *, in_peace: bool) -> None:
-        pass
+    def close(self, failure: str | None = None) -> None:
+        if failure is not None and self._hears:
+            self._hears = False
+            self._sum(torch.tensor([0, 1], device=self._center[0].device))
 
-    def _announce(self, adding: int) -> Tensor:
-        # One number before each sum, so that a rank without rows knows whether another sum is to come.
-        number = torch.tensor(adding, device=self._center[0].device)
-        if not self._alone:
-            distributed.all_reduce(number, group=self._process_group)
-        return number
+    def _announce(self, *, adding: bool) -> bool:
+        """Return whether a sum is to come. Told before each, so that ranks without rows, and failures, are known."""
+        numbers = torch.tensor([int(adding), 0], device=self._center[0].device)
+        self._sum(numbers)
+        some, failed = numbers.tolist()
+        if failed:
+            self._hears = False
+            raise another_failed("one of them says so, and its own output says why")
+        return bool(some)
 
     def _add(self, found: Vectors | None) -> None:
         for place, center in enumerate(self._center):
             part = torch.zeros_like(center) if found is None else found[place]
-            if not self._alone:
-                distributed.all_reduce(part, group=self._process_group)
+            self._sum(part)
             center.add_(part)
+
+    def _sum(self, numbers: Tensor) -> None:
+        if not self._alone:
+            hears, self._hears = self._hears, False  # not if this comes to no end
+            distributed.all_reduce(numbers, group=self._process_group)
+            self._hears = hears
+
+
+def another_failed(why: str) -> RankError:
+    """Return the error of a rank that cannot go on without another."""
+    return RankError(
+        f"Ranks that explore together have lost one: {why}.",
+        hint="start all of them again, from the last weights that were saved after finish().",
+    )

@@ -160,6 +160,7 @@ class AccumulatedGradientNormalization:
         Raises:
             LossError, WeightError: As for `wb.Accumulator`.
             WindowError: It is closed.
+            RankError: Another rank has failed.
         """
         if self._closed:
             raise WindowError("These ranks have parted: close() was called.", hint="make a new one to train on.")
@@ -176,6 +177,9 @@ class AccumulatedGradientNormalization:
 
         To be called by every rank at the end of an epoch, before validation, and at the end. Ranks may have made
         different numbers of steps. A rank that calls it at once takes no part in the epoch beyond holding the center.
+
+        Raises:
+            RankError: Another rank has failed.
         """
         if self._since:
             self._merge()
@@ -185,7 +189,7 @@ class AccumulatedGradientNormalization:
         """Finish, and take down what was set up between the ranks. Also done at the end of a ``with`` block."""
         if not self._closed:
             self.finish()
-            self._end(in_peace=True)
+            self._end()
 
     def __enter__(self) -> "AccumulatedGradientNormalization":
         return self
@@ -195,12 +199,12 @@ class AccumulatedGradientNormalization:
     ) -> None:
         if error is None:
             self.close()
-        elif not self._closed:
-            self._end(in_peace=False)
+        elif isinstance(error, Exception) and not self._closed:  # Ctrl-C waits for nobody
+            self._end((str(error).strip() or type(error).__name__).splitlines()[0])
 
-    def _end(self, *, in_peace: bool) -> None:
+    def _end(self, failure: str | None = None) -> None:
         self._closed = True
-        self._center.close(in_peace=in_peace)
+        self._center.close(failure)
 
     def _explore(self, batch: Any) -> Tensor | None:
         self._optimizer.zero_grad()

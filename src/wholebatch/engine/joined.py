@@ -14,6 +14,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from wholebatch.engine.baton import in_lockstep
 from wholebatch.engine.company import Call
+from wholebatch.engine.draws import Passage
 from wholebatch.engine.reach import Reach
 from wholebatch.engine.recomputing import Minutes
 
@@ -46,6 +47,7 @@ def run_joined(
         _expect_large_blocks()
     results: list[Any] = [None] * len(runs)
     minutes = Minutes()
+    passages = [Passage(device), Passage(device)]  # the meeting that they come from, and the one that they go to
 
     def meet(calls: Sequence[Call]) -> list[Any]:
         minutes.require_unchanged()
@@ -55,10 +57,23 @@ def run_joined(
         if calls[0].once is not None:
             calls[0].once(result, brought.beside)
         share = _sharing(result)
-        minutes.take(calls, result, share)
+        minutes.take(calls, result, share, passages[1])
+        passages[:] = passages[1], Passage(device)
         return [share(call) for call in calls]
 
-    in_lockstep(runs, reach.rows, device=device, before=before, meet=meet, finish=results.__setitem__)
+    def go_on(number: int) -> None:
+        before(number)
+        passages[0].go_on()
+
+    in_lockstep(
+        runs,
+        reach.rows,
+        device=device,
+        before=go_on,
+        meet=meet,
+        finish=results.__setitem__,
+        after=lambda _: passages[1].come(),
+    )
     minutes.require_unchanged()
     reach.end()
     return results, minutes

@@ -26,6 +26,7 @@ from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.baton import in_lockstep
 from wholebatch.engine.company import Again, Call, among, known_rows, recomputing_with, without_value
+from wholebatch.engine.draws import Passage
 from wholebatch.engine.moments import Moments
 from wholebatch.engine.objective import Part, learns
 from wholebatch.engine.reach import Reach
@@ -107,10 +108,13 @@ def _first_pass(
 ) -> list["_Meeting"]:
     """Run all micro-batches in lockstep, and return their meetings with the gradients that enter there."""
     meetings: list[_Meeting] = []
+    passages = [Passage(device)]
 
     def go(number: int) -> None:
         before(number)
         moments.keep(number, len(meetings))
+        if meetings:
+            meetings[-1].passage.go_on()
 
     def meet(calls: Sequence[Call]) -> list[Any]:
         for each in meetings:
@@ -120,7 +124,8 @@ def _first_pass(
                 f"what meets at {calls[0]} needs the gradient of what met before, at {meetings[-1].calls[0]}",
                 joined=True,
             )
-        meetings.append(_Meeting(calls, reach))
+        meetings.append(_Meeting(calls, reach, passages[-1]))
+        passages.append(Passage(device))
         return meetings[-1].answers(calls)
 
     def finish(number: int, part: Part | None) -> None:
@@ -132,7 +137,7 @@ def _first_pass(
             return
         minutes = Minutes()
         for meeting, leaf in leaves:
-            minutes.take(meeting.calls, None, partial(_given, leaf))
+            minutes.take(meeting.calls, None, partial(_given, leaf), meeting.passage.of(number))
         with recomputing_with(minutes):
             found = torch.autograd.grad(
                 [loss for loss, _ in entering],
@@ -145,7 +150,15 @@ def _first_pass(
 
     without_graph = [partial(run, graph=False) for run in runs]
     try:
-        in_lockstep(without_graph, reach.rows, device=device, before=go, meet=meet, finish=finish)
+        in_lockstep(
+            without_graph,
+            reach.rows,
+            device=device,
+            before=go,
+            meet=meet,
+            finish=finish,
+            after=lambda _: passages[-1].come(),
+        )
     except RuntimeError as error:
         # The user's code asks for a gradient of its own, which frozen weights do not have.
         if "require grad" not in str(error) and "require gradient" not in str(error):
@@ -161,7 +174,8 @@ def _first_pass(
 class _Meeting:
     """What all micro-batches brought, what it came to, and the gradient that enters there."""
 
-    def __init__(self, calls: Sequence[Call], reach: Reach) -> None:
+    def __init__(self, calls: Sequence[Call], reach: Reach, passage: Passage) -> None:
+        self.passage = passage
         self.calls = [_without_graph(call) for call in calls]
         self.key = calls[0].key
         self.alike = calls[0].kind, id(calls[0].of)
@@ -180,7 +194,7 @@ class _Meeting:
         self._entering: Sequence[Tensor | None] = ()
         if calls[0].once is not None:
             calls[0].once(self.result, brought.beside)
-        self.minutes.take(self.calls, self.result, lambda _: self.result)
+        self.minutes.take(self.calls, self.result, lambda _: self.result, passage)
 
     def answers(self, calls: Sequence[Call]) -> list[Any]:
         """Return what each micro-batch gets in the first pass: a leaf of its own, where gradients are wanted."""
@@ -222,7 +236,7 @@ class _Meeting:
         if unique:
             self.calls = [without_value(call) for call in self.calls]
         self.minutes = Minutes()
-        self.minutes.take(self.calls, self.result, lambda _: self.result)
+        self.minutes.take(self.calls, self.result, lambda _: self.result, self.passage)
 
     def entering(self, number: int) -> Tensor | None:
         return self._entering[number] if self._entering else None
@@ -261,7 +275,7 @@ class _Replay:
             self.values.append(call.value)
             self._versions.append(call.value._version)
             self.gradients.append(gradient)
-        self.minutes.take(meeting.calls, meeting.result, meeting.replayed)
+        self.minutes.take(meeting.calls, meeting.result, meeting.replayed, meeting.passage.of(self._number))
         return meeting.replayed(call)
 
     def own_rows(self) -> Indices | None:

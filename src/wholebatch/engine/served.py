@@ -1,9 +1,11 @@
 """How does one rank hold the center for all? A parameter server on `torch.distributed.rpc`."""
 
+import math
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext, suppress
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed import rpc
@@ -11,7 +13,13 @@ from torch.futures import Future
 
 from wholebatch.core.errors import ConfigError
 from wholebatch.engine.batches import place_among_ranks
-from wholebatch.engine.center import Center, Vectors
+from wholebatch.engine.center import Center, Vectors, another_failed
+
+Answer: TypeAlias = tuple[Vectors, int] | str
+"""The center with the number of commits so far, or, in words, which rank has failed, and why."""
+
+_FAREWELL_SECONDS = 30
+"""How long a rank that has failed waits for the others to hear of it."""
 
 
 class Held:
@@ -30,11 +38,14 @@ class Held:
         self._ranks = ranks
         self._lock = threading.Lock()
         self._finished: list[Future[Any]] = []
+        self._failure: str | None = None
         self.commits = 0
 
-    def commit(self, found: Vectors | None) -> tuple[Vectors, int]:
+    def commit(self, found: Vectors | None) -> "Answer":
         """Add to the center, and return it as it is now, with the number of commits so far."""
         with self._lock:
+            if self._failure is not None:
+                return self._failure
             if found is not None:
                 for center, part in zip(self._center, found, strict=True):
                     center.add_(part)
@@ -46,12 +57,21 @@ class Held:
         done: Future[Any] = Future()
         with self._lock:
             self._finished.append(done)
-            waiting = self._finished if len(self._finished) == self._ranks else []
-            if waiting:
-                self._finished = []
+        self._answer()
+        return done
+
+    def fail(self, why: str) -> None:
+        """Let nobody wait for a rank that has failed."""
+        with self._lock:
+            self._failure = self._failure or why
+        self._answer()
+
+    def _answer(self) -> None:
+        with self._lock:
+            ready = self._failure is not None or len(self._finished) == self._ranks
+            waiting, self._finished = (self._finished, []) if ready else ([], self._finished)
         for each in waiting:
             each.set_result(self.commit(None))
-        return done
 
 
 _HELD: dict[int, Future[Held]] = {}
@@ -84,6 +104,11 @@ def _finish(number: int) -> "Future[Any]":
     return result
 
 
+@rpc.functions.async_execution  # type: ignore[untyped-decorator]
+def _fail(number: int, why: str) -> "Future[None]":
+    return _held(number).then(lambda held: held.value().fail(why))
+
+
 class Served(Center):
     """One rank holds the center, and the others reach it through `torch.distributed.rpc`, each when it is ready.
 
@@ -113,24 +138,37 @@ class Served(Center):
 
     def commit(self, found: Vectors | None) -> tuple[Vectors, int]:
         sent = None if found is None else [each.cpu() for each in found]
-        center, commits = rpc.rpc_sync(0, _commit, args=(self._number, sent), timeout=self._timeout)
+        center, commits = _read(rpc.rpc_sync(0, _commit, args=(self._number, sent), timeout=self._timeout))
         others = commits - self._seen - (found is not None)
         self._seen = commits
         return self._to_devices(center), others
 
     def finish(self) -> Vectors:
-        center, self._seen = rpc.rpc_sync(0, _finish, args=(self._number,), timeout=self._timeout)
+        center, self._seen = _read(rpc.rpc_sync(0, _finish, args=(self._number,), timeout=self._timeout))
         return self._to_devices(center)
 
-    def close(self, *, in_peace: bool) -> None:
+    def close(self, failure: str | None = None) -> None:
+        patience = self._timeout
+        if failure is not None:
+            patience = min(patience, _FAREWELL_SECONDS)
+            said = f"rank {rpc.get_worker_info().id} has failed ({failure})"
+            with suppress(RuntimeError):  # that of this rank is on its way already
+                rpc.rpc_sync(0, _fail, args=(self._number, said), timeout=patience)
         if self._owns:
             self._owns = False
-            rpc.shutdown(graceful=in_peace, timeout=int(self._timeout))
+            with suppress(RuntimeError) if failure is not None else nullcontext():
+                rpc.shutdown(timeout=math.ceil(patience))
         with _HELD_LOCK:
             _HELD.pop(self._number, None)
 
     def _to_devices(self, center: Vectors) -> Vectors:
         return [each.to(device) for each, device in zip(center, self._devices, strict=True)]
+
+
+def _read(answer: Answer) -> tuple[Vectors, int]:
+    if isinstance(answer, str):
+        raise another_failed(answer)
+    return answer
 
 
 def join(timeout: float) -> bool:

@@ -70,6 +70,8 @@ class Sharding:
                 group.reshard = _stay
         self._gathered = True
         leaves = dict(self._model.named_parameters())
+        if not self._leaf_of:
+            _require_to_keep_gradients(self._sharded)
         self._leaf_of = {shard: leaves[name] for name, shard in shards.items()}
         for name, leaf in leaves.items():
             if _is_shard(leaf):
@@ -109,6 +111,24 @@ class Sharding:
                 continue
             parameter.grad = _share(parameter, gradient)
             self._delivered.append(parameter)
+
+
+def _require_to_keep_gradients(sharded: Sequence[Any]) -> None:
+    """Refuse a policy under which gradients of gathered weights go where no window can sum them.
+
+    Raises:
+        OptimizerError: They are cast for a reduction of `fully_shard`'s own.
+    """
+    for each in sharded:
+        policy = getattr(each._get_fsdp_state(), "_mp_policy", None)
+        cast = getattr(policy, "reduce_dtype", None)
+        for name, leaf in each.named_parameters():
+            if cast is not None and leaf.element_size() >= 4 and cast != leaf.dtype:
+                raise OptimizerError(
+                    f"{name} is in {leaf.dtype}, and by MixedPrecisionPolicy(reduce_dtype={cast}) its gradient is cast "
+                    "for a reduction that does not take place.",
+                    hint='leave reduce_dtype out, and say in which dtype gradients travel with reduce_in="bf16".',
+                )
 
 
 def _groups_of(module: Any) -> list[Any]:

@@ -89,6 +89,14 @@ def test_wholebatch_passes_the_scenes_over_ranks(over_ranks):
             assert verdict["error"] <= 1e-12
 
 
+def test_what_a_way_for_several_ranks_is_not_for_is_not_held_against_it(over_ranks):
+    alone = suite.run([SYSTEMS["wholebatch-ddp"]], ["T2-mean"])
+    assert "| wholebatch-ddp |   - |" in table.as_text(alone)
+    assert table.details(alone) == []
+    assert "not expressible" not in table.as_page(alone)
+    assert "passes 6 of the 6 scenes" in table.as_page(over_ranks)
+
+
 def test_the_recorded_verdicts_are_those_of_the_systems_and_scenes_that_there_are():
     recorded = suite.recorded()
     assert {*recorded["systems"], *recorded["not_installed"]} == set(SYSTEMS)

@@ -69,12 +69,12 @@ class Verdict:
 
 def judge(system: System, scene: Scene) -> Verdict:
     """Let a system train a scene, and return the verdict."""
+    if not system.requires <= scene.task.asks:
+        why = f"{OTHER_PURPOSE}: {', '.join(sorted(system.requires))}"
+        return Verdict(system.name, scene.name, "not expressible", why=why)
     lacking = scene.task.asks - system.expresses
     if lacking:
         why = f"its adapter has no way to say: {', '.join(sorted(lacking))}"
-        return Verdict(system.name, scene.name, "not expressible", why=why)
-    if not system.requires <= scene.task.asks:
-        why = f"{OTHER_PURPOSE}: {', '.join(sorted(system.requires))}"
         return Verdict(system.name, scene.name, "not expressible", why=why)
     ranks = scene.task.ranks if isinstance(scene.task, Task) else 1
     if ranks > 1 and os.environ.get("WORLD_SIZE") != str(ranks):

@@ -41,12 +41,12 @@ def by_scene(results: Mapping[str, Any]) -> str:
 
 
 def details(results: Mapping[str, Any]) -> list[str]:
-    """Return a line for each verdict that is not a pass, with what is wrong."""
+    """Return a line for each verdict that is not a pass, with what is wrong; none for what a system is not for."""
     return [
         f"{name}, {scene}: {verdict['outcome']}; {verdict['why']}"
         for name, system in results["systems"].items()
         for scene, verdict in system["verdicts"].items()
-        if verdict["outcome"] != "pass"
+        if verdict["outcome"] != "pass" and not verdict["why"].startswith(OTHER_PURPOSE)
     ]
 
 
