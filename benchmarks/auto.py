@@ -4,14 +4,9 @@ For each model a budget is set to what a quarter of the logical batch takes. The
 every size of a sweep that stays within the budget is timed, alternating, and the throughput of the choice is compared
 with the best. The cost of choosing is the time of the first update above that of a later one, in windows.
 
-<<<<<<< HEAD
-Beside it `accelerate.utils.find_executable_batch_size`, on which the Trainer's `auto_find_batch_size` is built, on a
-device that holds so many rows and no more: how often training began anew, how many rows were trained on
-=======
-Beside it `accelerate.utils.find_executable_batch_size`, which the Hugging Face Trainer's `auto_find_batch_size` is
-built on, on a device that holds so many rows and no more: how often training began anew, how many rows were trained on
->>>>>>> plan
-twice, and how large the batch of an update is in the end.
+Beside it how Accelerate, Lightning and the Hugging Face Trainer find a batch size, on a device that holds so many rows
+and no more, from the start and from the middle of training on: how often training began anew, how many rows moved the
+weights twice or passed through the model for nothing, and how large the batch of an update is in the end.
 """
 
 import os
@@ -22,15 +17,17 @@ import time
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
-from accelerate.utils import find_executable_batch_size
 
 import wholebatch as wb
+from finders import FINDERS, Device
 from page import Bar, arguments, table, tell
 from zoo import ZOO, Creature
 
 ROWS = 96
-HOLDS = 13
-"""Rows that the device of the second part holds."""
+SCENES = {
+    "A device that holds 13 rows": lambda: Device(13, 13, 0),
+    "A device that holds 13 rows, and 6 once the weights have moved over 150": lambda: Device(13, 6, 150),
+}
 
 
 def seconds_of(creature: Creature, sizes: list[int], rounds: int) -> dict[int, float]:
@@ -86,43 +83,20 @@ def sweep(creature: Creature, rounds: int) -> tuple[list[str], float, float]:
 
 
 def peers() -> str:
-    """Return the table of what happens where too much is tried at first."""
-    batch = torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(0))
-    rows = []
-    for who in ("accelerate, find_executable_batch_size", "wholebatch, auto"):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        seen, moved = [], []
-
-        def loss_fn(model: torch.nn.Module, x: torch.Tensor, seen: list[int] = seen) -> torch.Tensor:
-            if len(x) > HOLDS and len(seen) > 1:  # it runs out in the middle of training, not at once
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            seen.append(len(x))
-            return (model(x) - x).square().mean()
-
-        if who.startswith("accelerate"):
-            starts = []
-
-            @find_executable_batch_size(starting_batch_size=ROWS)
-            def train(size: int, model=model, optimizer=optimizer, starts=starts, moved=moved, loss_fn=loss_fn) -> int:
-                starts.append(size)
-                for _ in range(4):
-                    for part in batch.split(size):
-                        optimizer.zero_grad()
-                        loss_fn(model, part).backward()
-                        optimizer.step()
-                        moved.append(len(part))
-                return size
-
-            size = train()
-            rows.append([who, str(len(starts) - 1), str(sum(moved) - 4 * ROWS), f"{size} rows"])
-        else:
-            accumulator = wb.Accumulator(model, optimizer, loss_fn, micro_batch="auto", check=None)
-            updates = [accumulator.step(batch) for _ in range(4)]
-            trained = sum(update.rows for update in updates)
-            rows.append([who, "0", str(trained - 4 * ROWS), f"{updates[-1].rows} rows"])
-    return table(["way", "training began anew", "rows trained on twice", "batch of an update, of 96 rows"], rows)
+    """Return the tables of what happens where too much is tried at first, and where memory is taken away later."""
+    headings = [
+        "way",
+        "began anew",
+        "rows that moved the weights twice",
+        "rows run for nothing",
+        "batch kept",
+        "came to its end",
+    ]
+    parts = []
+    for title, made in SCENES.items():
+        rows = [find(made()).row(who) for who, find in FINDERS.items()]
+        parts.append(f"{title}:\n\n{table(headings, rows)}")
+    return "\n\n".join(parts)
 
 
 def main() -> int:
@@ -142,8 +116,9 @@ def main() -> int:
         Bar("cost of choosing in windows, median", statistics.median(costs), 2.0, digits=2),
     ]
     headings = ["model", "chosen rows", "fastest rows", "throughput of best", "cost, windows"]
-    text = f"{table(headings, lines)}\n\nA device that holds {HOLDS} rows:\n\n{peers()}"
-    return tell("The micro-batch that is chosen", "auto", options, ["wholebatch", "torch", "accelerate"], text, found)
+    text = f"{table(headings, lines)}\n\n{peers()}"
+    packages = ["wholebatch", "torch", "accelerate", "lightning", "transformers"]
+    return tell("The micro-batch that is chosen", "auto", options, packages, text, found)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import nn
 import wholebatch as wb
 from page import Bar, arguments, table, tell
 from wholebatch.engine import memory
-from zoo import ZOO, Creature
+from zoo import MISSING, ZOO, Creature
 
 SIZES = (3, 8, 24)
 PAIRS = 200
@@ -37,7 +37,7 @@ def real_peak(creature: Creature, precision: Any, micro_batch: Any, rows: int, b
     torch.manual_seed(0)
     model = creature.build()
     optimizer = creature.optimizer(model.parameters())
-    options = {"micro_batch": micro_batch, "memory": budget, "check": None, "precision": precision}
+    options = {"micro_batch": micro_batch, "memory": budget, "check": None, "precision": precision, **creature.options}
     accumulator = wb.Accumulator(model, optimizer, creature.loss_fn, **options)
     batch = creature.batch(rows)
     for _ in range(2):
@@ -101,6 +101,8 @@ def main() -> int:
         most, ran, refused = within(pairs)
         text = f"\n\nOf {pairs} random pairs {ran} ran and {refused} were refused, since not even one row would fit."
         found.append(Bar("largest share of its budget that a run took", most, 1.0))
+    if MISSING:
+        text += f"\n\nNot installed, and left out: {', '.join(each.name for each in MISSING)}."
     headings = [
         "model",
         "precision",

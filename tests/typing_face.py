@@ -106,7 +106,7 @@ def layers_that_see_the_cut(model: nn.Module) -> None:
     assert_type(wb.convert_batch_norm(model, to="group"), nn.Module)
     assert_type(wb.freeze_batch_norm(model), nn.Module)
     assert_type(wb.exact_batch_norm(nn.Sequential(model)), nn.Sequential)
-    with wb.mask_batch_norm(torch.ones(2, dtype=torch.bool)):
+    with wb.offload_to_file(), wb.mask_batch_norm(torch.ones(2, dtype=torch.bool)):
         model(torch.ones(2, 3))
 
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from wholebatch.engine.normmask import mask_batch_norm
     from wholebatch.engine.optimizers import AdamA
     from wholebatch.engine.planning import plan
+    from wholebatch.engine.spilling import offload_to_file
     from wholebatch.engine.window import Window
     from wholebatch.evidence import sinks
     from wholebatch.evidence.verify import Verification, verify
@@ -87,6 +88,7 @@ _HOMES = {
     "losses": "engine.losses",
     "mask_batch_norm": "engine.normmask",
     "mean_weights": "core.weights",
+    "offload_to_file": "engine.spilling",
     "own_rows": "engine.meeting",
     "plan": "engine.planning",
     "sinks": "evidence.sinks",
@@ -129,6 +131,7 @@ __all__ = [
     "losses",
     "mask_batch_norm",
     "mean_weights",
+    "offload_to_file",
     "own_rows",
     "plan",
     "sinks",

@@ -73,14 +73,12 @@ def test_ranks_speed_up_as_far_as_the_link_lets_them():
 
 
 def test_sharing_trades_memory_for_communication():
-    whole, gathered, gradients, parts = window(ranks=4, micro_batches=8).sharings
+    whole, gathered, parts = window(ranks=4, micro_batches=8).sharings
     assert whole.held_bytes == (100 + 200 + 300) * MIB
     assert parts.held_bytes == whole.held_bytes / 4
-    assert gradients.held_bytes == (100 + 300) * MIB / 4 + 200 * MIB
     assert gathered.held_bytes == 300 * MIB + 300 * MIB / 4
     assert whole.sent_bytes == 2 * 3 / 4 * 200 * MIB == window(ranks=4).sent_bytes
     assert gathered.sent_bytes == 3 / 4 * 300 * MIB
-    assert gradients.sent_bytes == 3 / 4 * (16 * 100 + 200) * MIB
     assert parts.sent_bytes == 3 / 4 * 8 * 400 * MIB
     assert parts.seconds == pytest.approx(parts.sent_bytes / 1e9)
     assert window(held=None).sharings == ()
@@ -131,7 +129,7 @@ def test_a_plan_on_ranks_is_shown_everywhere(plan):
     assert "500 rows, 63 on each of 8 ranks, " in said
     assert "The whole share of a rank, 63 rows, would take" in said
     assert "over a link of 125 MB/s and 1 ms:" in said
-    assert "FSDP2, everything in parts" in said
+    assert 'FSDP2, communication="each"' in said
     assert json.loads(json.dumps(plan.to_dict()))["ranks"]["link"]["bandwidth"] == 125e6
     page = plan._repr_html_()
     assert "exposed" in page

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -336,6 +336,58 @@ def shortage(place: Place, wrap: str) -> dict[str, Any]:
 for_each_wrap("shortage", shortage, in_step=False)
 
 
+def shortage_in_a_loader(place: Place, wrap: str) -> dict[str, Any]:
+    """Memory runs out on the last rank, in the first or in the last micro-batch of a window that a loader has cut."""
+    found: dict[str, Any] = {}
+    batch = MLP.batch(8 * place.ranks, torch.float64)
+    first = 8 * place.rank
+    mine = [part_of(MLP, batch, range(first, first + 4)), part_of(MLP, batch, range(first + 4, first + 8))]
+    for where in ("forward", "backward"):
+        for number in (1, 2):
+            trial = Trial(MLP, wrap)
+            trouble = Shortage(trial.model, place, where, rows=2)
+            at: list[int] = []
+
+            def loss_fn(
+                model: nn.Module, rows: Any, trouble: Shortage = trouble, at: list[int] = at, number: int = number
+            ) -> Tensor:
+                at.append(len(rows["x"]))
+                trouble.rows = 2 if at.count(4) == number else 4
+                return trouble.loss_fn(model, rows)
+
+            accumulator = wb.Accumulator(trial.wrapped, trial.optimizer, loss_fn, check=None)
+            updates = list(accumulator.updates(mine, micro_batches=2))
+            trial.reference(batch)
+            found[f"{where} of {number}"] = {
+                "off": trial.off,
+                "times": trouble.times,
+                "retries": [each.retries for each in updates],
+            }
+    return found
+
+
+for_each_wrap("shortage in a loader", shortage_in_a_loader, in_step=False)
+
+
+@SCENES("short after gradients were sent")
+def short_after_sending(place: Place) -> dict[str, Any]:
+    """What other ranks have been sent cannot be taken back by parts; the window can as a whole."""
+    before, reduction.BUCKET_BYTES = reduction.BUCKET_BYTES, 100
+    try:
+        trial = Trial(MLP)
+        trouble = Shortage(trial.model, place, "backward", rows=2)
+        accumulator = wb.Accumulator(trial.model, trial.optimizer, trouble.loss_fn, check=None)
+        batch = MLP.batch(4, torch.float64)
+        said = raised(lambda: list(accumulator.updates([batch], micro_batches=1)))
+        moved = trial.moved
+        trouble.active = False
+        list(accumulator.updates([part_of(MLP, batch, range(2 * place.rank, 2 * place.rank + 2))], micro_batches=2))
+        trial.reference(batch)
+    finally:
+        reduction.BUCKET_BYTES = before
+    return {"said": said, "moved": moved, "off": trial.off}
+
+
 @SCENES("no finer cut")
 def no_finer_cut(place: Place) -> dict[str, Any]:
     """T5: memory runs out in a single row of one rank."""
@@ -455,14 +507,14 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
 for_each_wrap("failure", failure, in_step=False)
 
 
-def random_faults(place: Place, wrap: str) -> dict[str, Any]:
+def random_faults(place: Place, wrap: str, seed: int = 0) -> dict[str, Any]:
     """One fault in each logical batch, on a rank and at a place drawn at random."""
-    draw = random.Random(f"faults of {wrap} on {place.ranks}")
+    draw = random.Random(f"{seed} faults of {wrap} on {place.ranks}")
     trial = Trial(MLP, wrap, micro_batch=wb.Rows(4))
     fault: dict[str, Any] = {}
 
     def strike(kind: str, rows: int) -> None:
-        if fault["kind"] != kind or fault["rank"] != place.rank:
+        if fault["kind"] != kind or fault["rank"] != place.rank or (kind.startswith("short") and rows == 1):
             return
         fault["seen"] += 1
         if fault["seen"] == fault["at"]:
@@ -488,9 +540,11 @@ def random_faults(place: Place, wrap: str) -> dict[str, Any]:
         trial.wrapped, trial.optimizer, loss_fn, micro_batch=wb.Rows(4), check=None, **trial.communication
     )
     found = []
-    for _ in range(30):
-        kinds = ("none", "short", "short in backward", "raise", "raise in backward", "stop", "infinite", "empty")
-        fault.update(kind=draw.choice(kinds), rank=draw.randrange(place.ranks), at=draw.randint(1, 2), seen=0)
+    kinds = ["none", "short", "short in backward", "raise", "raise in backward", "stop", "infinite", "empty"]
+    for number in range(32):
+        if number % len(kinds) == 0:
+            draw.shuffle(kinds)
+        fault.update(kind=kinds[number % len(kinds)], rank=draw.randrange(place.ranks), at=draw.randint(1, 2), seen=0)
         rows = draw.randint(place.ranks, 30)
         batch = MLP.batch(rows, torch.float64)
         mine = part_of(MLP, batch, place.share(rows))
@@ -518,6 +572,62 @@ def random_faults(place: Place, wrap: str) -> dict[str, Any]:
 
 
 for_each_wrap("random faults", random_faults, in_step=False)
+
+
+@SCENES("in step: a failure before the first pass")
+def early_failure_in_step(place: Place) -> dict[str, Any]:
+    """Ranks that wait for each other with every pass still hear of what went wrong before the first."""
+    trial = Trial(MLP, "each")
+    batch = MLP.batch(ROWS, torch.float64)
+    mine = part_of(MLP, batch, place.share(ROWS))
+    said = raised(lambda: trial.accumulator.step({"x": torch.ones(2, 5), "y": torch.ones(3)} if place.rank else mine))
+    moved = trial.moved
+    trial.accumulator.step(mine)
+    trial.reference(batch)
+    return {"said": said, "moved": moved, "off": trial.off}
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    """Stands in for the older wrapper, which needs an accelerator."""
+
+
+@SCENES("in step: refused")
+def refused_in_step(_place: Place) -> dict[str, Any]:
+    model = sharded(mlp())
+    older = FullyShardedDataParallel(mlp())
+    half = mlp().double()
+    fully_shard(half[0])
+    narrow = sharded(mlp().bfloat16())
+
+    def each(model: nn.Module, **options: Any) -> wb.Accumulator:
+        options = {"micro_batch": wb.Rows(2), "communication": "each", **options}
+        return wb.Accumulator(model, sgd(model.parameters()), mean_square, **options)
+
+    return {
+        "auto": raised(lambda: each(model, micro_batch="auto")),
+        "reduce_in": raised(lambda: each(model, reduce_in="bf16")),
+        "a choice": raised(lambda: each(model, communication="twice")),
+        "half": raised(lambda: each(half).step(MLP.batch(4, torch.float64))),
+        "16 bits": raised(lambda: each(narrow).step(MLP.batch(4, torch.bfloat16))),
+        "older": raised(lambda: wb.Accumulator(older, sgd(older.parameters()), mean_square)),
+    }
+
+
+@SCENES("in step: a loop of one's own")
+def own_loop_in_step(place: Place) -> dict[str, Any]:
+    """Equally many passes, in a window that ranks close together; clipped, with an inf on one rank first."""
+    trial = Trial(MLP, "each", clip_norm=0.1)
+    batch = MLP.batch(8 * place.ranks, torch.float64)
+    mine = [part_of(MLP, batch, range(8 * place.rank + start, 8 * place.rank + start + 4)) for start in (0, 4)]
+    skipped = []
+    for spoilt in (True, False):
+        with trial.accumulator.window() as window:
+            for rows in mine:
+                loss = mean_square(trial.wrapped, rows)
+                window.backward(loss * math.inf if spoilt and place.rank else loss, 4, rows=4)
+        skipped.append(window.update.skipped)
+    trial.reference(batch)
+    return {"off": trial.off, "skipped": skipped, "rows": window.update.rows}
 
 
 def not_finite(place: Place, wrap: str) -> dict[str, Any]:
@@ -577,6 +687,35 @@ def narrow(place: Place) -> dict[str, Any]:
         reference.gradient(wide.model, mean_square, {k: v.double() for k, v in batch.items()})
         right = flat(p.grad for p in wide.model.parameters())
         found[kind] = relative_error(seen[0], right)
+    return found
+
+
+@SCENES("weights gathered in 16 bits")
+def mixed(place: Place) -> dict[str, Any]:
+    """fully_shard with weights in 32 bits that are gathered, and trained with, in 16."""
+    found: dict[str, Any] = {}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    batch = MLP.batch(40, torch.float32)
+    for communication in ("once", "each"):
+        model = MLP.model(torch.float32)
+        judge = MLP.model(torch.float32)
+        fully_shard(model, mp_policy=policy)
+        accumulator = wb.Accumulator(
+            model,
+            sgd(model.parameters()),
+            lambda model, batch: mean_square(lambda x: model(x).float(), batch),
+            micro_batch=wb.Rows(1),
+            check=None,
+            communication=communication,
+        )
+        start = flat(judge.parameters())
+        accumulator.step(part_of(MLP, batch, place.share(40)))
+        reference.update(judge, sgd(judge.parameters()), mean_square, batch)
+        change = flat(each.full_tensor() for each in model.parameters()) - start
+        found[communication] = relative_error(change, flat(judge.parameters()) - start)
+    wide = fully_shard(MLP.model(torch.float32), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.bfloat16))
+    accumulator = wb.Accumulator(wide, sgd(wide.parameters()), mean_square, check=None, micro_batch=wb.Rows(2))
+    found["refused"] = raised(lambda: accumulator.step(batch))
     return found
 
 
@@ -651,6 +790,8 @@ def by_default(place: Place, wrap: str) -> dict[str, Any]:
     if wrap in ("bare", "ddp") and place.rank == 0:
         plan = wb.plan(trial.wrapped, trial.optimizer, mean_square, batch, memory="1GiB", timed=False)
         found["plan"] = {"off": 0.0, "reasons": [], "fits": plan.fits}
+        verified = wb.verify(trial.wrapped, mean_square, batch)
+        found["verify"] = {"off": verified.error, "reasons": [], "ok": verified.ok}
     return found
 
 
@@ -800,27 +941,6 @@ def refused(_place: Place) -> dict[str, Any]:
             model, sgd(model.parameters()), mean_square, micro_batch=wb.Rows(9), check=None, batch_norm=batch_norm
         ).step(batch)
 
-    def exact_norm() -> object:
-        model = wb.exact_batch_norm(BATCH_NORM.model())
-        return wb.Accumulator(model, sgd(model.parameters()), mean_square, micro_batch=wb.Rows(3), check=None).step(
-            batch
-        )
-
-    def meeting(rows: int) -> object:
-        model = MLP.model()
-
-        def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-            return mean_square(model, batch) + wb.gather(model(batch["x"])).mean()
-
-        return wb.Accumulator(model, sgd(model.parameters()), loss_fn, micro_batch=wb.Rows(rows), check=None).step(
-            batch
-        )
-
-    def loaded() -> object:
-        model = MLP.model()
-        accumulator = wb.Accumulator(model, sgd(model.parameters()), lambda m, b: wb.gather(m(b["x"])).mean())
-        return list(accumulator.updates([batch], micro_batches=1))
-
     def consuming() -> object:
         model = MLP.model()
         return wb.Accumulator(model, wb.AdamA(model.parameters()), mean_square)
@@ -832,10 +952,6 @@ def refused(_place: Place) -> dict[str, Any]:
     return {
         "batch norm": raised(norm),
         "batch norm of parts": raised(lambda: norm("per_micro_batch")),
-        "exact batch norm": raised(exact_norm),
-        "gather": raised(lambda: meeting(2)),
-        "gather of one": raised(lambda: meeting(9)),
-        "gather in a loader": raised(loaded),
         "AdamA": raised(consuming),
         "static graph": raised(static),
         "dtype": raised(lambda: wb.Accumulator(MLP.model(), [], reduce_in="int8")),

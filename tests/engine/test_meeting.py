@@ -29,6 +29,7 @@ from properties import (
     undivided,
 )
 from wholebatch.engine import joined
+from wholebatch.engine.timeline import Timeline
 
 FP64 = 1e-12
 ROWS = 11
@@ -680,6 +681,28 @@ def test_losses_outside_an_accumulator_are_ordinary_ones():
     torch.testing.assert_close(wb.losses.info_nce(query, key, temperature=1.0, negatives=hard), more)
     single = wb.losses.info_nce(query, key, temperature=1.0, negatives=hard[:, 0])
     assert single < more
+
+
+@pytest.mark.parametrize("tile", [1, 5, 64, 1000])
+def test_tiles_change_memory_and_not_the_loss(tile):
+    """The similarities of 64 rows with 4096 candidates take 1 MiB; of a tile its share, and nothing is kept."""
+    queries, keys = (numbers(64, 8, dtype=torch.float32, seed=seed).requires_grad_() for seed in (0, 1))
+    negatives = numbers(64, 63, 8, dtype=torch.float32, seed=2)
+    scale = torch.tensor(0.5, requires_grad=True)
+
+    def run(**options):
+        with Timeline(torch.device("cpu")) as timeline:
+            loss = wb.losses.info_nce(queries, keys, temperature=scale, negatives=negatives, **options)
+            found = torch.autograd.grad(loss, [queries, keys, scale])
+        return [loss.detach(), *found], timeline.peak_bytes
+
+    right, whole = run()
+    found, peak = run(tile=tile)
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+    if tile < 64:
+        assert peak < 0.6 * whole
+    with pytest.raises(wb.LossError, match="holds nothing"):
+        run(tile=0)
 
 
 def test_batch_hard_triplets_by_a_plain_loop():

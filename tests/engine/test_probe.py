@@ -351,8 +351,31 @@ def test_a_control_group_is_read(limit, used, left, monkeypatch, tmp_path):
     (tmp_path / "memory.current").write_text(used)
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit + "\n")
-    monkeypatch.setattr(room, "GROUP_FILES", [(tmp_path / "memory.max", tmp_path / "memory.current")])
+    monkeypatch.setattr(room, "GROUPS", tmp_path)
+    monkeypatch.setattr(room, "OWN_GROUP", tmp_path / "none")
     assert room._group_bytes() == left
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_least_of_ones_own_group_and_those_above_counts(version, monkeypatch, tmp_path):
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    top = tmp_path / "memory" if version == 1 else tmp_path
+    for folder, limit, used in (
+        (top, str(1 << 62) if version == 1 else "max", 1),
+        (top / "a", 900, 500),
+        (top / "a" / "b", 700, 200),
+    ):
+        folder.mkdir(exist_ok=True)
+        (folder / names[0]).write_text(str(limit))
+        (folder / names[1]).write_text(str(used))
+    own = tmp_path / "own"
+    own.write_text("3:cpuset:/\n4:memory:/a/b\n0::/\n" if version == 1 else "0::/a/b\n")
+    monkeypatch.setattr(room, "GROUPS", tmp_path)
+    monkeypatch.setattr(room, "OWN_GROUP", own)
+    assert room._group_bytes() == 400
+    name = "total_inactive_file" if version == 1 else "inactive_file"
+    (top / "a" / "memory.stat").write_text(f"cache 300\n{name} 250\n")  # of files, which the kernel would drop
+    assert room._group_bytes() == 500
 
 
 class Device:

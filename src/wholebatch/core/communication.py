@@ -102,7 +102,11 @@ class Ranks:
 
     @property
     def sharings(self) -> tuple[Sharing, ...]:
-        """What each way to share the model takes: memory against communication."""
+        """What each way to share the model takes: memory against communication.
+
+        Held is what stays from one micro-batch to the next: all of it where ranks gather once a window, and between
+        windows only the share of a rank.
+        """
         if self.held is None:
             return ()
         n, parts = self.ranks, self.micro_batches
@@ -116,20 +120,9 @@ class Ranks:
 
         return (
             way("whole on every rank (no wrapper, DDP)", weights + gradients + states, 0, 0, gradients),
+            way('FSDP2, communication="once"', weights + gradients + states / n, weights, gradients),
             way(
-                "FSDP2, weights and gradients stay gathered in a window",
-                weights + gradients + states / n,
-                weights,
-                gradients,
-            ),
-            way(
-                "FSDP2, gradients stay whole in a window",
-                (weights + states) / n + gradients,
-                2 * parts * weights,
-                gradients,
-            ),
-            way(
-                "FSDP2, everything in parts after each micro-batch",
+                'FSDP2, communication="each"',
                 (weights + gradients + states) / n,
                 2 * parts * weights,
                 parts * gradients,

@@ -168,7 +168,7 @@ class Accumulator:
         )
         self._cutting = Cutting(micro_batch, fitting)
         self._windows = Windows(rules, sum_in)
-        self._lockstep = Lockstep(lockstep, model, self._setup.device)
+        self._lockstep = Lockstep(lockstep, model, self._setup.device, self._setup.group)
         forward = Forward(self._setup, objective, self._precision)
         if self._setup.group.in_step:
             _require_a_size(micro_batch)

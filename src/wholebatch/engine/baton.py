@@ -18,7 +18,7 @@ from torch.utils import _python_dispatch as dispatch
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.company import Call, sit_down, without_value
+from wholebatch.engine.company import Call, known_rows, sit_down, without_value
 
 STACKS = 2 << 30
 """Address space of all threads' stacks together, where that leaves each what it needs. Unit: bytes."""
@@ -41,6 +41,7 @@ def in_lockstep(
     before: Callable[[int], None],
     meet: Callable[[Sequence[Call]], Sequence[Any]],
     finish: Callable[[int, Any], None],
+    after: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Run some functions from meeting to meeting, in order and one at a time.
 
@@ -51,6 +52,7 @@ def in_lockstep(
         before: Called with the number of a micro-batch before it goes on.
         meet: Called with what each micro-batch brings to a meeting; returns what each of them gets.
         finish: Called with the number of a micro-batch and its result as soon as it is there.
+        after: Called with the number of a micro-batch when it has come to a meeting, or to its end.
 
     Raises:
         MeetingError: The micro-batches do not meet at the same places.
@@ -66,6 +68,7 @@ def in_lockstep(
                 before(number)
                 each.go_on(stack_size)
                 each.raise_error()
+                after(number)
                 _require_same_place(micro_batches, number)
                 if each.is_done:
                     finish(number, each.take_result())
@@ -143,7 +146,7 @@ class _MicroBatch:
         return answer
 
     def own_rows(self) -> Indices | None:
-        return self._rows
+        return known_rows(self._rows)
 
     @property
     def whereabouts(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.need import Need, Passes, Size, Trace
-from wholebatch.core.sizes import candidates, fastest, largest_rows, usable
+from wholebatch.core.sizes import largest_rows, usable
 from wholebatch.core.split import Indices, Rows, cut_by_length, padding
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.fitting import Fitting
@@ -16,9 +16,13 @@ from wholebatch.engine.lengths import lengths_of
 from wholebatch.engine.probe import Probe
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.timeline import OverBudget
+from wholebatch.engine.timing import fastest_of
 
 STEPS = 4
 """Between a length and its double, so many are told apart."""
+
+REACH = 1.25
+"""How much longer than those that were looked at rows may be."""
 
 WORTH = 0.05
 """Rows are sorted by length where that saves more than this share of the padded tokens."""
@@ -31,7 +35,7 @@ class ByLength:
     Attributes:
         need: What training takes, by rows and length.
         budget: Unit: bytes.
-        longest: The longest row for which that is known. Unit: tokens.
+        longest: The longest row that was looked at. Unit: tokens.
         tokens: The most padded tokens that are taken at once, since more are no faster.
     """
 
@@ -40,6 +44,12 @@ class ByLength:
     longest: int
     tokens: int
     _known: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def reach(self) -> int:
+        """The longest row for which it is known what it takes: a little longer than any that was looked at, where every
+        moment is known by itself, as a polynomial in the length. Unit: tokens."""
+        return int(REACH * self.longest) if self.need.passes.exact and self.need.measured is None else self.longest
 
     def cut(self, lengths: Sequence[int], tokens: int | None = None) -> list[Indices]:
         """Return the micro-batches of rows of some lengths: all rows at once where they fit.
@@ -56,7 +66,7 @@ class ByLength:
 
     def most(self, length: int) -> int:
         """Return how many rows of a length fit at once; 0: not even one."""
-        alike = min(self.longest, math.ceil(2 ** (math.ceil(STEPS * math.log2(max(1, length))) / STEPS)))
+        alike = min(max(length, self.longest), math.ceil(2 ** (math.ceil(STEPS * math.log2(max(1, length))) / STEPS)))
         if alike not in self._known:
             self._known[alike] = largest_rows(self.need, self.budget, 1 << 20, alike)
         return min(self._known[alike], max(1, self.tokens // max(1, length)))
@@ -118,12 +128,12 @@ def plan_by_length(
     if most == 0:
         return None
     whole = len(made.cut(lengths)) == 1
-    tried, why = candidates(min(most, rows.rows)), ""
-    if timed and len(tried) > 1 and not whole:
-        seconds = probe.clock(tried, rows_of[longest])
-        chosen = fastest(seconds) if seconds else most
-        if chosen < tried[-1]:
-            made.tokens, why = chosen * longest, f", of which {say_rows(chosen)} are as fast"
+    why = ""
+    if timed and not whole:
+        tried = min(most, rows.rows)
+        chosen, said = fastest_of(probe, tried, rows.rows, rows_of[longest])
+        if chosen < tried:
+            made.tokens, why = chosen * longest, f", of which {say_rows(chosen)} are faster{said}"
     if whole:
         say(
             f'micro_batch="auto": the whole batch of {rows.rows} rows, padded to {longest}, takes '

@@ -132,11 +132,6 @@ def _meet(
     return company.meet(Call(kind, _site(), value, combine, beside, once, of, torch.is_grad_enabled()))
 
 
-def combined(calls: Sequence[Call], values: Sequence[Any], order: Order) -> Any:
-    """Return what a meeting makes of some values. The rows of other ranks would join here, and only here."""
-    return calls[0].combine(values, [call.beside for call in calls], order)
-
-
 class Company(Protocol):
     """Who else is there, for the micro-batch that runs in this thread."""
 
@@ -155,12 +150,30 @@ class Again(BaseException):
     Args:
         why: What was found, as a sentence.
         joined: Whether the graphs of the micro-batches have to be joined.
+        heard: Whether another rank has said so, and all know.
     """
 
-    def __init__(self, why: str, *, joined: bool = False) -> None:
+    def __init__(self, why: str, *, joined: bool = False, heard: bool = False) -> None:
         super().__init__(why)
         self.why = why
         self.joined = joined
+        self.heard = heard
+
+
+def known_rows(rows: Indices | None) -> Indices:
+    """Return where the rows of a micro-batch stand that is one of several.
+
+    Raises:
+        MeetingError: Nobody knows.
+    """
+    if rows is None:
+        raise MeetingError(
+            "Nobody knows how many rows each micro-batch has, since its tensors disagree, and so not which of all rows "
+            "are whose.",
+            hint="say which tensors have no rows, as in wb.Accumulator(..., whole=['image']), or on which dimension "
+            "they lie, as in dims={'image': 1}.",
+        )
+    return rows
 
 
 @dataclass(slots=True)
@@ -171,7 +184,7 @@ class Alone:
 
     def meet(self, call: Call) -> Any:
         self.met.append(call)
-        result = combined([call], [call.value], Order(None))
+        result = call.combine([call.value], [call.beside], Order(None))
         if call.once is not None:
             call.once(result, [call.beside])
         return result
@@ -246,8 +259,9 @@ class OneByOne:
 def not_over_ranks(found: str, ranks: int) -> MeetingError:
     """Return the error that micro-batches which meet are spread over ranks."""
     return MeetingError(
-        f"{found}, and the others are on {ranks} ranks, where they cannot be reached.",
-        hint="train in one process, or with a loss that needs no other rows than those of its micro-batch.",
+        f"{found}, and the others are on {ranks} ranks, where a window of one's own does not reach them.",
+        hint="hand the logical batch to accumulator.step(batch), or the loader to accumulator.updates(loader, "
+        "micro_batches=n): there the micro-batches of all ranks meet.",
     )
 
 

@@ -9,12 +9,14 @@ from typing import Literal
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes
 from wholebatch.core.errors import OutOfMemoryError
+from wholebatch.core.need import Need
 from wholebatch.core.split import Indices, Rows, Size, Tokens, padding
 from wholebatch.engine import memory as device_memory
 from wholebatch.engine.bylength import ByLength, pays, plan_by_length, varying_lengths
 from wholebatch.engine.fitting import Fitting
 from wholebatch.engine.lengths import lengths_of
 from wholebatch.engine.reasons import Say
+from wholebatch.engine.watching import Watch
 
 CLEAN = 8
 """After so many logical batches without a shortage, twice the rows are tried again."""
@@ -58,6 +60,7 @@ class Share:
         clean: Logical batches since the last shortage or growth.
         shortages: How often memory ran out, by rows at once.
         unit: What is counted: rows, or padded tokens where rows are sorted by length.
+        need: What training takes, by rows, where it is known.
     """
 
     asked: int
@@ -67,10 +70,17 @@ class Share:
     clean: int = 0
     shortages: Counter[int] = field(default_factory=Counter)
     unit: Literal["rows", "tokens"] = "rows"
+    need: Need | None = None
 
     def speaks_for(self, rows: int, holds: int) -> bool:
         """Whether what is known holds for a batch of so many rows, the largest of which holds so much."""
         return self.planned is None or (holds <= self.holds and (self.planned < self.asked or rows <= self.asked))
+
+    def takes(self, at_once: int, rows: int) -> int | None:
+        """Return what a window takes above what is there between two, or None where nobody knows. Unit: bytes."""
+        if self.need is None:
+            return None
+        return self.need.peak(at_once, alone=at_once >= rows) - self.need.resident_bytes
 
     def grow(self) -> bool:
         """Take twice the rows again when a shortage seems to have passed; return whether that was so.
@@ -116,6 +126,7 @@ class Cutting:
         self._unsaid = micro_batch != "auto" and fitting.budget is not None
         self._by_length: ByLength | None = None
         self._by_rows = False
+        self._watch = Watch(fitting.setup.device, fitting.budget is not None)
 
     def cut(self, rows: LogicalBatch, say: Say) -> tuple[list[Indices], float | None]:
         """Return the micro-batches of a logical batch, and the share of padding where lengths are known.
@@ -140,7 +151,10 @@ class Cutting:
         varying = None if self._by_rows else varying_lengths(self._fitting, rows)
         known = self._known(rows, varying, say) if varying is not None else None
         share = self._share(rows, say) if known is None else self._shares[self._kind]
-        if share.grow():
+        grown = share.grow()
+        if grown:
+            self._watch.look_again()
+        if not self._eased(share, rows.rows, say if not grown else None) and grown:
             say(
                 f"{CLEAN} logical batches went by without a shortage: micro-batches of {share.rows} {share.unit} are "
                 "tried again.",
@@ -233,14 +247,29 @@ class Cutting:
                 logging.WARNING,
             )
 
+    def _eased(self, share: Share, rows: int, say: Say | None) -> bool:
+        """Take fewer rows before memory runs out, where it is seen to get short; return whether that was so."""
+        at_once = min(share.rows, rows) if share.unit == "rows" else share.rows
+        why = self._watch.short(share.takes(at_once, rows))
+        if why is None or at_once < 2:
+            return False
+        fewer, free = -(-at_once // 2), self._watch.free
+        while free is not None and fewer > 1 and (share.takes(fewer, rows) or 0) > free:
+            fewer = -(-fewer // 2)
+        share.clean, share.rows = 0, fewer
+        if say is not None:
+            say(f"{why}: micro-batches of {fewer} {share.unit} are taken.", logging.WARNING)
+        return True
+
     def _known(self, rows: LogicalBatch, lengths: Sequence[int], say: Say) -> ByLength | None:
         """How many rows of each length fit; None where that does not pay, or cannot be found out."""
         known = self._by_length
         if known is None and not pays(lengths):
             return None
-        if known is None or max(lengths) > known.longest:
+        if known is None or max(lengths) > known.reach:
             try:
                 known = plan_by_length(self._fitting, rows, lengths, say, timed=not self._shares)
+                self._watch.forget()
             except Exception as error:  # by rows it may be found out, or said why not
                 if device_memory.is_out_of_memory(error):
                     device_memory.free_cached(self._fitting.setup.device)
@@ -275,7 +304,9 @@ class Cutting:
                 f"out, since a few rows could not be run to plan it ({type(error).__name__}: {said}).",
                 logging.WARNING,
             )
-        self._shares[self._kind] = Share(rows.rows, planned, holds, rows.rows if planned is None else planned)
+        most = rows.rows if planned is None else planned
+        self._shares[self._kind] = Share(rows.rows, planned, holds, most, need=self._fitting.need)
+        self._watch.forget()
         return self._shares[self._kind]
 
     def _say_whether_it_fits(self, rows: LogicalBatch, at_once: int, say: Say) -> None:

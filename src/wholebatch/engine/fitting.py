@@ -12,7 +12,7 @@ from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.core.need import Need, Passes, Trace
-from wholebatch.core.sizes import candidates, evened, fastest, largest_rows, usable
+from wholebatch.core.sizes import evened, largest_rows, usable
 from wholebatch.core.tree import flatten
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.objective import Objective
@@ -23,6 +23,7 @@ from wholebatch.engine.rowsize import largest_row, row_size
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import SumIn
 from wholebatch.engine.timeline import OverBudget
+from wholebatch.engine.timing import fastest_of
 
 Say: TypeAlias = Callable[[str, int], None]
 """Takes the reason of an automatic choice, and its level of logging."""
@@ -42,6 +43,7 @@ class Fitting:
     Attributes:
         setup, objective, precision, sum_in: What is trained, and how.
         budget: Unit: bytes; None: what the device has free.
+        need: What training takes, as it was found out last; None: it was not.
         collate, whole, dims: As for `wb.Accumulator`.
     """
 
@@ -53,6 +55,7 @@ class Fitting:
     collate: Callable[[list[Any]], Any] | None = None
     whole: Iterable[str] = ()
     dims: int | Mapping[str, int] | None = None
+    need: Need | None = None
 
     def kind(self, rows: LogicalBatch) -> tuple[object, int]:
         """Return what a batch has in common with others that take as much a row, and how much its largest row holds.
@@ -80,6 +83,7 @@ class Fitting:
         Raises:
             OutOfMemoryError: The budget that was given does not hold one row.
         """
+        self.need = None
         probe = self.probe_of(rows)
         budget, whose = self.budget_of(probe)
         row = largest_row(probe.sample)
@@ -91,6 +95,7 @@ class Fitting:
             if need is None or not self._fits_whole(probe, rows.rows, row, budget - need.resident_bytes):
                 self._refuse(need, budget, say)
                 return 1
+        self.need = need
         most = largest_rows(need, budget, rows.rows)
         for reason in probe.reasons:
             say(reason, logging.INFO)
@@ -107,7 +112,8 @@ class Fitting:
         layers = exact_layers(self.setup.model)
         if layers and self.setup.device.type == "cpu":
             return self._join(need, rows.rows, budget, layers[0], say)
-        chosen, why = self._choose(probe, evened(rows.rows, most), rows.rows, row) if timed else (most, "")
+        chosen, why = fastest_of(probe, evened(rows.rows, most), rows.rows, row) if timed else (most, "")
+        chosen = evened(rows.rows, chosen)
         say(
             f'micro_batch="auto": the whole batch of {rows.rows} rows would take '
             f"{say_bytes(need.peak(rows.rows, alone=True))} of the {say_bytes(budget)} {whose}; it is cut into "
@@ -175,18 +181,6 @@ class Fitting:
         traces, hidden = probe.real_traces([(1, 0)], {0: row}, limit=room)
         traces[2, 0] = traces[1, 0].doubled()
         return traces, hidden
-
-    def _choose(self, probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
-        """The fastest of some sizes that fit."""
-        sizes = candidates(most)
-        if len(sizes) == 1:
-            return most, ""
-        seconds = probe.clock(sizes, row)
-        if not seconds:
-            return most, ""
-        chosen = evened(rows, fastest(seconds))
-        said = ", ".join(f"{size / each:,.4g} with {size}" for size, each in seconds.items() if each > 0)
-        return chosen, f" (rows a second: {said})"
 
     def _fits_whole(self, probe: Probe, rows: int, row: int, room: int) -> bool:
         """Whether the batch fits as its only micro-batch, which meets no gradient of an earlier one; tried for real."""

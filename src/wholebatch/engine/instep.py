@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import ConfigError, OptimizerError, OutOfMemoryError, RankError
+from wholebatch.core.errors import ConfigError, MeetingError, OptimizerError, OutOfMemoryError, RankError
 from wholebatch.core.split import Size
 from wholebatch.core.weights import gradient_factor
 from wholebatch.core.window import WindowState
+from wholebatch.engine.message import Ending, Heard, anywhere, common_of, no_gradient, told, words
+from wholebatch.engine.reach import Reach
 from wholebatch.engine.sums import GradientSum
-from wholebatch.engine.sync import anywhere, common_of, differ, mask_of, no_gradient, spoilt, summed, told, words
 from wholebatch.engine.weighing import Reading, Weighing
 from wholebatch.engine.wire import Wire
 
@@ -33,6 +34,7 @@ class InStep:
     """
 
     in_step = True
+    has_met = False
 
     def __init__(self, sharded: Sequence[Any], wire: Wire, introduce: Callable[[], None]) -> None:
         self.ranks = wire.ranks
@@ -96,6 +98,10 @@ class InStep:
     def expect_last(self, weighing: Weighing) -> None:
         pass
 
+    def keep_from_sending(self) -> bool:
+        """Return that there is no keeping from it: every pass sends."""
+        return False
+
     def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
         """Let all ranks make as many passes as the one with most.
 
@@ -130,30 +136,33 @@ class InStep:
         """Return what the window came to, over all ranks; the gradient is there already."""
         assert self.reference is not None
         common = self.reference
-        ended = self.ended + self.idle * (self.ranks + 1)
-        rows = math.nan if state.rows is None else state.rows
         presence = [parameter in self._present for parameter in sums.parameters]
-        mask = mask_of(presence, self.ranks)
-        wrong = spoilt(weighing, state)
-        fields = [state.targets, weighing.loss_sum, rows, wrong, _square(sums), ended, mask, mask**2]
-        (scale,), heard = summed(self._wire, fields, lambda: [weighing.scale], self._device)
-        targets, loss_sum, rows, failed, square, ends, masks, squares = heard
-        self.all_ended, self.all_idle = ends % (self.ranks + 1) == self.ranks, ends // (self.ranks + 1) == self.ranks
-        if failed:
+        ending = Ending(self.ended, self.idle)
+        square = _square(sums)
+        heard = Heard.of(self._wire, weighing, state, presence, ending, extra=square, device=self._device)
+        self.all_ended, self.all_idle = heard.all_ended, heard.all_idle
+        if heard.failed:
             return Reading(math.nan, math.nan, 0.0, math.nan, math.nan, -1.0)
-        if differ(masks, squares, self.ranks):
+        if heard.differ:
             presence = anywhere(self._wire, presence, self._device)
-        if targets and not any(presence):
+        if heard.targets and not any(presence):
             raise no_gradient()
         for parameter, present in zip(sums.parameters, presence, strict=True):
             if not present:  # what nobody has used was sent as zeros, and is not to be moved
                 parameter.grad = None
-        state.rows = None if math.isnan(rows) else int(rows)
+        state.rows = heard.rows
+        targets = heard.targets
         self.reference = common_of(targets, common)
-        norm = math.sqrt(square) if square >= 0 else math.nan
-        factor = gradient_factor(common, targets) / scale if targets else 0.0
-        loss = loss_sum / targets if targets else math.nan
-        return Reading(loss, norm * factor, factor, norm, targets, 0.0)
+        norm = math.sqrt(heard.extra) if heard.extra >= 0 else math.nan
+        factor = gradient_factor(common, targets) / heard.scale if targets else 0.0
+        return Reading(
+            loss=heard.loss_sum / targets if targets else math.nan,
+            norm=norm * factor,
+            factor=factor,
+            scaled_norm=norm,
+            targets=targets,
+            least=0.0,
+        )
 
     def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Return the parameters whose gradients arrive in a backward pass: shards, as `fully_shard` reduces them."""
@@ -181,6 +190,24 @@ class InStep:
 
     def take_shortages(self) -> list[Size]:
         return []
+
+    def expect_meeting(self, meets: bool) -> None:
+        """Refuse micro-batches that meet: they run in another order than that in which ranks make their passes."""
+        if meets:
+            self.report_meeting("The micro-batches of this model meet")
+
+    def reach(self, *_: object) -> Reach:
+        raise AssertionError
+
+    def report_meeting(self, why: str) -> None:
+        """Refuse micro-batches that meet."""
+        raise MeetingError(
+            f'{why}, and with communication="each" the passes of all ranks go one by one.',
+            hint='pass communication="once", or a loss that needs no other rows than those of its micro-batch.',
+        )
+
+    def give_up(self) -> None:
+        raise AssertionError
 
     def _watch(self) -> None:
         """Note from now on which weights receive a gradient on this rank. Gathers one layer after the other."""

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
-from wholebatch.core.split import Indices
 from wholebatch.engine.baton import in_lockstep
-from wholebatch.engine.company import Call, Order, combined
+from wholebatch.engine.company import Call
+from wholebatch.engine.draws import Passage
+from wholebatch.engine.reach import Reach
 from wholebatch.engine.recomputing import Minutes
 
 
 def run_joined(
     runs: Sequence[Callable[[], Any]],
-    order: Order,
+    reach: Reach,
     *,
     device: torch.device,
     before: Callable[[int], None] = lambda _: None,
@@ -30,7 +31,7 @@ def run_joined(
 
     Args:
         runs: The forward pass of each micro-batch.
-        order: Where their rows stand in the logical batch.
+        reach: Those that meet.
         device: Where the model is.
         before: Called with the number of a micro-batch before it goes on.
         kept: What stays on an accelerator, such as weights; else what is saved for the backward pass waits in the
@@ -46,20 +47,35 @@ def run_joined(
         _expect_large_blocks()
     results: list[Any] = [None] * len(runs)
     minutes = Minutes()
+    passages = [Passage(device), Passage(device)]  # the meeting that they come from, and the one that they go to
 
     def meet(calls: Sequence[Call]) -> list[Any]:
         minutes.require_unchanged()
         with torch.enable_grad():
-            result = combined(calls, [call.value for call in calls], order)
+            brought = reach.hear(calls, [call.value for call in calls], graph=True)
+            result = calls[0].combine(brought.values, brought.beside, reach.order)
         if calls[0].once is not None:
-            calls[0].once(result, [call.beside for call in calls])
+            calls[0].once(result, brought.beside)
         share = _sharing(result)
-        minutes.take(calls, result, share)
+        minutes.take(calls, result, share, passages[1])
+        passages[:] = passages[1], Passage(device)
         return [share(call) for call in calls]
 
-    rows: Sequence[Indices | None] = order.cut if order.cut is not None else [None] * len(runs)
-    in_lockstep(runs, rows, device=device, before=before, meet=meet, finish=results.__setitem__)
+    def go_on(number: int) -> None:
+        before(number)
+        passages[0].go_on()
+
+    in_lockstep(
+        runs,
+        reach.rows,
+        device=device,
+        before=go_on,
+        meet=meet,
+        finish=results.__setitem__,
+        after=lambda _: passages[1].come(),
+    )
     minutes.require_unchanged()
+    reach.end()
     return results, minutes
 
 

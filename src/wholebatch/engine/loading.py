@@ -61,7 +61,7 @@ class Loading:
         update: Update | None = None
         while update is None or not ranks.all_ended:
             with ranks.together(self._windows.renew_sums):
-                self._lockstep.require_reach(ranks.ranks)
+                ranks.expect_meeting(self._lockstep.meets)
                 update = self._next(stream, micro_batches)
             if update is None:
                 return
@@ -94,7 +94,8 @@ class Loading:
         ranks, several = self._windows.rules.setup.group, micro_batches > 1
         alone = not several and ranks.ranks == 1
         # The micro-batches of a window that meet, or of which there is one.
-        held: list[Any] | None = [] if alone or (several and self._lockstep.meets) else None
+        meets = self._lockstep.meets and (several or ranks.ranks > 1)
+        held: list[Any] | None = [] if alone or meets else None
         unlearned: list[Any] = []  # those without targets, that may have to meet others yet
         retries = 0
         scout = Scout() if several or ranks.ranks > 1 else None
@@ -127,11 +128,10 @@ class Loading:
                 if closes and window is not None:
                     self._forward.fill(window)
                 if closes:
-                    update = window.close() if window is not None else self._make_of(held or [])
+                    update = self._closed(window, unlearned) if window is not None else self._make_of(held or [])
                     self._splitting.closed()
                     if not ranks.all_idle:
                         return replace(update, retries=update.retries + retries) if retries else update
-                    assert window is not None
                     self._windows.take_back(window)
                     return None
         except BaseException:
@@ -155,7 +155,9 @@ class Loading:
                 return replace(made, retries=retries) if retries else made
             memory.free_cached(self._windows.rules.setup.device)
             taken = taken or [self._splitting.rows_of(each, made.said) for each in held]
-            at_once = max(len(part) for each in taken for part in self._splitting.parts(each))
+            at_once = max((len(part) for each in taken for part in self._splitting.parts(each)), default=0)
+            if not held:  # it ran out on another rank
+                continue
             self._splitting.take_finer(max(taken, key=lambda each: each.rows), made.rows or at_once, made.said)
             retries += 1
 
@@ -174,7 +176,28 @@ class Loading:
                 f"{again.why}, and an earlier micro-batch of this window ended without meeting.",
                 hint="let every micro-batch make the same meetings in the same order.",
             )
-        self._lockstep.learn(again, self._windows.rules.setup.group.ranks)
+        self._learn(again)
+
+    def _closed(self, window: Window, unlearned: list[Any]) -> Update:
+        """Close a window; where other ranks meet, make it again with them, from what had no targets."""
+        empty = window.is_empty
+        try:
+            return window.close()
+        except Again as again:
+            heard = again
+        if not empty:
+            raise MeetingError(
+                f"{heard.why} on another rank, and the micro-batches of this one ended without meeting.",
+                hint="let every micro-batch on every rank make the same meetings in the same order.",
+            )
+        self._windows.take_back(window)
+        self._learn(heard)
+        return self._make_of(unlearned)
+
+    def _learn(self, again: Again) -> None:
+        self._lockstep.learn(again)
+        if not again.heard:
+            self._windows.rules.setup.group.report_meeting(again.why)
 
 
 def _taking(micro_batch: Any) -> Callable[[], Any] | None:

@@ -1,7 +1,7 @@
 """How do the micro-batches of a window meet? One by one after a first pass, or in one graph; and why."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -9,14 +9,17 @@ from torch import nn
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.company import Again, Order, not_over_ranks, recomputing_with
+from wholebatch.engine.company import Again, recomputing_with
 from wholebatch.engine.cutting import Place
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.joined import run_joined
+from wholebatch.engine.reach import RankFailedError, Reach
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.replay import Run, run_replayed
+from wholebatch.engine.sync import Group
 from wholebatch.engine.taps import Taps
 from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.weighing import Weighing
 from wholebatch.engine.window import Window
 
 Execution: TypeAlias = Literal["auto", "replay", "joined"]
@@ -33,37 +36,28 @@ class Lockstep:
         execution: As for `wb.Accumulator`.
         model: The module.
         device: Where it is.
+        group: The ranks that make an update together.
     """
 
-    def __init__(self, execution: Execution, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, execution: Execution, model: nn.Module, device: torch.device, group: Group) -> None:
         self._execution = execution
         self._model = model
         self._device = device
+        self._group = group
         self._found = False
         self._joined: str | None = None
 
     @property
     def meets(self) -> bool:
         """Whether it is known that the micro-batches of a window meet."""
-        return self._found or bool(exact_layers(self._model))
+        return self._found or self._group.has_met or bool(exact_layers(self._model))
 
-    def require_reach(self, ranks: int) -> None:
-        """Refuse to let micro-batches meet that are on several ranks.
-
-        Raises:
-            MeetingError: They would have to.
-        """
-        if ranks > 1 and self.meets:
-            raise not_over_ranks("The micro-batches of this model meet", ranks)
-
-    def learn(self, again: Again, ranks: int = 1) -> None:
+    def learn(self, again: Again) -> None:
         """Take note of what ended an attempt at a window.
 
         Raises:
-            MeetingError: The graphs have to be joined, and the user wants a replay; or there are several ranks.
+            MeetingError: The graphs have to be joined, and the user wants a replay.
         """
-        if ranks > 1:
-            raise not_over_ranks(again.why, ranks) from None
         if not again.joined:
             self._found = True
             return
@@ -98,28 +92,74 @@ class Lockstep:
         Raises:
             Again: The graphs have to be joined after all.
             MeetingError: They do not meet at the same places, or not in the second pass as in the first.
+            RankError: Another rank failed.
             Exception: What the user's code raised.
         """
 
         def before(number: int) -> None:
             place.rows = rows[number]
 
-        order = Order(cut)
-        reason = self._why_joined()
-        if reason is None:
-            met = run_replayed(
-                window,
-                runs,
-                rows,
-                order,
-                model=self._model,
-                device=self._device,
-                transaction=transaction,
-                before=before,
-            )
-            if met and self._execution == "auto":
-                say(f'The micro-batches meet at {met[0]}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)
-            return
+        weighing = window.rehearsal()
+        joined = self._why_joined()
+        reach = self._group.reach(
+            cut, len(runs), self._model, self._device, lambda: (weighing if joined is None else window).reference
+        )
+        failed = False
+        try:
+            self._run(window, transaction, runs, rows, reach, weighing, place, before, joined, say)
+        except RankFailedError:
+            failed = True
+        if failed:
+            self._group.give_up()
+
+    def _run(
+        self,
+        window: Window,
+        transaction: Transaction,
+        runs: Sequence[Run],
+        rows: Sequence[int | None],
+        reach: Reach,
+        weighing: Weighing,
+        place: Place,
+        before: Callable[[int], None],
+        joined: str | None,
+        say: Say,
+    ) -> None:
+        try:
+            reach.open()
+            if not runs:
+                return
+            if joined is None:
+                met = run_replayed(
+                    window,
+                    runs,
+                    rows,
+                    reach,
+                    weighing=weighing,
+                    model=self._model,
+                    device=self._device,
+                    transaction=transaction,
+                    before=before,
+                )
+                if met and self._execution == "auto":
+                    say(f'The micro-batches meet at {met[0]}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)
+                return
+            self._join(window, runs, rows, reach, before)
+            place.rows = None
+            if self._execution == "auto":
+                say(f'lockstep="auto" joins the graphs of all micro-batches: {joined}.', logging.INFO)
+        except Again as again:
+            reach.say_again(again.why)
+            raise
+
+    def _join(
+        self,
+        window: Window,
+        runs: Sequence[Run],
+        rows: Sequence[int | None],
+        reach: Reach,
+        before: Callable[[int], None],
+    ) -> None:
         taps = Taps(self._model, window.narrow, window.receive)
 
         def take_turn(number: int) -> None:
@@ -128,15 +168,13 @@ class Lockstep:
 
         try:
             parts, minutes = run_joined(
-                runs, order, device=self._device, before=take_turn, kept=list(self._model.parameters())
+                runs, reach, device=self._device, before=take_turn, kept=list(self._model.parameters())
             )
         finally:
             taps.put_back()
-        place.rows = None
         with recomputing_with(minutes):
-            window.add_together(list(zip(parts, rows, strict=True)))
-        if self._execution == "auto":
-            say(f'lockstep="auto" joins the graphs of all micro-batches: {reason}.', logging.INFO)
+            window.add_together(list(zip(parts, rows, strict=True)), *reach.roots())
+        reach.close()
 
     def _why_joined(self) -> str | None:
         if self._execution == "replay":

@@ -64,10 +64,9 @@ class Making:
             BatchNormError, VerifyError: The cut would change the gradient.
             Exception: What the loss function raised; nothing has changed then.
         """
-        ranks = self._windows.rules.setup.group.ranks
+        ranks = self._expect_meeting()
         if len(cut) > 1 or ranks > 1:
             self._require_row_by_row()
-            self._lockstep.require_reach(ranks)
         if len(cut) > 1:
             self._first_check.look(rows, max(cut, key=len))
         # Rows of a list are collated once, when their turn comes, so that the padded logical batch never exists.
@@ -81,7 +80,7 @@ class Making:
         total = sum(known) if len(known) == len(cut) else None
         opened = {"targets": total, "micro_batches": len(cut), "padding": padding}
         update = None
-        if len(cut) < 2 or not self._lockstep.meets:
+        if not self._lockstep.meets or (len(cut) < 2 and ranks == 1):
 
             def pass_each(window: Window) -> None:
                 group = self._windows.rules.setup.group
@@ -108,7 +107,7 @@ class Making:
             rows: Of each, if known. Unit: rows.
             place: Told which micro-batch runs.
         """
-        if len(micro_batches) < 2:
+        if len(micro_batches) < 2 and self._expect_meeting() == 1:
 
             def pass_each(window: Window) -> None:
                 for micro_batch in micro_batches:
@@ -138,7 +137,9 @@ class Making:
             return window.close()
         except Again as again:
             self._windows.take_back(window)
-            self._lockstep.learn(again, self._windows.rules.setup.group.ranks)
+            self._lockstep.learn(again)
+            if not again.joined and not again.heard:
+                self._windows.rules.setup.group.report_meeting(again.why)
         except BaseException:
             if window.is_open:
                 window.rollback()
@@ -176,6 +177,12 @@ class Making:
                 raise
             # Only words leave this block: the error's traceback holds the tensors of the attempt.
             return Shortage(memory.in_a_line(error), place.rows)
+
+    def _expect_meeting(self) -> int:
+        """Say that the next window is that of a model as it is known, and return how many ranks make it."""
+        group = self._windows.rules.setup.group
+        group.expect_meeting(self._lockstep.meets)
+        return group.ranks
 
     def _require_row_by_row(self) -> None:
         rules = self._windows.rules

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from wholebatch.core.errors import RankError
 from wholebatch.core.need import Kind, Trace
 
 if sys.platform == "linux":
@@ -102,6 +103,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, RankError):  # it may tell of memory, but not of this process's
+        return False
     if isinstance(error, RuntimeError) and _SAID_OUT_OF_MEMORY.search(str(error)):
         return True
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)

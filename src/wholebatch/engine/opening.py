@@ -94,9 +94,9 @@ class Windows:
             self.rules = replace(self.rules, sums=gradient_sum(self.rules.setup, self._sum_in))
         return self.rules.sums
 
-    def take_back(self, window: Window) -> None:
-        """Undo a window that is to be made again under the same number."""
-        if window.is_open:
+    def take_back(self, window: Window | None) -> None:
+        """Undo a window that is to be made again under the same number; None: the last one, which came to nothing."""
+        if window is not None and window.is_open:
             window.rollback()
         self._number -= 1
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.split import Indices
 from wholebatch.core.weights import mean_weights
-from wholebatch.engine.company import Alone, Order, among, recomputing_with
+from wholebatch.engine.company import Alone, among, recomputing_with
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.exactnorm import exact_layers
 from wholebatch.engine.joined import run_joined
 from wholebatch.engine.objective import Objective, Part
 from wholebatch.engine.precision import Precision
+from wholebatch.engine.reach import Near
 from wholebatch.engine.rounding import CoarsestDtype
 from wholebatch.engine.sums import GradientSum
 
@@ -138,9 +139,9 @@ class Probe:
             parts: The same rows, cut.
         """
         places = {row: place for place, row in enumerate(whole)}
-        order = Order([[places[row] for row in part] for part in parts])
+        near = Near([[places[row] for row in part] for part in parts], len(parts))
         runs = [partial(self._forward, part) for part in parts]
-        found, minutes = run_joined(runs, order, device=input_device(self.model))
+        found, minutes = run_joined(runs, near, device=input_device(self.model))
         learned = [part for part in found if part is not None]
         if not learned:
             return None

@@ -30,12 +30,13 @@ from wholebatch.engine.rowsize import largest_row
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import SumIn, check_sum_in
 from wholebatch.engine.ways import Ways
-from wholebatch.engine.wrapping import quiet
+from wholebatch.engine.wrapping import by_itself
 
 PATIENCE = 20.0
 """No pass is timed that would take longer. Unit: seconds."""
 
 
+@by_itself
 def plan(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
@@ -136,10 +137,7 @@ def plan(
         check_sum_in(accumulate_in),
         sample,
     )
-    with quiet(model):  # each rank plans for itself
-        made = Planning(job, spread.rows_each, budget, length, precision, shared=ranks > 1).plan(
-            micro_batch, timed=timed
-        )
+    made = Planning(job, spread.rows_each, budget, length, precision, shared=ranks > 1).plan(micro_batch, timed=timed)
     return spread(made)
 
 

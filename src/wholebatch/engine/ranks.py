@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 from wholebatch.core.errors import ConfigError, OptimizerError
 from wholebatch.engine.consuming import takers
 from wholebatch.engine.instep import InStep
+from wholebatch.engine.message import FIELDS
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.reduction import check_reduce_in
 from wholebatch.engine.sharding import sharded_modules
-from wholebatch.engine.sync import FIELDS, Group, Many, One
-from wholebatch.engine.wire import Wire
+from wholebatch.engine.sync import Group, Many, One
+from wholebatch.engine.wire import Wire, initialised
 from wholebatch.engine.wrapping import make_equal, ranks_of
 
 Communication: TypeAlias = Literal["once", "each"]
@@ -51,7 +52,7 @@ def group_of(
         )
     process_group = ranks_of(model)
     if process_group is None:
-        return One()
+        return One(alone=initialised())
     taking = takers(optimizers)
     if taking:
         raise OptimizerError(

@@ -1,15 +1,14 @@
 """What did a meeting come to? Kept for activation checkpointing, which runs parts of a model twice."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.company import Call
+from wholebatch.engine.draws import Passage, distance
 
 
 class Minutes:
@@ -20,18 +19,19 @@ class Minutes:
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, int], list[tuple[Sequence[Call], Callable[[Call], Any]]]] = {}
+        self._held: dict[tuple[str, int], list[tuple[Sequence[Call], Callable[[Call], Any], Passage]]] = {}
         self._results: list[tuple[Call, Tensor, int]] = []
 
-    def take(self, calls: Sequence[Call], result: Any, again: Callable[[Call], Any]) -> None:
+    def take(self, calls: Sequence[Call], result: Any, again: Callable[[Call], Any], passage: Passage) -> None:
         """Note a meeting.
 
         Args:
             calls: What each micro-batch brought.
             result: What it came to.
             again: Returns what a micro-batch got, for what it brings when it is computed anew.
+            passage: Where the random stream stood.
         """
-        self._held.setdefault((calls[0].kind, id(calls[0].of)), []).append((calls, again))
+        self._held.setdefault((calls[0].kind, id(calls[0].of)), []).append((calls, again, passage))
         if isinstance(result, Tensor):
             self._results.append((calls[0], result, result._version))
 
@@ -57,12 +57,13 @@ class Minutes:
                 hint="let a checkpointed function do the same both times.",
             )
         here = [each for each in meetings if each[0][0].site == call.site] or meetings
-        calls, again = here[0] if len(here) == 1 else min(here, key=lambda each: _distance(each[0], call))
+        calls, again, passage = here[0] if len(here) == 1 else min(here, key=lambda each: distance(each[0], call))
         if call.with_graph and not calls[0].with_graph:
             raise MeetingError(
                 f"Micro-batches cannot meet inside activation checkpointing with use_reentrant=True: {call}.",
                 hint="pass use_reentrant=False to torch.utils.checkpoint.checkpoint.",
             )
+        passage.resume(calls, call)
         return again(call)
 
     def own_rows(self) -> Indices | None:
@@ -71,12 +72,3 @@ class Minutes:
             "which micro-batch it is.",
             hint="call it outside of the checkpointed function and pass the places in.",
         )
-
-
-def _distance(calls: Sequence[Call], call: Call) -> float:
-    """How far what was brought to a meeting is from what is brought now: 0 where computing it anew gives the same."""
-    if not isinstance(call.value, Tensor):
-        return 0.0 if any(each.value == call.value for each in calls) else math.inf
-    same = [each.value for each in calls if each.value.shape == call.value.shape]
-    with torch.no_grad():
-        return min((float((each.double() - call.value.double()).abs().sum()) for each in same), default=math.inf)

@@ -129,6 +129,11 @@ class Reduction:
             self._wait(bucket)
 
     @property
+    def begun(self) -> bool:
+        """Whether a bucket has been filled."""
+        return any(bucket.flat is not None for bucket in self._buckets)
+
+    @property
     def late(self) -> bool:
         """Whether gradients arrived after their bucket had been sent, as a nested backward pass makes them."""
         return any(map(self.sums.holds, self._bucket_of))

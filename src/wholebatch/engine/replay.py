@@ -25,11 +25,14 @@ from torch import Tensor, nn
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.baton import in_lockstep
-from wholebatch.engine.company import Again, Call, Order, among, combined, recomputing_with, without_value
+from wholebatch.engine.company import Again, Call, among, known_rows, recomputing_with, without_value
+from wholebatch.engine.draws import Passage
 from wholebatch.engine.moments import Moments
 from wholebatch.engine.objective import Part, learns
+from wholebatch.engine.reach import Reach
 from wholebatch.engine.recomputing import Minutes
 from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.weighing import Weighing
 from wholebatch.engine.window import Window
 
 
@@ -43,8 +46,9 @@ def run_replayed(
     window: Window,
     runs: Sequence[Run],
     rows: Sequence[int | None],
-    order: Order,
+    reach: Reach,
     *,
+    weighing: Weighing,
     model: nn.Module,
     device: torch.device,
     transaction: Transaction,
@@ -56,7 +60,8 @@ def run_replayed(
         window: Takes their gradients.
         runs: The forward pass of each micro-batch.
         rows: Of each micro-batch, if known. Unit: rows.
-        order: Where their rows stand in the logical batch.
+        reach: Those that meet.
+        weighing: Weighs losses as the window does, and notes nothing in it.
         model: Whose weights are frozen in the first pass.
         device: Where it is.
         transaction: Has the buffers as they are now.
@@ -71,15 +76,17 @@ def run_replayed(
     """
     moments = Moments(model, device, transaction)
     with _frozen(model):
-        meetings = _first_pass(window, runs, order, moments, device, before)
+        meetings = _first_pass(weighing, runs, reach, moments, device, before)
     moments.keep(len(runs), len(meetings))
     after = Transaction(model, device)
     after.begin()
+    reach.end()
     for meeting in meetings:
-        meeting.settle(unique=sum(each.alike == meeting.alike for each in meetings) == 1)
+        meeting.settle(reach, unique=sum(each.alike == meeting.alike for each in meetings) == 1)
+    reach.close()
     for number, run in enumerate(runs):
         before(number)
-        replay = _Replay(meetings, moments, number, order)
+        replay = _Replay(meetings, moments, number, reach.rows[number])
         moments.restore(number, 0)
         with among(replay):
             part = run()
@@ -92,20 +99,22 @@ def run_replayed(
 
 
 def _first_pass(
-    window: Window,
+    weighing: Weighing,
     runs: Sequence[Run],
-    order: Order,
+    reach: Reach,
     moments: Moments,
     device: torch.device,
     before: Callable[[int], None],
 ) -> list["_Meeting"]:
     """Run all micro-batches in lockstep, and return their meetings with the gradients that enter there."""
-    weighing = window.rehearsal()
     meetings: list[_Meeting] = []
+    passages = [Passage(device)]
 
     def go(number: int) -> None:
         before(number)
         moments.keep(number, len(meetings))
+        if meetings:
+            meetings[-1].passage.go_on()
 
     def meet(calls: Sequence[Call]) -> list[Any]:
         for each in meetings:
@@ -115,7 +124,8 @@ def _first_pass(
                 f"what meets at {calls[0]} needs the gradient of what met before, at {meetings[-1].calls[0]}",
                 joined=True,
             )
-        meetings.append(_Meeting(calls, order))
+        meetings.append(_Meeting(calls, reach, passages[-1]))
+        passages.append(Passage(device))
         return meetings[-1].answers(calls)
 
     def finish(number: int, part: Part | None) -> None:
@@ -127,7 +137,7 @@ def _first_pass(
             return
         minutes = Minutes()
         for meeting, leaf in leaves:
-            minutes.take(meeting.calls, None, partial(_given, leaf))
+            minutes.take(meeting.calls, None, partial(_given, leaf), meeting.passage.of(number))
         with recomputing_with(minutes):
             found = torch.autograd.grad(
                 [loss for loss, _ in entering],
@@ -138,10 +148,17 @@ def _first_pass(
         for (meeting, _), gradient in zip(leaves, found, strict=True):
             meeting.add(gradient)
 
-    rows: Sequence[Indices | None] = order.cut if order.cut is not None else [None] * len(runs)
     without_graph = [partial(run, graph=False) for run in runs]
     try:
-        in_lockstep(without_graph, rows, device=device, before=go, meet=meet, finish=finish)
+        in_lockstep(
+            without_graph,
+            reach.rows,
+            device=device,
+            before=go,
+            meet=meet,
+            finish=finish,
+            after=lambda _: passages[-1].come(),
+        )
     except RuntimeError as error:
         # The user's code asks for a gradient of its own, which frozen weights do not have.
         if "require grad" not in str(error) and "require gradient" not in str(error):
@@ -157,7 +174,8 @@ def _first_pass(
 class _Meeting:
     """What all micro-batches brought, what it came to, and the gradient that enters there."""
 
-    def __init__(self, calls: Sequence[Call], order: Order) -> None:
+    def __init__(self, calls: Sequence[Call], reach: Reach, passage: Passage) -> None:
+        self.passage = passage
         self.calls = [_without_graph(call) for call in calls]
         self.key = calls[0].key
         self.alike = calls[0].kind, id(calls[0].of)
@@ -166,16 +184,17 @@ class _Meeting:
         differentiable = _is_differentiable(self._leaves[0])
         if differentiable:
             self._leaves = [leaf.requires_grad_() for leaf in self._leaves]
+        brought = reach.hear(self.calls, self._leaves, graph=False)
         with torch.enable_grad():
-            self._made = combined(self.calls, self._leaves, order)
+            self._made = calls[0].combine(brought.values, brought.beside, reach.order)
         self.result = self._made.detach() if isinstance(self._made, Tensor) else self._made
         self._differentiable = differentiable and _is_differentiable(self._made) and self._made.requires_grad
         self._given: dict[int, Tensor] = {}
         self._gradient: Tensor | None = None
         self._entering: Sequence[Tensor | None] = ()
         if calls[0].once is not None:
-            calls[0].once(self.result, [call.beside for call in calls])
-        self.minutes.take(self.calls, self.result, lambda _: self.result)
+            calls[0].once(self.result, brought.beside)
+        self.minutes.take(self.calls, self.result, lambda _: self.result, passage)
 
     def answers(self, calls: Sequence[Call]) -> list[Any]:
         """Return what each micro-batch gets in the first pass: a leaf of its own, where gradients are wanted."""
@@ -200,14 +219,16 @@ class _Meeting:
         else:
             self._gradient += gradient
 
-    def settle(self, *, unique: bool) -> None:
+    def settle(self, reach: Reach, *, unique: bool) -> None:
         """Work out the gradient that enters at what each micro-batch brought, and forget what is not needed for it.
 
         Args:
+            reach: Knows what else enters there.
             unique: Whether there is no other meeting of the kind, so that nobody has to tell them apart.
         """
-        if self._gradient is not None:
-            gradient = self._gradient.to(self.result.dtype)
+        entering = reach.add_up(self._gradient, self.result) if self._differentiable else None
+        if entering is not None:
+            gradient = entering.to(self.result.dtype)
             self._entering = torch.autograd.grad(self._made, self._leaves, gradient, allow_unused=True)
         self._gradient = self._made = None
         self._leaves = []
@@ -215,7 +236,7 @@ class _Meeting:
         if unique:
             self.calls = [without_value(call) for call in self.calls]
         self.minutes = Minutes()
-        self.minutes.take(self.calls, self.result, lambda _: self.result)
+        self.minutes.take(self.calls, self.result, lambda _: self.result, self.passage)
 
     def entering(self, number: int) -> Tensor | None:
         return self._entering[number] if self._entering else None
@@ -232,11 +253,11 @@ class _Meeting:
 class _Replay:
     """The company of a micro-batch in the second pass: everybody has been here before."""
 
-    def __init__(self, meetings: Sequence[_Meeting], moments: Moments, number: int, order: Order) -> None:
+    def __init__(self, meetings: Sequence[_Meeting], moments: Moments, number: int, rows: Indices | None) -> None:
         self._meetings = meetings
         self._moments = moments
         self._number = number
-        self._order = order
+        self._rows = rows
         self._place = 0
         self.minutes = Minutes()
         self.values: list[Tensor] = []
@@ -254,11 +275,11 @@ class _Replay:
             self.values.append(call.value)
             self._versions.append(call.value._version)
             self.gradients.append(gradient)
-        self.minutes.take(meeting.calls, meeting.result, meeting.replayed)
+        self.minutes.take(meeting.calls, meeting.result, meeting.replayed, meeting.passage.of(self._number))
         return meeting.replayed(call)
 
     def own_rows(self) -> Indices | None:
-        return self._order.cut[self._number] if self._order.cut is not None else None
+        return known_rows(self._rows)
 
     def require_end(self) -> None:
         """Raise an error unless it met as often as in the first pass, and left what it brought and got as it was."""

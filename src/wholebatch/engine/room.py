@@ -51,24 +51,62 @@ def _machine_bytes() -> int | None:
     return None
 
 
-GROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""Where the limit of a control group and its use are told, in either version."""
+GROUPS = Path("/sys/fs/cgroup")
+"""Where control groups are mounted."""
+
+OWN_GROUP = Path("/proc/self/cgroup")
+"""Where it is told in which of them this process is."""
 
 
 def _group_bytes() -> int | None:
-    """What the control group of this process leaves, in either version; None: no limit, or no control groups."""
-    for limit, usage in GROUP_FILES:
+    """What the control groups of this process leave, in either version; None: no limit, or no control groups.
+
+    Each group above it has a limit of its own. What they keep of files that the kernel could drop is not counted.
+    """
+    left: list[int] = []
+    for folder, limit, usage in _group_files():
         try:
-            said = Path(limit).read_text(encoding="ascii").strip()
-            used = int(Path(usage).read_text(encoding="ascii"))
+            said = (folder / limit).read_text(encoding="ascii").strip()
+            used = int((folder / usage).read_text(encoding="ascii"))
         except (OSError, ValueError):
             continue
         if said.isdigit() and int(said) < 1 << 60:
-            return int(said) - used
-    return None
+            left.append(int(said) - max(0, used - _dropped_bytes(folder / "memory.stat")))
+    return min(left) if left else None
+
+
+def _group_files() -> list[tuple[Path, str, str]]:
+    """The groups of this process, each with the names of its files."""
+    second, first = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    found: list[tuple[Path, str, str]] = [
+        (GROUPS, *second),
+        (GROUPS / "memory", *first),
+    ]  # seen from inside a container
+    try:
+        lines = OWN_GROUP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        parts = Path(path.lstrip("/")).parts
+        for depth in range(len(parts), 0, -1):
+            if not kinds:
+                found += [(mount.joinpath(*parts[:depth]), *second) for mount in (GROUPS, GROUPS / "unified")]
+            elif "memory" in kinds.split(","):
+                found.append(((GROUPS / "memory").joinpath(*parts[:depth]), *first))
+    return found
+
+
+def _dropped_bytes(stat: Path) -> int:
+    """What a group holds of files that have not been used lately."""
+    try:
+        for line in stat.read_text(encoding="ascii").splitlines():
+            name, _, size = line.partition(" ")
+            if name in ("total_inactive_file", "inactive_file"):  # the first is that of the older version
+                return int(size)
+    except (OSError, ValueError):
+        pass
+    return 0
 
 
 def _address_bytes() -> int | None:

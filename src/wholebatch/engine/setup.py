@@ -96,7 +96,7 @@ class Setup:
     @property
     def bystanders(self) -> list[nn.Parameter]:
         """Parameters of the model that no optimizer steps."""
-        stepped = set(map(id, self.parameters))
+        stepped = set(map(id, [*self.parameters, *self.group.leaves(self.parameters)]))
         return [parameter for parameter in self.model.parameters() if id(parameter) not in stepped]
 
     @property

@@ -66,8 +66,12 @@ class Sharding:
             each.set_reshard_after_forward(False, recurse=False)
             each.set_reshard_after_backward(False, recurse=False)
             each.unshard()
+            for group in _groups_of(each):
+                group.reshard = _stay
         self._gathered = True
         leaves = dict(self._model.named_parameters())
+        if not self._leaf_of:
+            _require_to_keep_gradients(self._sharded)
         self._leaf_of = {shard: leaves[name] for name, shard in shards.items()}
         for name, leaf in leaves.items():
             if _is_shard(leaf):
@@ -85,6 +89,8 @@ class Sharding:
             each.set_reshard_after_backward(True, recurse=False)
             # Also after a pass that was broken off: without this a module in the middle of one would stay as it is.
             each.set_reshard_after_forward(True, recurse=False)
+            for group in _groups_of(each):
+                group.__dict__.pop("reshard", None)
             each.reshard()
         self._gathered = False
         for shard in self._delivered:
@@ -105,6 +111,35 @@ class Sharding:
                 continue
             parameter.grad = _share(parameter, gradient)
             self._delivered.append(parameter)
+
+
+def _require_to_keep_gradients(sharded: Sequence[Any]) -> None:
+    """Refuse a policy under which gradients of gathered weights go where no window can sum them.
+
+    Raises:
+        OptimizerError: They are cast for a reduction of `fully_shard`'s own.
+    """
+    for each in sharded:
+        policy = getattr(each._get_fsdp_state(), "_mp_policy", None)
+        cast = getattr(policy, "reduce_dtype", None)
+        for name, leaf in each.named_parameters():
+            if cast is not None and leaf.element_size() >= 4 and cast != leaf.dtype:
+                raise OptimizerError(
+                    f"{name} is in {leaf.dtype}, and by MixedPrecisionPolicy(reduce_dtype={cast}) its gradient is cast "
+                    "for a reduction that does not take place.",
+                    hint='leave reduce_dtype out, and say in which dtype gradients travel with reduce_in="bf16".',
+                )
+
+
+def _groups_of(module: Any) -> list[Any]:
+    """What `fully_shard` keeps the weights of a module in."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [each for each in (state._fsdp_param_group,) if each is not None]
+
+
+def _stay() -> None:
+    """Where micro-batches meet inside a module, the first to leave it would scatter what the others still use."""
 
 
 def _is_shard(tensor: Tensor) -> bool:

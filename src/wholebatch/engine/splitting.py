@@ -58,8 +58,8 @@ class Splitting:
         """
         rows = self._layout.count(micro_batch)
         rules = self._windows.rules
-        # What is taken in as it arrives cannot be taken back by parts, nor can what other ranks have been sent.
-        if rules.sums.consumes or rules.setup.group.ranks > 1:
+        # What is taken in as it arrives cannot be taken back by parts.
+        if rules.sums.consumes or rules.setup.group.in_step:
             self._forward.into(window, micro_batch, rows, None)
             return 0
         if self.splits([rows]):
@@ -155,6 +155,13 @@ class Splitting:
             said = _said(error)
         else:
             return None
+        if not self._windows.rules.setup.group.keep_from_sending():
+            raise OutOfMemoryError(
+                f"Memory ran out ({said}) in the last backward pass of a window, after other ranks had been sent "
+                "gradients.",
+                hint="let the loader make smaller micro-batches, or hand accumulator.step a logical batch; weights are "
+                "as before.",
+            )
         arrived = window.take_back()
         memory.free_cached(self._forward.setup.device)
         if arrived:

@@ -7,24 +7,27 @@ are the reasons exchanged.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from wholebatch.core.errors import LossError, RankError
-from wholebatch.core.split import Size
-from wholebatch.core.weights import common_factor, gradient_factor
+from wholebatch.core.errors import RankError, WindowError
+from wholebatch.core.split import Indices, Size
+from wholebatch.core.weights import Count, common_factor, gradient_factor
 from wholebatch.core.window import WindowState
+from wholebatch.engine.company import Again
+from wholebatch.engine.message import Ending, Heard, anywhere, common_of, no_gradient, say_failed, spoilt, told, words
+from wholebatch.engine.reach import FAILED, Far, Near, Reach
 from wholebatch.engine.reduction import Reduction
 from wholebatch.engine.sharding import Sharding, sharded_modules
 from wholebatch.engine.sums import GradientSum
-from wholebatch.engine.weighing import Reading, Weighing, read_numbers, widen
-from wholebatch.engine.wire import Wire
+from wholebatch.engine.weighing import Reading, Weighing, widen
+from wholebatch.engine.wire import Wire, initialised
 from wholebatch.engine.wrapping import Wrapping, sparse_parameters
 
 
@@ -33,6 +36,7 @@ class Group(Protocol):
 
     Attributes:
         ranks: How many they are.
+        has_met: Whether one of several has found out that micro-batches meet.
         passes: How many all ranks make in this window at least.
         spare: A small micro-batch, for those of weight zero.
         in_step: Whether all ranks have to make equally many passes.
@@ -46,6 +50,7 @@ class Group(Protocol):
     """
 
     ranks: int
+    has_met: bool
     in_step: bool
     passes: int
     spare: Any
@@ -80,6 +85,10 @@ class Group(Protocol):
 
     def expect_last(self, weighing: Weighing) -> None:
         """Say that the next backward pass of this rank is its last in the window."""
+        ...
+
+    def keep_from_sending(self) -> bool:
+        """Send nothing before the close of the window, and return whether nothing has been sent."""
         ...
 
     def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
@@ -124,6 +133,37 @@ class Group(Protocol):
         """
         ...
 
+    def expect_meeting(self, meets: bool) -> None:
+        """Say whether the micro-batches of the next window meet, as all ranks know."""
+        ...
+
+    def reach(
+        self,
+        cut: Sequence[Indices] | None,
+        micro_batches: int,
+        model: nn.Module,
+        device: torch.device,
+        reference: Callable[[], Count],
+    ) -> Reach:
+        """Return those that meet in a window; the arguments are those of `Far`."""
+        ...
+
+    def report_meeting(self, why: str) -> None:
+        """Tell the others that micro-batches meet, where nobody knew, so that all make the window again.
+
+        Raises:
+            RankError: Another rank failed.
+        """
+        ...
+
+    def give_up(self) -> None:
+        """Take part in the end of a window in which another rank has failed.
+
+        Raises:
+            RankError: Why it has.
+        """
+        ...
+
     def take_shortages(self) -> list[Size]:
         """Return to which sizes other ranks had to go, when that alone has undone the last window."""
         ...
@@ -133,13 +173,21 @@ _NOTHING = nullcontext()
 
 
 class One:
-    """A group of one: this process, which has nobody to speak to."""
+    """A group of one: this process, which has nobody to speak to.
+
+    Args:
+        alone: Whether it was so by choice, and not only because no other process was known of yet.
+    """
 
     ranks = 1
+    has_met = False
     in_step, passes, spare = False, 0, None
     reference: float | None = None
     ended = idle = False
     all_ended = all_idle = others_go_on = False
+
+    def __init__(self, *, alone: bool = True) -> None:
+        self._alone = alone
 
     def begin_stream(self) -> None:
         pass
@@ -147,14 +195,21 @@ class One:
     def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:  # noqa: ARG002
         return _NOTHING
 
-    def open(self, sums: Callable[[], GradientSum]) -> None:
-        pass
+    def open(self, sums: Callable[[], GradientSum]) -> None:  # noqa: ARG002
+        if not self._alone and initialised() and dist.get_world_size() > 1:
+            raise WindowError(
+                f"This process is one of {dist.get_world_size()} ranks, and the accumulator was made before it was.",
+                hint="call torch.distributed.init_process_group() first, and make the accumulator after it.",
+            )
 
     def end(self) -> None:
         pass
 
     def expect_last(self, weighing: Weighing) -> None:
         pass
+
+    def keep_from_sending(self) -> bool:
+        return True
 
     def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
         pass
@@ -184,12 +239,31 @@ class One:
     def take_shortages(self) -> list[Size]:
         return []
 
+    def expect_meeting(self, meets: bool) -> None:
+        pass
+
+    def reach(
+        self,
+        cut: Sequence[Indices] | None,
+        micro_batches: int,
+        model: nn.Module,  # noqa: ARG002
+        device: torch.device,  # noqa: ARG002
+        reference: Callable[[], Count],  # noqa: ARG002
+    ) -> Reach:
+        return Near(cut, micro_batches)
+
+    def report_meeting(self, why: str) -> None:
+        pass
+
+    def give_up(self) -> None:
+        pass
+
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
     """What became of one rank's part of a logical batch."""
 
-    kind: Literal["done", "short", "failed"] = "done"
+    kind: Literal["done", "short", "meets", "failed"] = "done"
     said: str = ""
     finer: Size | None = None
 
@@ -206,6 +280,7 @@ class Many:
 
     def __init__(self, model: nn.Module, wire: Wire, introduce: Callable[[], None], dtype: torch.dtype | None) -> None:
         self.ranks = wire.ranks
+        self.has_met = False
         self.in_step, self.passes, self.spare = False, 0, None
         self.reference: float | None = None
         self.ended = self.idle = False
@@ -220,6 +295,8 @@ class Many:
         self._overlap = True
         self._common = 1.0
         self._supervised = False
+        self._meets = False
+        self._reach: Far | None = None
         self._owed = False  # whether the others wait for this rank's part of a window
         self._shortages: list[Size] = []
 
@@ -236,10 +313,12 @@ class Many:
     def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:
         """The context of a logical batch: an exception in it is told to the other ranks."""
         self.open(sums)
-        self._supervised = True
+        self._supervised, self._meets = True, False
         try:
             yield
         except Exception as error:
+            if self._wire.is_down(error):
+                raise self._wire.unanswered(error) from error
             self._tell(error)
             raise
         except BaseException as stop:  # such as Ctrl-C, which waits for nobody
@@ -256,7 +335,9 @@ class Many:
         if self._introduce is not None:
             self._introduce()
             self._introduce = None
-        self._wrapping.hush()
+        with self._wire.watching():
+            self._wrapping.hush()
+        self._reach = None
         summed = sums()
         if self._reduction is None or not self._reduction.fits(summed):
             self._reduction = Reduction(summed, self._sparse, self._dtype, self._wire)
@@ -273,6 +354,11 @@ class Many:
         if self._overlap:
             self._started.listen(lambda: common_factor(weighing.reference, self._common))
 
+    def keep_from_sending(self) -> bool:
+        """Send nothing before the close of the window, and return whether nothing has been sent."""
+        self._started.stop_listening()
+        return not self._started.begun
+
     def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
         """Let each rank make as many passes as it has micro-batches."""
 
@@ -283,7 +369,7 @@ class Many:
         factor = common_factor(weighing.reference, common)
         reduction.finish(factor)
         heard = self._exchange(weighing, state)
-        while heard.late and not heard.failed:
+        while heard.extra and not heard.failed:
             self._overlap = False  # such gradients come again
             reduction.repeat(factor)
             heard = self._exchange(weighing, state)
@@ -299,11 +385,10 @@ class Many:
         with self.moving():
             reduction.put(presence)
         self._common = common_of(heard.targets, common)
-        state.rows = None if math.isnan(heard.rows) else int(heard.rows)
-        scale = heard.scale
-        norm = math.hypot(*heard.norms)
+        state.rows = heard.rows
+        norm = math.hypot(*heard.beside)
         some = heard.targets != 0
-        gradient = gradient_factor(common, heard.targets) / scale if some else 0.0
+        gradient = gradient_factor(common, heard.targets) / heard.scale if some else 0.0
         return Reading(
             loss=heard.loss_sum / heard.targets if some else math.nan,
             norm=norm * gradient,
@@ -348,6 +433,31 @@ class Many:
         self._judge(outcomes)
         return self.take_shortages()
 
+    def expect_meeting(self, meets: bool) -> None:
+        """Say whether the micro-batches of the next window meet, as all ranks know."""
+        self._meets = meets
+
+    def reach(
+        self,
+        cut: Sequence[Indices] | None,
+        micro_batches: int,
+        model: nn.Module,
+        device: torch.device,
+        reference: Callable[[], Count],
+    ) -> Reach:
+        """Return those that meet in a window: the micro-batches of all ranks."""
+        self._reach = Far(self._wire, cut, micro_batches, model, device, reference)
+        return self._reach
+
+    def report_meeting(self, why: str) -> None:
+        """Tell the others that micro-batches meet, where nobody knew, so that all make the window again."""
+        self._judge(self._join(_Outcome("meets", why)))
+        self._meets = True
+
+    def give_up(self) -> None:
+        """Take part in the end of a window in which another rank has failed."""
+        self._judge(self._join(_Outcome()), always=True)
+
     def take_shortages(self) -> list[Size]:
         """Return to which sizes ranks had to go, when that alone has undone the last window."""
         shortages, self._shortages = self._shortages, []
@@ -365,43 +475,42 @@ class Many:
         self._shortages = []
         self._owed = True
 
-    def _exchange(self, weighing: Weighing, state: WindowState) -> "_Heard":
-        """Send the message of a window behind its gradient, and read what all ranks have sent, with one wait for the
-        device. The message does not wait for the gradient, so that it costs no latency of its own.
+    def _exchange(self, weighing: Weighing, state: WindowState) -> Heard:
+        """Send the message of a window behind its gradient, and hear what all ranks have sent.
+
+        The message does not wait for the gradient, so that it costs no latency of its own.
         """
         reduction = self._started
-        mask = mask_of(reduction.presence(), self.ranks)
-        ended = self.ended + self.idle * (self.ranks + 1)
-        rows = math.nan if state.rows is None else state.rows
-        fields = [
-            state.targets,
-            weighing.loss_sum,
-            rows,
-            spoilt(weighing, state),
-            reduction.late,
-            ended,
-            mask,
-            mask**2,
-        ]
 
-        def beside() -> list[Tensor | None]:
+        def norms() -> list[Tensor]:
             reduction.wait()
-            return [weighing.scale, *reduction.norms()]
+            return reduction.norms()
 
-        read, heard = summed(self._wire, fields, beside, reduction.device)
-        return _Heard(read[1:], read[0], heard, self.ranks)
+        return Heard.of(
+            self._wire,
+            weighing,
+            state,
+            reduction.presence(),
+            Ending(self.ended, self.idle),
+            extra=float(reduction.late),
+            device=reduction.device,
+            beside=norms,
+        )
 
     def _hear_why(self, weighing: Weighing, state: WindowState) -> Reading:
         """Raise what keeps the ranks from moving; on a rank whose own targets do, return them."""
         targets, least = float(widen(state.targets)), float(weighing.least)
         wrong = bool(spoilt(weighing, state))
         said = f"its targets add up to {targets}, and a micro-batch holds {least}"
-        outcomes = self._wire.gather(_Outcome("failed", said) if wrong else _Outcome())
+        outcomes = self._told(_Outcome("failed", said) if wrong else _Outcome())
         self._started.start()  # which frees what was reduced
         if wrong:
             return Reading(math.nan, math.nan, 0.0, math.nan, targets, least)
-        self._judge(outcomes, always=True)
-        raise AssertionError
+        meets = next((each.said for each in outcomes if each.kind == "meets"), None)
+        self._judge(outcomes, always=meets is None)
+        assert meets is not None
+        self._meets = True
+        raise Again(meets, heard=True)
 
     def _tell(self, error: Exception) -> None:
         """Tell the others why this rank has failed."""
@@ -416,11 +525,19 @@ class Many:
     def _join(self, outcome: _Outcome) -> list[_Outcome]:
         """Take part in what is left of a window, without a gradient, and exchange what has become of it."""
         self._owed = False
+        if self._reach is not None:
+            self._reach.say_failed()
+        elif self._meets:
+            self._wire.gather(FAILED)
         self._started.abandon()
-        message = torch.zeros(FIELDS, dtype=torch.float64, device=self._started.device)
-        message[_FAILED] = 1
-        self._wire.wait(self._wire.add_up(message))
-        return self._wire.gather(outcome)
+        say_failed(self._wire, self._started.device)
+        return self._told(outcome)
+
+    def _told(self, outcome: _Outcome) -> list[_Outcome]:
+        """Exchange what has become of a window; whoever knows that micro-batches meet lets all know."""
+        outcomes: list[_Outcome] = self._wire.gather(outcome)
+        self.has_met = self.has_met or any(each.kind == "meets" for each in outcomes)
+        return outcomes
 
     def _judge(self, outcomes: Sequence[_Outcome], *, always: bool = False) -> None:
         """Raise if a rank failed; keep the shortages of memory, if there is nothing else.
@@ -433,104 +550,3 @@ class Many:
         self._shortages = [] if failed else [each.finer for each in outcomes if each.finer is not None]
         if failed or always:
             raise told(failed or short)
-
-
-FIELDS = 8
-"""Numbers in the message of a window, of eight bytes each: `_Heard` says which."""
-_FAILED = 3
-
-
-class _Heard:
-    """What all ranks have said at the end of a window, added up."""
-
-    def __init__(self, norms: list[float], scale: float, fields: list[float], ranks: int) -> None:
-        self.norms = norms
-        self.scale = scale
-        self.targets, self.loss_sum, self.rows, failed, late, ended, masks, squares = fields
-        self.failed = failed != 0
-        self.late = late != 0
-        self.all_ended = ended % (ranks + 1) == ranks
-        self.all_idle = ended // (ranks + 1) == ranks
-        self.differ = differ(masks, squares, ranks)
-
-
-def summed(
-    wire: Wire, fields: Sequence[Tensor | float], beside: Callable[[], Sequence[Tensor | None]], device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Add up the message of a window over all ranks, and read it with one wait for the device.
-
-    Args:
-        wire: Speaks to the other ranks.
-        fields: The message, of `FIELDS` numbers.
-        beside: Returns what else is read, of this rank alone, when the message is on its way; 1 for None.
-        device: Where the message is written.
-
-    Returns:
-        The numbers of `beside`, and the sums of `fields`.
-    """
-    numbers = [0.0 if isinstance(field, Tensor) else float(field) for field in fields]
-    message = torch.tensor(numbers, dtype=torch.float64, device=device)
-    for place, field in enumerate(fields):
-        if isinstance(field, Tensor):
-            message[place] = field
-    sent = wire.add_up(message)
-    others = beside()
-    wire.wait(sent)
-    read = iter(read_numbers([*(each for each in others if each is not None), *message.unbind()]))
-    return [1.0 if each is None else next(read) for each in others], list(read)
-
-
-def anywhere(wire: Wire, presence: Sequence[bool], device: torch.device) -> list[bool]:
-    """Return for each parameter whether any rank has a gradient for it. Asked only where ranks differ."""
-    flags = torch.tensor(presence, dtype=torch.uint8, device=device)
-    wire.wait(wire.add_up(flags, largest=True))
-    return [bool(flag) for flag in flags.tolist()]
-
-
-def common_of(targets: float, before: float) -> float:
-    """Return the reference of the next window, the same on all ranks: a power of two near the targets of the last."""
-    return 2.0 ** math.floor(math.log2(targets)) if 0 < targets < math.inf else before
-
-
-def differ(masks: float, squares: float, ranks: int) -> bool:
-    """Return whether ranks have sent different masks, from the sums of these and of their squares."""
-    return ranks * squares != masks**2  # exactly equal only where all are the same
-
-
-def mask_of(presence: Sequence[bool], ranks: int) -> int:
-    """Return a number for a set of parameters, so small that sums of squares over all ranks are exact in float64."""
-    bits = (53 - 2 * math.ceil(math.log2(ranks))) // 2
-    return zlib.crc32(bytes(presence)) % (1 << bits)
-
-
-def spoilt(weighing: Weighing, state: WindowState) -> Tensor | float:
-    """1 if a device counted targets that cannot weigh a loss, else 0; still on the device."""
-    spoilt: Tensor | float = 0.0
-    for count in (state.targets, weighing.least):
-        if isinstance(count, Tensor):
-            spoilt = spoilt + (~((count >= 0) & torch.isfinite(count))).to(torch.float64)
-    return spoilt
-
-
-def told(failures: Sequence[tuple[int, str]]) -> RankError:
-    """Return the error that some ranks failed, by rank and what each said."""
-    more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
-    return RankError(
-        "No rank made this update, because "
-        + "; ".join(f"rank {rank} could not: {said}" for rank, said in failures[:3])
-        + f"{more}.",
-        hint="the log of that rank says more; weights, gradients, buffers and random state of every rank are as "
-        "before.",
-    )
-
-
-def words(error: BaseException) -> str:
-    said = (str(error).strip() or "it says nothing").splitlines()[0]
-    return f"{type(error).__name__}: {said[:300].rstrip('.')}"
-
-
-def no_gradient() -> LossError:
-    return LossError(
-        "No parameter that the optimizer steps received a gradient.",
-        hint="the loss must depend on the weights of the model that was given to wb.Accumulator.",
-    )

@@ -373,6 +373,11 @@ class Window:
         parameter.grad = gradient
         self._sums._take(parameter)
 
+    @property
+    def reference(self) -> Count:
+        """What every loss of this process is divided by. Unit: targets."""
+        return self._weighing.reference
+
     def rehearsal(self) -> Weighing:
         """Return what weighs losses as this window does, before the first of them, and notes nothing in it."""
         return copy.copy(self._weighing)

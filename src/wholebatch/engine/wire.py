@@ -13,6 +13,11 @@ from wholebatch.core.errors import RankError
 from wholebatch.engine import memory
 
 
+def initialised() -> bool:
+    """Return whether this process knows of others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Wire:
     """The process group of a run. Every rank makes the same calls in the same order.
 
@@ -62,11 +67,22 @@ class Wire:
             dist.all_gather_object(said, what, group=self._process_group)
         return said
 
+    def side_by_side(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks, of one shape and dtype, by rank."""
+        found = [torch.empty_like(tensor) for _ in range(self.ranks)]
+        with self._speaking():
+            dist.all_gather(found, tensor, group=self._process_group)
+        return found
+
     def take_first(self, tensor: Tensor) -> None:
         """Make a contiguous tensor on all ranks that of the first."""
+        self.take_from(0, tensor)
+
+    def take_from(self, rank: int, tensor: Tensor) -> None:
+        """Make a contiguous tensor on all ranks that of one of them."""
         as_bytes = tensor.reshape(-1).view(torch.uint8)  # no network knows every dtype
         with self._speaking():
-            dist.broadcast(as_bytes, group=self._process_group, group_src=0)
+            dist.broadcast(as_bytes, group=self._process_group, group_src=rank)
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
@@ -78,7 +94,27 @@ class Wire:
                 raise
             raise self.unanswered(error) from error
 
-    def unanswered(self, error: RuntimeError) -> RankError:
+    def is_down(self, error: Exception) -> bool:
+        """Whether an error says that a rank is gone: from a collective that a wrapper made in the middle of a pass."""
+        if not isinstance(error, RuntimeError) or isinstance(error, RankError) or memory.is_out_of_memory(error):
+            return False
+        return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The context of what a wrapper says over the network by itself.
+
+        Raises:
+            RankError: A rank is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.is_down(error):
+                raise self.unanswered(error) from error
+            raise
+
+    def unanswered(self, error: Exception) -> RankError:
         """Return the error that a rank is gone, and remember it."""
         said = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
         self.lost = f"a rank is gone, or did not answer within the time-out of the process group ({said})."

@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,10 @@ from wholebatch.engine.device import modules
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.sharding import ranks_of_shards, sharded_modules
 from wholebatch.engine.sums import GradientSum
-from wholebatch.engine.wire import Wire
+from wholebatch.engine.wire import Wire, initialised
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def ranks_of(model: Any) -> Any:
@@ -26,7 +30,7 @@ def ranks_of(model: Any) -> Any:
     Raises:
         OptimizerError: The model is wrapped in what a window cannot keep quiet.
     """
-    if not (dist.is_available() and dist.is_initialized()) or not isinstance(model, nn.Module):
+    if _alone.get() or not initialised() or not isinstance(model, nn.Module):
         return None
     process_group: Any = dist.group.WORLD
     for module in modules(model):
@@ -78,15 +82,27 @@ class Wrapping:
         self._before = []
 
 
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Run a block in which a model's wrapper sends nothing, so that a rank may make passes for itself."""
-    wrapping = Wrapping(model)
-    wrapping.hush()
-    try:
-        yield
-    finally:
-        wrapping.release()
+def by_itself(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function of a model run on this rank alone: nothing in it reaches over ranks, nor does the wrapper."""
+
+    @wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        model = args[0] if args else kwargs.get("model")
+        wrapping = Wrapping(model) if isinstance(model, nn.Module) else None
+        before = _alone.set(True)
+        if wrapping is not None:
+            wrapping.hush()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if wrapping is not None:
+                wrapping.release()
+            _alone.reset(before)
+
+    return alone
+
+
+_alone = ContextVar("alone", default=False)
 
 
 def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -19,6 +19,7 @@ from wholebatch.engine.device import input_device, move
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.pieces import Probe, flat_gradient
 from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.wrapping import by_itself
 from wholebatch.evidence import reference
 from wholebatch.evidence.certificate.blame import blame
 from wholebatch.evidence.certificate.cuts import Cut, three_cuts
@@ -31,6 +32,7 @@ from wholebatch.evidence.certificate.verification import CutFound, Verification
 __all__ = ["Catch", "Verification", "verify"]
 
 
+@by_itself
 def verify(
     model: nn.Module,
     loss_fn: LossFn,

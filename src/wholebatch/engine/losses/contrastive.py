@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from wholebatch.core.errors import LossError
 from wholebatch.engine.meeting import gather, own_rows
@@ -17,6 +18,7 @@ def info_nce(
     temperature: float | Tensor = 0.07,
     symmetric: bool = False,
     negatives: Tensor | None = None,
+    tile: int | None = None,
 ) -> Tensor:
     """Return how hard it is to tell each query's key from the keys of all other rows of the logical batch.
 
@@ -33,6 +35,8 @@ def info_nce(
         symmetric: Average with the other direction, in which keys look for their queries.
         negatives: Keys that match nobody, such as hard negatives of each row, as further candidates for the queries of
             all rows. Shape ``[rows, width]`` or ``[rows, several, width]``.
+        tile: Compare so many rows at a time with all others, and compute their similarities again in the backward pass:
+            memory of one tile in place of the whole matrix, for one product more. None: all at once. Unit: rows.
 
     Returns:
         The mean over the rows that are here; shape ``[]``.
@@ -65,10 +69,39 @@ def info_nce(
                 hint="pass one or several for each row: [rows, width] or [rows, several, width].",
             )
         candidates = torch.cat([candidates, gather(negatives).flatten(0, -2)])
-    loss = functional.cross_entropy(queries @ candidates.T / temperature, own)
+    if tile is not None and tile < 1:
+        raise LossError(f"A tile of {tile} rows holds nothing.", hint="pass a positive number of rows, or None.")
+    loss = _told_apart(queries, candidates, temperature, own, tile)
     if symmetric:
-        loss = (loss + functional.cross_entropy(keys @ gather(queries).T / temperature, own)) / 2
+        loss = (loss + _told_apart(keys, gather(queries), temperature, own, tile)) / 2
     return loss
+
+
+def _told_apart(
+    anchors: Tensor, candidates: Tensor, temperature: float | Tensor, own: Tensor, tile: int | None
+) -> Tensor:
+    """The mean over the anchors of the cross entropy of their candidates, tile by tile."""
+    if tile is None or tile >= len(anchors):
+        return functional.cross_entropy(anchors @ candidates.T / temperature, own)
+
+    def summed(some: Tensor, everyone: Tensor, temperature: float | Tensor, own: Tensor) -> Tensor:
+        return functional.cross_entropy(some @ everyone.T / temperature, own, reduction="sum")
+
+    tiles = [slice(start, start + tile) for start in range(0, len(anchors), tile)]
+    parts = [
+        checkpoint(
+            summed,
+            anchors[each],
+            candidates,
+            temperature,
+            own[each],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for each in tiles
+    ]
+    total: Tensor = torch.stack(parts).sum()
+    return total / len(anchors)
 
 
 def batch_hard_triplet(embeddings: Tensor, labels: Tensor, *, margin: float | Literal["soft"] = 0.2) -> Tensor:
