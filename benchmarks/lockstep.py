@@ -2,9 +2,9 @@
 
 CPU time and peak tensor memory of one update, on one thread, against the same window without meeting and against the
 undivided batch, for windows of several lengths. Two models: a two-tower one whose in-batch negatives are those of the
-whole logical batch (replayed, and joined), and a residual network whose batch norm is exact (joined). All ways take
-turns, in a new order each round; a time is the median over the rounds of the ratio to the window without meeting of the
-same round.
+whole logical batch (replayed, joined, and by GradCache where ``pip install gradcache`` was run), and a residual network
+whose batch norm is exact (joined, in memory and in a file in the folder for temporary files). All ways take turns, in a
+new order each round; a time is the median over the rounds of the ratio to the window without meeting of the same round.
 
 Tensor memory is what PyTorch's operations hand out and is not freed yet, counted in every thread, above what was there
 before the update (weights, rows). Scratch memory inside an operation is not seen. The rows that meet are held three
@@ -15,53 +15,26 @@ import random
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import wholebatch as wb
 from page import Bar, arguments, spread, table, tell
+from wholebatch.engine.timeline import Timeline
+from wholebatch.evidence.conformance.adapters.gradcache import gradcache, load
 
 COUNTS = (2, 8, 32, 64)
-APART, REPLAY, JOINED, UNDIVIDED = "no meeting", "replay", "joined", "undivided"
+APART, REPLAY, JOINED, UNDIVIDED, CACHED = "no meeting", "replay", "joined", "undivided", "GradCache"
+IN_A_FILE = "joined, in a file"
 MIB = 1 << 20
 
 Update = Callable[[], object]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, in this thread and in those that inherit its modes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        result = operation(*arguments, **(options or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                self._see(each.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self._known:
-            return
-        self._known[place] = weakref.finalize(storage, self._forget, place, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def _forget(self, place: int, size: int) -> None:
-        self._known.pop(place)
-        self.live -= size
 
 
 @dataclass
@@ -84,20 +57,27 @@ class Case:
         """Return what makes one update of a window of so many micro-batches."""
         torch.manual_seed(0)
         model = self.build()
-        if self.exact and way in (REPLAY, JOINED):
+        if self.exact and way in (REPLAY, JOINED, IN_A_FILE):
             wb.exact_batch_norm(model)
         rows = self.rows * micro_batches
         batch = self.batch(rows)
+        if way == CACHED:
+            return cached(model, batch, self.rows)
         accumulator = wb.Accumulator(
             model,
             torch.optim.SGD(model.parameters(), lr=1e-3),
             self.apart if way == APART else self.loss,
             micro_batch=wb.Rows(rows if way == UNDIVIDED else self.rows),
-            lockstep=way if way in (REPLAY, JOINED) else "auto",
+            lockstep="joined" if way == IN_A_FILE else way if way in (REPLAY, JOINED) else "auto",
             check=None,
             **({"batch_norm": "per_micro_batch"} if way == APART else {}),
         )
-        return lambda: accumulator.step(batch)
+
+        def update() -> object:
+            with wb.offload_to_file() if way == IN_A_FILE else nullcontext():
+                return accumulator.step(batch)
+
+        return update
 
 
 class Towers(nn.Module):
@@ -117,9 +97,26 @@ def two_sided(model: nn.Module, batch: Any) -> Tensor:
 
 
 def two_sided_apart(model: nn.Module, batch: Any) -> Tensor:
-    logits = model(batch["a"]) @ model(batch["b"]).T / 0.07
+    return two_sided_of_all(model(batch["a"]), model(batch["b"]))
+
+
+def two_sided_of_all(queries: Tensor, keys: Tensor) -> Tensor:
+    logits = queries @ keys.T / 0.07
     own = torch.arange(len(logits))
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def cached(model: nn.Module, batch: Any, rows: int) -> Update:
+    """Return one update by GradCache, in chunks of so many rows."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    cache = load()(models=[model, model], chunk_sizes=rows, loss_fn=two_sided_of_all)
+
+    def update() -> None:
+        cache(batch["a"], batch["b"])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
 
 
 class Residual(nn.Module):
@@ -151,7 +148,7 @@ CASES = [
         lambda rows: {"a": torch.randn(rows, 512), "b": torch.randn(rows, 512)},
         two_sided,
         two_sided_apart,
-        (APART, REPLAY, JOINED, UNDIVIDED),
+        (APART, REPLAY, JOINED, UNDIVIDED, *([CACHED] if gradcache.versions() else [])),
         met_bytes=2 * 128 * 4,
     ),
     Case(
@@ -161,7 +158,7 @@ CASES = [
         lambda rows: {"x": torch.randn(rows, 3, 16, 16), "y": torch.randint(10, (rows,))},
         classify,
         classify,
-        (APART, JOINED, UNDIVIDED),
+        (APART, JOINED, IN_A_FILE, UNDIVIDED),
         exact=True,
     ),
 ]
@@ -176,9 +173,9 @@ def seconds(update: Update) -> float:
 def peak_bytes(update: Update) -> int:
     """Return what the tensors of one update take at most, above what was there before."""
     update()
-    with LiveBytes() as live:
+    with Timeline(torch.device("cpu")) as timeline:
         update()
-    return live.peak
+    return timeline.peak_bytes
 
 
 def measure(case: Case, micro_batches: int, rounds: int) -> tuple[list[list[str]], dict[str, float], dict[str, int]]:
@@ -192,6 +189,9 @@ def measure(case: Case, micro_batches: int, rounds: int) -> tuple[list[list[str]
         for way in order:
             taken[way].append(seconds(updates[way]))
     ratios, rows = {}, []
+    if CACHED in taken:
+        pairs = zip(taken[REPLAY], taken[CACHED], strict=True)
+        ratios[f"{REPLAY} to {CACHED}"] = statistics.median(one / other for one, other in pairs)
     for way in case.ways:
         each = [one / other for one, other in zip(taken[way], taken[APART], strict=True)]
         ratios[way] = statistics.median(each)
@@ -226,11 +226,16 @@ def main() -> int:
                 found.append(
                     Bar(f"{label}: peak of replay, to one micro-batch and what met", peaks[REPLAY] / room, 1.05)
                 )
+            if CACHED in ratios:
+                found.append(Bar(f"{label}: time of replay to GradCache", ratios[f"{REPLAY} to {CACHED}"], 1.0))
             found.append(Bar(f"{label}: time of joined", ratios[JOINED], 1.3))
         headings = ["way", "micro-batches", "ms an update", "to no meeting", "middle half of rounds", "tensors, MiB"]
         texts.append(f"## {case.name}, {case.rows} rows a micro-batch\n\n{table(headings, rows)}")
     text = "\n\n".join(texts)
-    return tell("Micro-batches that meet", "lockstep", options, ["wholebatch", "torch"], text, found)
+    if gradcache.versions() is None:
+        text += f"\n\nGradCache is not installed ({gradcache.install}), so nothing is said of it."
+    packages = ["wholebatch", "torch", *(["gradcache"] if gradcache.versions() else [])]
+    return tell("Micro-batches that meet", "lockstep", options, packages, text, found)
 
 
 if __name__ == "__main__":

@@ -305,6 +305,16 @@ def test_the_logical_batch_is_told_from_what_was_in_memory(stated, cuts, figure,
     )
 
 
+def test_where_graphs_were_joined_nothing_is_claimed_about_memory():
+    joined = {**FINISH, "reasons": ['lockstep="auto" joins the graphs of all micro-batches: batch norm is exact in 1.']}
+    said = finding("Logical batch", {**START, "micro_batch": "8 rows"}, update(1, micro_batches=64), joined)
+    assert said.endswith(
+        "At most 8 rows were run at once, but their graphs were joined, so that the activations of the whole batch "
+        "were held."
+    )
+    assert "in memory at once" not in said
+
+
 def test_a_short_last_batch_does_not_change_what_the_batch_was():
     updates = [update(1, rows=512, micro_batches=64), update(2, rows=16, micro_batches=2)]
     said = finding("Logical batch", {**START, "micro_batch": "8 rows"}, *updates)

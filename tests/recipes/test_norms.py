@@ -117,6 +117,17 @@ def test_a_run_is_that_of_the_undivided_batch_where_batch_norm_is_exact_and_not_
     assert (start["batch_norm"], start["config"]["batch_norm"]) == ("exact", "exact")
 
 
+def test_a_run_with_joined_graphs_does_not_boast_of_memory(tmp_path):
+    final_weights("exact", 4, tmp_path)
+    final_weights("per_micro_batch", 4, tmp_path)
+    lines = {
+        choice: json.loads((tmp_path / f"{choice}-4" / "log.jsonl").read_text().splitlines()[-1])["summary"]
+        for choice in ("exact", "per_micro_batch")
+    }
+    assert "4 rows run at once, with the activations of all held" in lines["exact"]
+    assert "4 rows in memory at once" in lines["per_micro_batch"]
+
+
 def test_a_run_that_says_nothing_is_refused(tmp_path):
     with pytest.raises(wb.BatchNormError, match=r"wb\.exact_batch_norm"):
         final_weights("refuse", 4, tmp_path)

@@ -36,6 +36,7 @@ def test_all_that_was_measured_is_said():
     [
         ({}, "43 updates of 512 rows, never more than 41 rows in memory at once."),
         ({"tokens_at_once": 2048}, "never more than 2,048 tokens (41 rows) in memory at once."),
+        ({"joined": True}, "never more than 41 rows run at once, with the activations of all held."),
         ({"cut": False}, "43 updates of 512 rows, each in memory as a whole."),
         ({"updates": 1, "skipped": 2}, "1 update of 512 rows (2 skipped), never"),
         ({"updates": 0}, "0 updates of 512 rows."),

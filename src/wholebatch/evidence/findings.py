@@ -119,7 +119,21 @@ def _logical_batch(run: Run) -> Finding | None:
     mean = sum(rows for rows, _ in told) / sum(cut for _, cut in told)
     shown, how = (rows_at_most[1], "at most") if rows_at_most else (f"{mean:.0f}", "on average")
     were = "row was" if shown == "1" else "rows were"
+    if joined(run):
+        return Finding(
+            "Logical batch",
+            f"{shown} of {most}",
+            f"{sentence}. {how.capitalize()} {shown} {were} run at once, but their graphs were joined, so that the "
+            "activations of the whole batch were held.",
+        )
     return Finding("Logical batch", f"{shown} of {most}", f"{sentence}: {how} {shown} {were} in memory at once.")
+
+
+def joined(run: Run) -> bool:
+    """Return whether the graphs of all micro-batches were held until the backward pass, as the choices made say."""
+    reasons = run.finish.get("reasons") or run.start.get("reasons")
+    said = [str(reason) for reason in reasons] if isinstance(reasons, list) else []
+    return any("joins the graphs of all micro-batches" in reason for reason in said)
 
 
 def _gradient(run: Run) -> Finding:

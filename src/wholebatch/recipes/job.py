@@ -238,6 +238,7 @@ class _Run:
         self.summary.updates += update.applied
         self.summary.skipped += not update.applied
         self.summary.cut |= update.micro_batches > 1
+        self.summary.joined = any(said.startswith(_JOINS) for said in accumulator.reasons)
         self._write({"event": "update", "epoch": epoch, **update.to_dict()})
 
     def _validate(self, epoch: int, done: int, model: nn.Module, accumulator: Accumulator, rows: Sequence[Any]) -> None:
@@ -278,6 +279,7 @@ class _Run:
         return self.recipe.collate(rows)
 
 
+_JOINS = 'lockstep="auto" joins the graphs of all micro-batches'
 _EVIDENCE = (
     "gradient_error",
     "gradient_ok",

@@ -21,6 +21,7 @@ class Summary:
         skipped: Windows that became no update.
         cut: Whether any logical batch was cut.
         rows_at_once: The most rows that one micro-batch held. Unit: rows.
+        joined: Whether the graphs of all micro-batches were held until the backward pass.
         tokens_at_once: The most padded tokens that one micro-batch held, where rows have a length. Unit: tokens.
         measures: Of the last validation.
         evidence: What the comparison found; empty where there was none.
@@ -38,6 +39,7 @@ class Summary:
     skipped: int = 0
     cut: bool = False
     rows_at_once: int = 0
+    joined: bool = False
     tokens_at_once: int | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +81,8 @@ class Summary:
         at_once = say_count(self.rows_at_once, "row")
         if self.tokens_at_once is not None:
             at_once = f"{say_count(self.tokens_at_once, 'token')} ({at_once})"
+        if self.joined:
+            return f"{said}, never more than {at_once} run at once, with the activations of all held"
         return f"{said}, never more than {at_once} in memory at once"
 
     def _validation(self) -> str:
