@@ -3,8 +3,6 @@
 import subprocess
 import sys
 import textwrap
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,8 +49,9 @@ def test_memory_that_others_take_is_seen_before_it_fails_and_grows_back(free):
     accumulator = accumulator_of()
     assert cuts(accumulator, 3) == [1, 1, 1]
     takes = accumulator._cutting._shares[accumulator._cutting._kind].takes
-    free[0] = takes(16, 64) + 1
-    assert cuts(accumulator, 12) == [4] * 12  # seen at once, and a growth that would not fit is not tried
+    assert takes(64, 64) > 0.9 * (2 * takes(16, 64) + 1)
+    free[0] = 2 * takes(16, 64) + 1
+    assert cuts(accumulator, 8) == [4] * 8  # seen at once
     assert "Others have taken memory" in accumulator.reasons[1]
     assert "micro-batches of 16 rows are taken" in accumulator.reasons[1]
     assert len(accumulator.reasons) == 2
@@ -123,7 +122,7 @@ def test_an_allocator_at_its_end_makes_micro_batches_finer(monkeypatch):
 
 
 COMMON = """
-import copy, os, resource, subprocess, sys
+import resource, sys
 import torch
 from torch import nn
 import wholebatch as wb
@@ -183,38 +182,6 @@ assert_clean(model, updates)
 """
 )
 
-GROUP = (
-    COMMON
-    + """
-group = sys.argv[1]
-number = lambda name: int(open(f"{group}/{name}").read())
-model, accumulator = fresh()
-accumulator.step(rows[:8])  # what is loaded on first use is loaded
-model, accumulator = fresh()
-open(f"{group}/memory.limit_in_bytes", "w").write(str(350 << 20))
-open(f"{group}/cgroup.procs", "w").write(str(os.getpid()))
-torch.manual_seed(1)
-updates = [accumulator.step(rows) for _ in range(2)]
-memory.release(torch.device("cpu"))
-neighbour = subprocess.Popen(
-    [sys.executable, "-c", "held = bytearray(b'1') * (200 << 20); print(1, flush=True); input()"],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-)
-neighbour.stdout.readline()
-updates += [accumulator.step(rows) for _ in range(3)]
-neighbour.communicate(b"\\n")
-updates += [accumulator.step(rows) for _ in range(11)]
-print([update.micro_batches for update in updates], accumulator.reasons)
-assert updates[1].micro_batches == 1
-assert updates[3].micro_batches > 1
-assert updates[-1].micro_batches < updates[4].micro_batches
-assert number("memory.failcnt") == 0, number("memory.failcnt")
-open("/sys/fs/cgroup/memory/cgroup.procs", "w").write(str(os.getpid()))
-assert_clean(model, updates)
-"""
-)
-
 
 def run(code, *arguments):
     ended = subprocess.run(
@@ -230,23 +197,3 @@ def run(code, *arguments):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, which only Linux enforces")
 def test_a_neighbour_that_takes_addresses_and_gives_them_back_costs_attempts_and_no_update():
     run(ADDRESSES)
-
-
-@pytest.fixture
-def group():
-    place = Path("/sys/fs/cgroup/memory/wholebatch-test")
-    try:
-        place.mkdir()
-        (place / "memory.limit_in_bytes").write_text(str(1 << 40))
-    except OSError as error:
-        pytest.skip(f"makes a control group (first version), which is not allowed here: {error}")
-    yield str(place)
-    for _ in range(50):
-        if not (place / "cgroup.procs").read_text():
-            break
-        time.sleep(0.1)  # a process that is ending is still in it
-    place.rmdir()
-
-
-def test_a_neighbour_process_in_ones_control_group_makes_micro_batches_finer_before_the_kernel_kills(group):
-    run(GROUP, group)

@@ -254,7 +254,8 @@ class Cutting:
         if why is None or at_once < 2:
             return False
         fewer, free = -(-at_once // 2), self._watch.free
-        while free is not None and fewer > 1 and (share.takes(fewer, rows) or 0) > free:
+        # Half of what is free, since an allocator reserves more than is used, and the kernel kills who goes beyond.
+        while free is not None and fewer > 1 and (share.takes(fewer, rows) or 0) > free // 2:
             fewer = -(-fewer // 2)
         share.clean, share.rows = 0, fewer
         if say is not None:
