@@ -39,9 +39,9 @@ from torch.nn import functional
 
 import wholebatch as wb
 from page import Bar, arguments, table, tell
-from wholebatch.engine.center import Center, Vectors
-from wholebatch.engine.exploration import vectors, views
-from wholebatch.engine.served import Held
+from wholebatch.engine.ranks.center import Center, Vectors
+from wholebatch.engine.ranks.exploration import vectors, views
+from wholebatch.engine.ranks.served import Held
 from wholebatch.recipes import images
 
 ROWS = 16

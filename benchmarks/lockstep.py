@@ -26,7 +26,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import wholebatch as wb
 from page import Bar, arguments, spread, table, tell
-from wholebatch.engine.timeline import Timeline
+from wholebatch.engine.fit.timeline import Timeline
 from wholebatch.evidence.conformance.adapters.gradcache import gradcache, load
 
 COUNTS = (2, 8, 32, 64)

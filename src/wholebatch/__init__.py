@@ -39,16 +39,16 @@ if TYPE_CHECKING:
     from wholebatch.core.weights import mean_weights
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
-    from wholebatch.engine.batches import LogicalBatches
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
-    from wholebatch.engine.checkpointing import checkpoint_blocks, uncheckpoint_blocks
-    from wholebatch.engine.exactnorm import exact_batch_norm
-    from wholebatch.engine.exploration import AccumulatedGradientNormalization
-    from wholebatch.engine.meeting import gather, own_rows, sum_over_batch
-    from wholebatch.engine.normmask import mask_batch_norm
-    from wholebatch.engine.optimizers import AdamA
-    from wholebatch.engine.planning import plan
-    from wholebatch.engine.spilling import offload_to_file
+    from wholebatch.engine.fit.checkpointing import checkpoint_blocks, uncheckpoint_blocks
+    from wholebatch.engine.fit.planning import plan
+    from wholebatch.engine.meetings.exactnorm import exact_batch_norm
+    from wholebatch.engine.meetings.meeting import gather, own_rows, sum_over_batch
+    from wholebatch.engine.meetings.normmask import mask_batch_norm
+    from wholebatch.engine.meetings.spilling import offload_to_file
+    from wholebatch.engine.ranks.batches import LogicalBatches
+    from wholebatch.engine.ranks.exploration import AccumulatedGradientNormalization
+    from wholebatch.engine.steps.optimizers import AdamA
     from wholebatch.engine.window import Window
     from wholebatch.evidence import sinks
     from wholebatch.evidence.verify import Verification, verify
@@ -56,12 +56,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AccumulatedGradientNormalization": "engine.exploration",
+    "AccumulatedGradientNormalization": "engine.ranks.exploration",
     "Accumulator": "engine.accumulator",
-    "AdamA": "engine.optimizers",
+    "AdamA": "engine.steps.optimizers",
     "BatchNormError": "core.errors",
     "ConfigError": "core.errors",
-    "LogicalBatches": "engine.batches",
+    "LogicalBatches": "engine.ranks.batches",
     "LossError": "core.errors",
     "MeetingError": "core.errors",
     "MissingExtraError": "core.errors",
@@ -80,20 +80,20 @@ _HOMES = {
     "WholeBatchError": "core.errors",
     "Window": "engine.window",
     "WindowError": "core.errors",
-    "checkpoint_blocks": "engine.checkpointing",
+    "checkpoint_blocks": "engine.fit.checkpointing",
     "convert_batch_norm": "engine.batchnorm",
-    "exact_batch_norm": "engine.exactnorm",
+    "exact_batch_norm": "engine.meetings.exactnorm",
     "freeze_batch_norm": "engine.batchnorm",
-    "gather": "engine.meeting",
+    "gather": "engine.meetings.meeting",
     "losses": "engine.losses",
-    "mask_batch_norm": "engine.normmask",
+    "mask_batch_norm": "engine.meetings.normmask",
     "mean_weights": "core.weights",
-    "offload_to_file": "engine.spilling",
-    "own_rows": "engine.meeting",
-    "plan": "engine.planning",
+    "offload_to_file": "engine.meetings.spilling",
+    "own_rows": "engine.meetings.meeting",
+    "plan": "engine.fit.planning",
     "sinks": "evidence.sinks",
-    "sum_over_batch": "engine.meeting",
-    "uncheckpoint_blocks": "engine.checkpointing",
+    "sum_over_batch": "engine.meetings.meeting",
+    "uncheckpoint_blocks": "engine.fit.checkpointing",
     "verify": "evidence.verify",
 }
 

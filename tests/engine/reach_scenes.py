@@ -14,8 +14,8 @@ from menagerie import Animal
 from properties import flat, relative_error, state_of
 from ranks import Place, Scenes
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.engine import sync
-from wholebatch.engine.reach import Near
+from wholebatch.engine.meetings.reach import Near
+from wholebatch.engine.ranks import sync
 from wholebatch.evidence import reference
 
 SCENES = Scenes()

@@ -19,7 +19,7 @@ from menagerie import BATCH_NORM, CALM, IGNORED, Animal, mean_square, mlp, num_l
 from properties import flat, relative_error, sgd
 from ranks import Place, Scenes
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.engine import reduction, sync
+from wholebatch.engine.ranks import reduction, sync
 from wholebatch.evidence import reference
 
 SCENES = Scenes()

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import wholebatch as wb
-from wholebatch.engine import memory, offloading
-from wholebatch.engine.blocks import Ledger
-from wholebatch.engine.draws import Passage
+from wholebatch.engine import memory
+from wholebatch.engine.fit import offloading
+from wholebatch.engine.fit.blocks import Ledger
+from wholebatch.engine.meetings.draws import Passage
 
 
 class Block(nn.Module):
@@ -227,7 +228,7 @@ def test_blocks_that_cannot_be_watched_are_taken_from_the_front(monkeypatch):
         raise RuntimeError("no")
 
     model = stack(torch.float32)
-    monkeypatch.setattr("wholebatch.engine.probe.Probe.watch", broken)
+    monkeypatch.setattr("wholebatch.engine.fit.probe.Probe.watch", broken)
     chosen = planned(model, fewer=1000).checkpointing
     assert 0 < len(chosen) < 4
     assert chosen == tuple(f"blocks.{place}" for place in range(len(chosen)))
@@ -272,9 +273,9 @@ def test_activations_wait_on_the_host_and_no_number_changes(monkeypatch):
 def test_the_host_is_not_asked_where_the_device_is_the_host(monkeypatch):
     model = stack(torch.float32)
     assert not planned(model, 60_000).offload
-    monkeypatch.setattr("wholebatch.engine.ways.HOSTED", {"cpu"})
+    monkeypatch.setattr("wholebatch.engine.fit.ways.HOSTED", {"cpu"})
     asked = []
-    monkeypatch.setattr("wholebatch.engine.ways.offloading", lambda each: asked.append(each) or nullcontext())
+    monkeypatch.setattr("wholebatch.engine.fit.ways.offloading", lambda each: asked.append(each) or nullcontext())
     assert not planned(model, 60_000).fits  # it would help on a device only
     assert asked
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import wholebatch as wb
 from wholebatch.engine import memory
-from wholebatch.engine.rowsize import row_size
+from wholebatch.engine.fit.rowsize import row_size
 
 
 def network(width=32):
@@ -44,7 +44,7 @@ def test_a_batch_that_fits_is_taken_as_a_whole():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_budget_is_kept_and_used(budget, precision, monkeypatch):
     monkeypatch.setattr(
-        "wholebatch.engine.fitting.fastest_of", lambda _probe, most, *_: (most, "")
+        "wholebatch.engine.fit.fitting.fastest_of", lambda _probe, most, *_: (most, "")
     )  # the clock of a busy machine is no judge
     model = network()
     accumulator = accumulator_of(model, memory=budget, precision=precision)
@@ -134,7 +134,7 @@ def test_a_budget_that_is_no_size_is_refused_at_once(said):
 
 
 def test_long_rows_are_cut_finer_than_short_ones(monkeypatch):
-    monkeypatch.setattr("wholebatch.engine.fitting.fastest_of", lambda _probe, most, *_: (most, ""))
+    monkeypatch.setattr("wholebatch.engine.fit.fitting.fastest_of", lambda _probe, most, *_: (most, ""))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
     pad = lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True)  # noqa: E731
@@ -237,7 +237,7 @@ def test_where_a_few_rows_cannot_be_run_the_whole_batch_is_tried():
 
 
 def test_without_a_budget_one_row_that_seems_too_much_is_still_tried(monkeypatch):
-    monkeypatch.setattr("wholebatch.engine.fitting.available_bytes", lambda _: 1000)
+    monkeypatch.setattr("wholebatch.engine.fit.fitting.available_bytes", lambda _: 1000)
     accumulator = accumulator_of(network())
     assert accumulator.step(torch.randn(6, 16)).micro_batches == 6
     assert any("it is tried row by row" in reason for reason in accumulator.reasons)
@@ -327,7 +327,7 @@ def test_exact_batch_norm_is_not_cut_for_a_budget_that_no_cut_can_keep(monkeypat
         accumulator.step(torch.randn(2048, 16))
     assert "convert_batch_norm" in error.value.hint
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    monkeypatch.setattr("wholebatch.engine.fitting.available_bytes", lambda _device: 2 << 20)
+    monkeypatch.setattr("wholebatch.engine.fit.fitting.available_bytes", lambda _device: 2 << 20)
     accumulator = accumulator_of(model)
     assert accumulator.step(torch.randn(2048, 16)).micro_batches == 1
     assert "are free by a careful count" in accumulator.reasons[0]
@@ -341,7 +341,7 @@ def test_kernels_are_not_measured_where_the_budget_is_far_away(monkeypatch):
     def forbidden(*_):
         raise AssertionError
 
-    monkeypatch.setattr("wholebatch.engine.probe.Probe.measure", forbidden)
+    monkeypatch.setattr("wholebatch.engine.fit.probe.Probe.measure", forbidden)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
     accumulator = accumulator_of(model, memory="1GiB")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 import wholebatch as wb
-from wholebatch.engine.repeats import repeated_rows, say_repeated_rows
+from wholebatch.engine.ranks.repeats import repeated_rows, say_repeated_rows
 
 LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=70)
 

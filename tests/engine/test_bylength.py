@@ -12,7 +12,7 @@ import wholebatch as wb
 from wholebatch.core.budget import parse_bytes
 from wholebatch.core.split import Rows, padding
 from wholebatch.engine import memory
-from wholebatch.engine.lengths import lengths_of
+from wholebatch.engine.fit.lengths import lengths_of
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def tensor_bytes(accumulator, run):
 @pytest.fixture
 def largest(monkeypatch):
     monkeypatch.setattr(
-        "wholebatch.engine.bylength.fastest_of", lambda _probe, most, *_: (most, "")
+        "wholebatch.engine.fit.bylength.fastest_of", lambda _probe, most, *_: (most, "")
     )  # the clock of a busy machine is no judge
 
 

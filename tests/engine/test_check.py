@@ -27,9 +27,9 @@ from menagerie import (
 )
 from properties import assert_leaves_no_trace, flat, sgd, state_of
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.engine.causes import diagnose
+from wholebatch.engine.checks.causes import diagnose
+from wholebatch.engine.checks.pieces import Probe
 from wholebatch.engine.objective import Objective
-from wholebatch.engine.pieces import Probe
 
 
 def accumulator_of(animal, model, **options):

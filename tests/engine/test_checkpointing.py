@@ -9,7 +9,7 @@ from torch import nn
 
 import wholebatch as wb
 from wholebatch.engine import memory
-from wholebatch.engine.checkpointing import find_blocks
+from wholebatch.engine.fit.checkpointing import find_blocks
 
 
 class Block(nn.Module):
@@ -77,7 +77,7 @@ def test_the_update_is_the_same_bit_for_bit(norm):
 
 def test_the_comparison_sees_buffers_that_move_twice(monkeypatch):
     """Beside the test above: a second forward pass that keeps its buffers is seen."""
-    monkeypatch.setattr("wholebatch.engine.checkpointing._fill", lambda *_: None)
+    monkeypatch.setattr("wholebatch.engine.fit.checkpointing._fill", lambda *_: None)
     plain, _ = trained(stack(norm=True), batch_norm="per_micro_batch")
     model = stack(norm=True)
     wb.checkpoint_blocks(model)

@@ -14,8 +14,8 @@ from coupled import CUTS, NORMED, classify, images, match, normed_mlp, pairs
 from menagerie import Animal, numbers
 from properties import change, flat, relative_error, sgd, stepped, undivided, updated
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.exactnorm import exact_layers
-from wholebatch.engine.normalizing import Relay, merge, moments_of, normalize
+from wholebatch.engine.meetings.exactnorm import exact_layers
+from wholebatch.engine.meetings.normalizing import Relay, merge, moments_of, normalize
 
 FP64 = 1e-11
 ROWS = 11

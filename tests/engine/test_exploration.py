@@ -14,9 +14,9 @@ from torch import nn
 
 import wholebatch as wb
 from exploring import COEFFICIENTS, ETA, LENGTHS, STEPS, TURNS, explorer, line, rows, squares, weights
-from wholebatch.engine.center import Reduced
-from wholebatch.engine.exploration import vectors, views
-from wholebatch.engine.served import Held
+from wholebatch.engine.ranks.center import Reduced
+from wholebatch.engine.ranks.exploration import vectors, views
+from wholebatch.engine.ranks.served import Held
 
 RANKS = 3
 

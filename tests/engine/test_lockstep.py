@@ -246,7 +246,7 @@ def test_a_model_that_asks_for_gradients_of_its_own_is_joined():
 
 
 def test_a_model_that_never_meets_never_starts_a_thread(monkeypatch):
-    monkeypatch.setattr("wholebatch.engine.baton._MicroBatch.go_on", None)
+    monkeypatch.setattr("wholebatch.engine.meetings.baton._MicroBatch.go_on", None)
     model = nn.Linear(6, 2)
     accumulator = wb.Accumulator(
         model, sgd(model.parameters()), lambda model, batch: model(batch["a"]).mean(), micro_batch=wb.Rows(4)

@@ -28,8 +28,8 @@ from properties import (
     stepped,
     undivided,
 )
-from wholebatch.engine import joined
-from wholebatch.engine.timeline import Timeline
+from wholebatch.engine.fit.timeline import Timeline
+from wholebatch.engine.meetings import joined
 
 FP64 = 1e-12
 ROWS = 11

@@ -268,7 +268,7 @@ def test_a_window_that_comes_to_nothing_leaves_the_moments_as_they_were(what, up
 
 @pytest.mark.parametrize("updates", [0, 1])
 def test_the_test_above_sees_moments_that_are_kept(updates, monkeypatch):
-    monkeypatch.setattr("wholebatch.engine.undo.Undo.put_back", lambda _: None)
+    monkeypatch.setattr("wholebatch.engine.steps.undo.Undo.put_back", lambda _: None)
     model = mlp()
     optimizer = adam_a(model.parameters())
     before = state_of(model, optimizer)

@@ -8,9 +8,10 @@ from torch import nn
 
 import wholebatch as wb
 from menagerie import CALM, DROPOUT
-from wholebatch.engine import memory, room
-from wholebatch.engine.fakes import stand_in
-from wholebatch.engine.timeline import OverBudget, Timeline
+from wholebatch.engine import memory
+from wholebatch.engine.fit import room
+from wholebatch.engine.fit.fakes import stand_in
+from wholebatch.engine.fit.timeline import OverBudget, Timeline
 
 CPU = torch.device("cpu")
 
@@ -498,7 +499,7 @@ def test_passes_are_timed_and_the_fastest_that_fits_is_taken():
 
 
 def test_no_pass_is_timed_that_would_take_long(monkeypatch):
-    monkeypatch.setattr("wholebatch.engine.planning.PATIENCE", 0.0)
+    monkeypatch.setattr("wholebatch.engine.fit.planning.PATIENCE", 0.0)
     model = mlp()
     plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
     assert len(plan.timed) == 1
@@ -509,7 +510,7 @@ def test_a_plan_survives_real_runs_that_run_out(method, monkeypatch):
     def run_out(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(f"wholebatch.engine.probe.Probe.{method}", run_out)
+    monkeypatch.setattr(f"wholebatch.engine.fit.probe.Probe.{method}", run_out)
     model = mlp()
     plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")
     assert plan.fits
@@ -522,7 +523,7 @@ def test_other_errors_of_real_runs_leave_as_they_are(method, monkeypatch):
     def broken(*_, **__):
         raise ValueError("no")
 
-    monkeypatch.setattr(f"wholebatch.engine.probe.Probe.{method}", broken)
+    monkeypatch.setattr(f"wholebatch.engine.fit.probe.Probe.{method}", broken)
     model = mlp()
     with pytest.raises(ValueError, match=r"^no$"):
         wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(4, 16), 512, "200kB")

@@ -13,7 +13,8 @@ import copy, resource, sys
 import torch
 from torch import nn
 import wholebatch as wb
-from wholebatch.engine import memory, stepping
+from wholebatch.engine import memory
+from wholebatch.engine.steps import stepping
 
 stepping.WAITS = (0.0, 0.0)
 torch.set_num_threads(1)

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wholebatch as wb
 from properties import fingerprint, state_of
-from wholebatch.engine import memory, slicing, stepping
-from wholebatch.engine.slicing import COPIES, FEWER, NUMBER_BY_NUMBER, NUMBERS, Reserve, Slices, can_be_sliced
+from wholebatch.engine import memory
+from wholebatch.engine.steps import slicing, stepping
+from wholebatch.engine.steps.slicing import COPIES, FEWER, NUMBER_BY_NUMBER, NUMBERS, Reserve, Slices, can_be_sliced
 
 CPU = torch.device("cpu")
 KINDS = sorted((kind.__name__, kind) for kind in NUMBER_BY_NUMBER)

@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 import wholebatch as wb
 from menagerie import numbers
 from properties import assert_leaves_no_trace, flat
-from wholebatch.engine import spilling
-from wholebatch.engine.timeline import Timeline
+from wholebatch.engine.fit.timeline import Timeline
+from wholebatch.engine.meetings import spilling
 
 
 def build(layers: int = 6) -> nn.Module:

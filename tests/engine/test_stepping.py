@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wholebatch as wb
 from properties import fingerprint, state_of
-from wholebatch.engine import memory, stepping
-from wholebatch.engine.stepping import Stepping
+from wholebatch.engine import memory
+from wholebatch.engine.steps import stepping
+from wholebatch.engine.steps.stepping import Stepping
 
 ROWS = 8
 CPU = torch.device("cpu")
@@ -225,7 +226,7 @@ def test_the_loss_scale_is_settled_once(way):
 @pytest.mark.parametrize("name", ["SGD with momentum", "AdamW"])
 def test_the_comparison_sees_a_step_that_is_not_undone(name, monkeypatch):
     """Beside the tests above: without the copies, the same comparison fails."""
-    monkeypatch.setattr("wholebatch.engine.undo.Undo.put_back", lambda _: None)
+    monkeypatch.setattr("wholebatch.engine.steps.undo.Undo.put_back", lambda _: None)
     make = OPTIMIZERS[name]
     last = operations(make) - 1
     with pytest.raises(AssertionError):

@@ -13,7 +13,7 @@ import ranks
 import wholebatch as wb
 from menagerie import CALM
 from wholebatch.core.window import WindowState
-from wholebatch.engine import message
+from wholebatch.engine.ranks import message
 from wholebatch.engine.weighing import Weighing
 
 EXACT = 1e-12

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wholebatch.engine.timing import fastest_of
+from wholebatch.engine.fit.timing import fastest_of
 
 
 class Clocked:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from properties import fingerprint
-from wholebatch.engine import undo
-from wholebatch.engine.undo import Away, Beside, Undo
+from wholebatch.engine.steps import undo
+from wholebatch.engine.steps.undo import Away, Beside, Undo
 
 
 class OnHost(Away):

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import wholebatch as wb
-from wholebatch.engine import memory, watching
-from wholebatch.engine.watching import Watch
+from wholebatch.engine import memory
+from wholebatch.engine.fit import watching
+from wholebatch.engine.fit.watching import Watch
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def accumulator_of(**options):
 def free(monkeypatch):
     """What is free, as the machine tells it, and a look at it before every logical batch."""
     there = [1 << 30]
-    monkeypatch.setattr("wholebatch.engine.fitting.available_bytes", lambda _: there[0])
+    monkeypatch.setattr("wholebatch.engine.fit.fitting.available_bytes", lambda _: there[0])
     monkeypatch.setattr(watching, "available_bytes", lambda _: there[0])
     monkeypatch.setattr(watching, "EVERY", 0.0)
     return there
@@ -126,7 +127,8 @@ import resource, sys
 import torch
 from torch import nn
 import wholebatch as wb
-from wholebatch.engine import memory, watching
+from wholebatch.engine import memory
+from wholebatch.engine.fit import watching
 
 watching.EVERY = 0.0
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from wholebatch.core.errors import RankError
-from wholebatch.engine.wire import Wire
+from wholebatch.engine.ranks.wire import Wire
 
 GONE = (
     "[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:11190. This is typically"

@@ -15,24 +15,24 @@ from wholebatch.core.record import Update
 from wholebatch.core.split import Indices, Rows, Tokens
 from wholebatch.core.weights import Count, Reduction
 from wholebatch.engine import memory
-from wholebatch.engine.check import FirstCheck
-from wholebatch.engine.company import OneByOne
-from wholebatch.engine.consuming import check_clip_norm
-from wholebatch.engine.cutting import Cutting, Place
-from wholebatch.engine.fitting import Fitting
+from wholebatch.engine.checks.check import FirstCheck
+from wholebatch.engine.fit.cutting import Cutting, Place
+from wholebatch.engine.fit.fitting import Fitting
+from wholebatch.engine.fit.splitting import Splitting
 from wholebatch.engine.forward import Forward
 from wholebatch.engine.loading import Loading
-from wholebatch.engine.lockstep import Execution, Lockstep
 from wholebatch.engine.making import Making
+from wholebatch.engine.meetings.company import OneByOne
+from wholebatch.engine.meetings.lockstep import Execution, Lockstep
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
-from wholebatch.engine.ranks import Communication
+from wholebatch.engine.ranks.membership import Communication
+from wholebatch.engine.ranks.reduction import ReduceIn, check_reduce_in
+from wholebatch.engine.ranks.repeats import say_repeated_rows
 from wholebatch.engine.reasons import Reasons
-from wholebatch.engine.reduction import ReduceIn, check_reduce_in
-from wholebatch.engine.repeats import say_repeated_rows
 from wholebatch.engine.setup import OnNonFinite, Setup
-from wholebatch.engine.splitting import Splitting
+from wholebatch.engine.steps.consuming import check_clip_norm
 from wholebatch.engine.sums import SumIn, check_sum_in
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.window import BatchNorm, Rules, Window

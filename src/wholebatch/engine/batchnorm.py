@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from wholebatch.core.errors import BatchNormError
 from wholebatch.engine.device import modules
-from wholebatch.engine.exactnorm import is_exact
+from wholebatch.engine.meetings.exactnorm import is_exact
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -11,14 +11,14 @@ from wholebatch.core.errors import MeetingError, RankError
 from wholebatch.core.record import Update
 from wholebatch.core.window import check_stream, group
 from wholebatch.engine import memory
-from wholebatch.engine.check import FirstCheck
-from wholebatch.engine.company import Again, Scout, leave, sit_down
-from wholebatch.engine.cutting import Shortage
+from wholebatch.engine.checks.check import FirstCheck
+from wholebatch.engine.fit.cutting import Shortage
+from wholebatch.engine.fit.splitting import Splitting
 from wholebatch.engine.forward import Forward
-from wholebatch.engine.lockstep import Lockstep
 from wholebatch.engine.making import Making
+from wholebatch.engine.meetings.company import Again, Scout, leave, sit_down
+from wholebatch.engine.meetings.lockstep import Lockstep
 from wholebatch.engine.opening import Windows
-from wholebatch.engine.splitting import Splitting
 from wholebatch.engine.window import Window
 
 

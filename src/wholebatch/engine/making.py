@@ -11,11 +11,11 @@ from wholebatch.core.split import Indices, side_by_side
 from wholebatch.core.weights import Count
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
-from wholebatch.engine.check import FirstCheck
-from wholebatch.engine.company import Again, Scout
-from wholebatch.engine.cutting import Place, Shortage
+from wholebatch.engine.checks.check import FirstCheck
+from wholebatch.engine.fit.cutting import Place, Shortage
 from wholebatch.engine.forward import Forward
-from wholebatch.engine.lockstep import Lockstep
+from wholebatch.engine.meetings.company import Again, Scout
+from wholebatch.engine.meetings.lockstep import Lockstep
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.window import Window

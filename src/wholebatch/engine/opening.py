@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wholebatch.core.errors import WindowError
 from wholebatch.core.weights import Count, check_count
-from wholebatch.engine.company import Company, OneByOne, Seat, leave, sit_down
+from wholebatch.engine.meetings.company import Company, OneByOne, Seat, leave, sit_down
 from wholebatch.engine.objective import plain_count
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import GradientSum, SumIn

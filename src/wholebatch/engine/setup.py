@@ -12,12 +12,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from wholebatch.core.errors import OptimizerError, OutOfMemoryError
 from wholebatch.engine import memory
-from wholebatch.engine.consuming import Consumption, takers
 from wholebatch.engine.device import input_device
-from wholebatch.engine.ranks import group_of
+from wholebatch.engine.ranks.membership import group_of
+from wholebatch.engine.ranks.sync import Group
 from wholebatch.engine.reasons import Say, silent
-from wholebatch.engine.stepping import Stepping
-from wholebatch.engine.sync import Group
+from wholebatch.engine.steps.consuming import Consumption, takers
+from wholebatch.engine.steps.stepping import Stepping
 
 OnNonFinite: TypeAlias = Literal["skip", "raise"]
 """What an infinite or undefined gradient does to its window."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wholebatch.core.errors import WeightError, WindowError
-from wholebatch.engine.consuming import Consumption
+from wholebatch.engine.steps.consuming import Consumption
 
 SumIn: TypeAlias = Literal["fp32", "compensated", "weights"]
 """How gradients of 16-bit weights are summed: in 32 bits, in 24 (a 16-bit sum and the next 8 bits), or in 16."""

@@ -18,7 +18,7 @@ from wholebatch.core.weights import Count, Reduction
 from wholebatch.core.window import Phase, WindowState
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
-from wholebatch.engine.company import OneByOne
+from wholebatch.engine.meetings.company import OneByOne
 from wholebatch.engine.objective import Part, learns, part_of
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import OnNonFinite, Setup

@@ -14,12 +14,12 @@ from wholebatch.core.weights import Reduction
 from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.causes import Cause, diagnose
+from wholebatch.engine.checks.causes import Cause, diagnose
+from wholebatch.engine.checks.pieces import Probe, flat_gradient
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
-from wholebatch.engine.pieces import Probe, flat_gradient
+from wholebatch.engine.ranks.wrapping import by_itself
 from wholebatch.engine.transaction import Transaction
-from wholebatch.engine.wrapping import by_itself
 from wholebatch.evidence import reference
 from wholebatch.evidence.certificate.blame import blame
 from wholebatch.evidence.certificate.cuts import Cut, three_cuts

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wholebatch.core.errors import ConfigError
 from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
-from wholebatch.engine.exactnorm import exact_batch_norm
+from wholebatch.engine.meetings.exactnorm import exact_batch_norm
 from wholebatch.recipes.config import BatchNormChoice
 from wholebatch.recipes.protocol import Recipe
 

@@ -3,7 +3,7 @@
 import random
 
 from wholebatch.core.plan import Plan
-from wholebatch.engine.planning import plan
+from wholebatch.engine.fit.planning import plan
 from wholebatch.recipes.config import TrainConfig
 from wholebatch.recipes.ingredients import cut_of, model_of, no_length, optimizer_of, rows_of, seed_everything
 from wholebatch.recipes.protocol import Recipe

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wholebatch.core.errors import LossError
-from wholebatch.engine.meeting import sum_over_batch
+from wholebatch.engine.meetings.meeting import sum_over_batch
 
 
 def load_balancing(probabilities: Tensor, chosen: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:

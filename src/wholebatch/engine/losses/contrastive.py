@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from wholebatch.core.errors import LossError
-from wholebatch.engine.meeting import gather, own_rows
+from wholebatch.engine.meetings.meeting import gather, own_rows
 
 
 def info_nce(

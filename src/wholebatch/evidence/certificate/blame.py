@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from wholebatch.engine.causes import Cause
+from wholebatch.engine.checks.causes import Cause
 from wholebatch.evidence.certificate.source import Place, definition, first_call, first_word
 
 _DRAWS = ("dropout", "rand", "randn", "rand_like", "randn_like", "randint", "bernoulli", "bernoulli_", "normal_")

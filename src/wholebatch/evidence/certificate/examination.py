@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.causes import Cause, batch_norm_cause, diagnose, meets_nobody_cause, random_cause
+from wholebatch.engine.checks.causes import Cause, batch_norm_cause, diagnose, meets_nobody_cause, random_cause
+from wholebatch.engine.checks.pieces import Probe, evaluating
 from wholebatch.engine.device import input_device, move
-from wholebatch.engine.pieces import Probe, evaluating
 from wholebatch.engine.transaction import Transaction
 from wholebatch.evidence.certificate.cuts import Cut
 from wholebatch.evidence.certificate.habits import Naming, clip_before_the_sum

@@ -9,7 +9,7 @@ Every habit predicts another direction; a prediction has to hold for all cuts at
 
 import torch
 
-from wholebatch.engine.causes import Cause
+from wholebatch.engine.checks.causes import Cause
 from wholebatch.evidence.certificate.measured import Measured, Window
 
 

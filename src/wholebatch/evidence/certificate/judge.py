@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wholebatch.core.split import Indices
-from wholebatch.engine.pieces import Probe, errors, is_rounding, scale_of_parts
+from wholebatch.engine.checks.pieces import Probe, errors, is_rounding, scale_of_parts
 
 
 class Judge:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from wholebatch.core.errors import ConfigError
+from wholebatch.engine.checks.pieces import flat_gradient
 from wholebatch.engine.device import input_device
-from wholebatch.engine.pieces import flat_gradient
 from wholebatch.engine.transaction import Transaction
 from wholebatch.evidence.certificate.lines import Effect, LineWatch, PlannedFailureError
 from wholebatch.evidence.certificate.schedules import Count, Schedule, counted

@@ -1,6 +1,6 @@
 """How often did it step? Once a window, and the schedule with it, is right."""
 
-from wholebatch.engine.causes import Cause
+from wholebatch.engine.checks.causes import Cause
 from wholebatch.evidence.certificate.measured import Measured
 
 

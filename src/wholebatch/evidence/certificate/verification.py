@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wholebatch.core.errors import VerifyError
-from wholebatch.engine.causes import Cause
+from wholebatch.engine.checks.causes import Cause
 
 
 @dataclass(frozen=True, slots=True)

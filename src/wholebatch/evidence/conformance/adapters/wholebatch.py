@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows
 from wholebatch.engine.accumulator import Accumulator
-from wholebatch.engine.exactnorm import exact_batch_norm
 from wholebatch.engine.losses import batch_hard_triplet, info_nce, load_balancing
-from wholebatch.engine.meeting import sum_over_batch
+from wholebatch.engine.meetings.exactnorm import exact_batch_norm
+from wholebatch.engine.meetings.meeting import sum_over_batch
 from wholebatch.evidence.conformance import encoders
 from wholebatch.evidence.conformance.coupled import MARGIN, hard_triplets, in_batch_negatives
 from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance

@@ -1,0 +1,1 @@
+"""Does the cut change the gradient, and why?"""

@@ -1,0 +1,204 @@
+"""Is the first batch safe to cut? A few of its rows as a whole against the same rows in parts, before training."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from wholebatch.core.batch import Layout, LogicalBatch
+from wholebatch.core.errors import VerifyError
+from wholebatch.core.split import Indices, Tokens
+from wholebatch.engine import memory
+from wholebatch.engine.batchnorm import batch_dependent_layers
+from wholebatch.engine.checks.causes import Cause, diagnose
+from wholebatch.engine.checks.pieces import Probe, compare, evaluating, is_rounding
+from wholebatch.engine.device import input_device
+from wholebatch.engine.fit.cutting import Cutting
+from wholebatch.engine.forward import Forward
+from wholebatch.engine.memory import is_out_of_memory
+from wholebatch.engine.objective import Objective
+from wholebatch.engine.precision import Precision
+from wholebatch.engine.reasons import Say
+from wholebatch.engine.transaction import Transaction
+
+ROWS = 8
+"""How many rows the first check looks at."""
+
+SAMPLE = 4096
+"""How many entries of each parameter's gradient the first check keeps; a second gradient would take memory."""
+
+
+class FirstCheck:
+    """Looks at the first batch that is cut, once.
+
+    Args:
+        forward: What is to be trained, and in which precision.
+        cutting: The rule by which batches are cut.
+        wanted: Whether it is to look at all.
+        say: Takes what was found.
+    """
+
+    def __init__(self, forward: Forward, cutting: Cutting, wanted: bool, say: Say) -> None:
+        self._forward = forward
+        self._cutting = cutting
+        self._due = wanted
+        self._say = say
+
+    def look(self, rows: LogicalBatch, largest: Indices) -> None:
+        """Compare a few rows of a logical batch, if it is the first.
+
+        Args:
+            rows: The logical batch.
+            largest: Rows that are known to fit into memory together.
+
+        Raises:
+            VerifyError: The cut changes the gradient; the error names the cause.
+        """
+        if not self._due:
+            return
+        rule = self._cutting.micro_batch
+        forward = self._forward
+        found = check_first(
+            forward.setup.model,
+            forward.objective,
+            rows,
+            largest,
+            lengths=rows.lengths(rule.length) if isinstance(rule, Tokens) else None,
+            precision=forward.precision,
+        )
+        self._due = found is None  # else the next batch may tell
+        if found is not None:
+            self._say(found, logging.INFO)
+
+    def look_at_loaded(self, micro_batch: Any, layout: Layout) -> None:
+        """Compare a few rows of a micro-batch that a loader has cut, if it is the first; see `look`."""
+        if not self._due:
+            return
+        num_rows = layout.count(micro_batch)
+        if num_rows is None:
+            self._due = False
+            self._say(
+                "The first batch was not compared cut and uncut: its tensors disagree on how many rows there are.",
+                logging.INFO,
+            )
+        elif num_rows > 1:
+            try:
+                self.look(layout.loaded(micro_batch), range(num_rows))
+            except Exception as error:  # the next one is looked at
+                if not memory.is_out_of_memory(error):
+                    raise
+            else:
+                return
+            memory.free_cached(self._forward.setup.device)
+
+
+def check_first(
+    model: nn.Module,
+    objective: Objective,
+    rows: LogicalBatch,
+    fitting: Indices,
+    *,
+    lengths: Sequence[int] | None = None,
+    precision: Precision | None = None,
+) -> str | None:
+    """Compare a few rows of the first logical batch, cut and uncut, and leave no trace.
+
+    Randomness and batch norm are left to their own rules here: a model that draws random numbers, or computes over
+    the batch by the user's wish, is compared in evaluation mode.
+
+    Args:
+        model: The module.
+        objective: What is to be trained.
+        rows: The first logical batch.
+        fitting: Rows that are known to fit into memory together.
+        lengths: Length of each row, where known; the rows that are looked at then take no more tokens than `fitting`.
+        precision: In which forward passes run.
+
+    Returns:
+        What was found, as a sentence; None where the gradient is infinite or not a number as a whole already, so
+        that these rows do not tell, and the window will be judged by `on_nonfinite`.
+
+    Raises:
+        VerifyError: The cut changes the gradient; the error names the cause.
+    """
+    pieces = _few(rows.rows, fitting, lengths)
+    if not pieces:
+        return "The first batch was not compared cut and uncut: no two of its rows are known to fit together."
+    probe = Probe(model, objective, rows, sample=SAMPLE, precision=precision)
+    transaction = Transaction(model, input_device(model))
+    transaction.begin()
+    try:
+        dependent = set(batch_dependent_layers(model))
+        with evaluating([layer for name, layer in model.named_modules() if name in dependent]):
+            found = [_compare_piece(probe, piece) for piece in pieces]
+    finally:
+        transaction.roll_back()
+    errors = [each for each in found if isinstance(each, float)]
+    if any(map(math.isnan, errors)):
+        return None
+    if not errors:
+        return f"The first batch was not compared cut and uncut: {found[0]}."
+    compared = sum(map(len, pieces))
+    return f"The first batch was compared cut and uncut on {compared} rows: equal to {max(errors):.1e} (relative)."
+
+
+def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
+    """Return the relative error of one row against the others, or why it cannot be told; raise if it is no rounding."""
+    parts = [piece[:1], piece[1:]]
+    found = compare(probe, piece, parts) or [0.0]
+    if is_rounding(found, probe.tolerance):
+        return max(found)
+    if probe.coarsen(lambda: probe.run(piece)) and is_rounding(found, probe.tolerance):  # such as autocast in the loss
+        return max(found)
+    with evaluating(list(probe.model.modules())):
+        try:
+            found = compare(probe, piece, parts) or [0.0]
+        except Exception as error:  # some models give no loss in this mode
+            return f"they differ in training mode, and in evaluation mode the loss raises {type(error).__name__}"
+        if is_rounding(found, probe.tolerance):
+            return max(found)
+        found, causes = _look_closer(probe, piece, parts, found)
+    if not causes:
+        return max(found)
+    if any(cause.name in ("dropout", "randomness") for cause in causes):
+        return "model or loss draw random numbers in evaluation mode too"
+    if any(cause.name == "not finite" for cause in causes):
+        return math.nan
+    raise VerifyError(
+        f"The cut changes the gradient: on {len(piece)} rows of the first batch, one against the others, it is off by "
+        f"{max(found):.2g} (relative). " + " ".join(cause.found for cause in causes),
+        hint=" ".join(cause.hint for cause in causes) or "look closer with wb.verify(model, loss_fn, batch).",
+    )
+
+
+def _look_closer(
+    probe: Probe, piece: list[int], parts: list[list[int]], found: list[float]
+) -> tuple[list[float], list[Cause]]:
+    """Return the errors, and their causes: without autocast if that can be, whose rounding some layers magnify."""
+    if probe.autocasts:
+        try:
+            with probe.as_the_weights_are():
+                wide = compare(probe, piece, parts) or [0.0]
+                return wide, [] if is_rounding(wide, probe.tolerance) else diagnose(probe, piece, parts)
+        except Exception as error:  # such as inputs of 16 bits, which meet weights of 32 only under autocast
+            if is_out_of_memory(error):
+                raise
+    causes = diagnose(probe, piece, parts)
+    return found, causes
+
+
+def _few(num_rows: int, fitting: Indices, lengths: Sequence[int] | None) -> list[list[int]]:
+    """Choose some rows, as different as can be, in pieces that take no more memory than `fitting` does."""
+    rows = list(range(num_rows))
+    together = min(ROWS, len(fitting))
+    if lengths is not None:
+        room = len(fitting) * max(lengths[row] for row in fitting)
+        rows = [row for row in sorted(rows, key=lambda row: lengths[row]) if together * lengths[row] <= room]
+    looked_at = min(ROWS, len(rows))
+    if min(together, looked_at) < 2:
+        return []
+    chosen = [rows[place * (len(rows) - 1) // (looked_at - 1)] for place in range(looked_at)]
+    pieces = [chosen[start : start + together] for start in range(0, looked_at, together)]
+    return [piece for piece in pieces if len(piece) > 1]

@@ -1,0 +1,305 @@
+"""Does the cut change the gradient? Some rows as a whole against the same rows in parts.
+
+With g the gradient of the loss over some rows and g_k those over its parts, a loss that averages over n targets obeys
+
+    g = sum_k (n_k / n) g_k
+
+whatever the cut.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.split import Indices
+from wholebatch.core.weights import mean_weights
+from wholebatch.engine.checks.rounding import CoarsestDtype
+from wholebatch.engine.device import input_device, move
+from wholebatch.engine.meetings.company import Alone, among, recomputing_with
+from wholebatch.engine.meetings.exactnorm import exact_layers
+from wholebatch.engine.meetings.joined import run_joined
+from wholebatch.engine.meetings.reach import Near
+from wholebatch.engine.objective import Objective, Part
+from wholebatch.engine.precision import Precision
+from wholebatch.engine.sums import GradientSum
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows, run through the model: their declared targets and the gradient of what the loss function returned."""
+
+    targets: float
+    is_sum: bool
+    gradient: Tensor
+
+
+class Probe:
+    """Runs rows of a batch through model and loss, and leaves no trace.
+
+    Args:
+        model: The module.
+        objective: What is to be trained.
+        rows: The batch.
+        sample: How many entries of each parameter's gradient are kept; None: all.
+        precision: In which forward passes run; None: as the weights are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        rows: LogicalBatch,
+        *,
+        sample: int | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        self.model = model
+        self._objective = objective
+        self._rows = rows
+        self._sample = sample
+        self._precision = precision or Precision("fp32", input_device(model))
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.parameters = [parameter for _, parameter in named]
+        self.names = [name for name, _ in named]
+        self.sizes = [_num_entries(parameter, sample) for parameter in self.parameters]
+        self.meets = bool(exact_layers(model))
+        self._seen_eps = 0.0
+
+    @property
+    def eps(self) -> float:
+        """The rounding unit of the coarsest weights or, where it was seen, arithmetic; with TF32, that of TF32."""
+        eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps, self._seen_eps)
+        tf32 = input_device(self.model).type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        return max(eps, 2.0**-10) if tf32 else eps
+
+    @property
+    def tolerance(self) -> float:
+        """How far rounding alone may take the cut gradient from the uncut one, relative to its size.
+
+        A loss that is steep in its rows, such as one with a low temperature, rounds more than its weights do. In
+        float64 there is room for that: no mistake worth a name is as small as 1e-8.
+        """
+        if self.eps < 1e-12:
+            return 2.0**26 * self.eps
+        return (4096 if self.eps < 1e-5 else 16) * self.eps
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether forward passes run under autocast, which rounds more than the weights do."""
+        return not self._precision.as_is
+
+    @contextmanager
+    def as_the_weights_are(self) -> Iterator[None]:
+        """Run without autocast for a while, and judge by the rounding of the weights."""
+        before = self._precision, self._seen_eps
+        self._precision, self._seen_eps = Precision("fp32", input_device(self.model)), 0.0
+        try:
+            yield
+        finally:
+            self._precision, self._seen_eps = before
+
+    def coarsen(self, run: Callable[[], object]) -> bool:
+        """Look in which dtypes something computes, and allow for the rounding of the coarsest.
+
+        A loss may enter autocast by itself, and a layer may compute in float32 under weights in float64.
+
+        Args:
+            run: What is looked at. Its backward pass is not, where that runs in another thread.
+
+        Returns:
+            Whether there was anything coarser than what was known.
+        """
+        before = self.eps
+        with CoarsestDtype() as seen:
+            run()
+        self._seen_eps = max(self._seen_eps, seen.eps)
+        return self.eps > before
+
+    def run(self, indices: Indices) -> Piece | None:
+        """Return what some rows give, or None where there is nothing to learn from them."""
+        alone = Alone()
+        with among(alone):
+            part = self._forward(indices)
+        self.meets = self.meets or bool(alone.met)
+        if part is None:
+            return None
+        losses, weights = _entering(part, 1.0)
+        return Piece(float(part.targets), part.reduction == "sum", self._gradient(losses, weights))
+
+    def together(self, whole: Indices, parts: Sequence[Indices]) -> Tensor | None:
+        """Return the gradient of the objective over parts that meet, or None where there is nothing to learn.
+
+        Args:
+            whole: The rows, in the order in which they stand when they are undivided.
+            parts: The same rows, cut.
+        """
+        places = {row: place for place, row in enumerate(whole)}
+        near = Near([[places[row] for row in part] for part in parts], len(parts))
+        runs = [partial(self._forward, part) for part in parts]
+        found, minutes = run_joined(runs, near, device=input_device(self.model))
+        learned = [part for part in found if part is not None]
+        if not learned:
+            return None
+        total = sum(float(part.targets) for part in learned)
+        losses: list[Tensor] = []
+        weights: list[Tensor] = []
+        for part in learned:
+            more = _entering(part, (1.0 if part.reduction == "sum" else float(part.targets)) / total)
+            losses += more[0]
+            weights += more[1]
+        with recomputing_with(minutes):
+            return self._gradient(losses, weights)
+
+    def _forward(self, indices: Indices) -> Part | None:
+        micro_batch = move(self._rows.take(indices), input_device(self.model))
+        count = self._objective.count(micro_batch, len(indices))
+        if float(count) == 0 and not self.meets:
+            return None
+        with self._precision.autocast():
+            part = self._objective(self.model, micro_batch, count, graph=float(count) > 0)
+        return None if part is None or float(part.targets) == 0 else part
+
+    def _gradient(self, losses: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        sums = GradientSum(self.parameters, [], "weights")
+        sums.start()
+        try:
+            torch.autograd.backward(losses, weights)
+            return flat_gradient(self.parameters, self._sample)
+        finally:
+            sums.roll_back()
+
+
+def _entering(part: Part, weight: float) -> tuple[list[Tensor], list[Tensor]]:
+    """The losses of a part, and the gradients that enter at them."""
+    losses, weights = [part.loss], [torch.full_like(part.loss, weight)]
+    if part.once is not None and part.once.requires_grad:
+        losses.append(part.once)
+        weights.append(torch.full_like(part.once, weight * float(part.targets)))
+    return losses, weights
+
+
+def flat_gradient(parameters: Iterable[nn.Parameter], sample: int | None = None) -> Tensor:
+    """Return the gradients of some parameters, one after the other, in float64 on the CPU.
+
+    Args:
+        parameters: Whose ``.grad`` is taken; None is zero.
+        sample: At most so many entries of each, evenly spaced; None: all.
+
+    Returns:
+        Shape ``[entries]``; a complex entry counts as two.
+    """
+    return torch.cat([_entries(parameter, _num_entries(parameter, sample)) for parameter in parameters])
+
+
+def _num_entries(parameter: nn.Parameter, sample: int | None) -> int:
+    entries = parameter.numel() * (2 if parameter.is_complex() else 1)
+    return min(entries, sample) if sample is not None else entries
+
+
+def _entries(parameter: nn.Parameter, size: int) -> Tensor:
+    if parameter.grad is None:
+        return torch.zeros(size, dtype=torch.float64)
+    grad = parameter.grad.detach()
+    grad = grad if grad.layout == torch.strided else grad.to_dense()
+    flat = (torch.view_as_real(grad) if grad.is_complex() else grad).flatten()
+    return flat[:: max(1, flat.numel() // max(1, size))][:size].to("cpu", torch.float64)
+
+
+def errors(cut: Tensor, whole: Tensor, scale: Tensor, sizes: Sequence[int]) -> list[float]:
+    """Return the relative error of each parameter's gradient.
+
+    Args:
+        cut: Gradient from the parts, all parameters one after the other. Shape ``[entries]``.
+        whole: Gradient of the undivided rows. Shape ``[entries]``.
+        scale: How large the parts' gradients are, entry by entry, before they cancel. Shape ``[entries]``.
+        sizes: Entries of each parameter.
+
+    Returns:
+        For each parameter the 2-norm of the difference over that of the parts; a parameter with hardly any gradient is
+        measured against 3 % of the average.
+    """
+    average = float(scale.norm()) / max(1, len(scale)) ** 0.5
+    result = []
+    for difference, size in zip(
+        (cut - whole).split_with_sizes(list(sizes)), scale.split_with_sizes(list(sizes)), strict=True
+    ):
+        floor = max(float(size.norm()), 0.03 * average * len(size) ** 0.5)
+        error = float(difference.norm())
+        result.append(error / floor if floor > 0 else error)
+    return result
+
+
+def compare(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[float] | None:
+    """Return the relative error of each parameter's gradient, parts against whole; None: nothing to learn.
+
+    Parts that meet run in lockstep: alone, each would be another batch.
+    """
+    undivided = probe.run(whole)
+    if probe.meets:
+        together = probe.together(whole, parts)
+        if undivided is None or together is None:
+            return None
+        cut, scale = together, together.abs()
+    else:
+        pieces = [piece for part in parts if (piece := probe.run(part)) is not None]
+        if undivided is None or not pieces:
+            return None
+        cut, scale = weighted_sum(pieces)
+    gradient = undivided.gradient / undivided.targets if undivided.is_sum else undivided.gradient
+    return errors(cut, gradient, scale, probe.sizes)
+
+
+def scale_of_parts(probe: Probe, parts: Sequence[Indices]) -> Tensor:
+    """Return how large the weighted gradients of the parts are before they cancel. Shape ``[entries]``.
+
+    Of parts that meet only their sum is known.
+    """
+    if probe.meets:
+        together = probe.together(sorted(row for part in parts for row in part), parts)
+        assert together is not None
+        return together.abs()
+    return weighted_sum([piece for part in parts if (piece := probe.run(part)) is not None])[1]
+
+
+def is_rounding(found: Sequence[float], tolerance: float) -> bool:
+    """Return whether errors are no more than rounding; one that is not a number is more.
+
+    Args:
+        found: Relative errors.
+        tolerance: The largest that counts as rounding.
+    """
+    return all(error <= tolerance for error in found)
+
+
+def weighted_sum(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    """Return the sum of the parts' gradients as the objective is declared, and the sum of their absolute values.
+
+    Args:
+        pieces: The parts, one or more.
+
+    Returns:
+        Two tensors of shape ``[entries]``.
+    """
+    weights = mean_weights([piece.targets for piece in pieces])
+    total = sum(piece.targets for piece in pieces)
+    factors = [1 / total if piece.is_sum else weight for piece, weight in zip(pieces, weights, strict=True)]
+    terms = torch.stack([factor * piece.gradient for factor, piece in zip(factors, pieces, strict=True)])
+    return terms.sum(0), terms.abs().sum(0)
+
+
+@contextmanager
+def evaluating(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Put layers into evaluation mode, each by itself, and back again."""
+    modes = [(layer, layer.training) for layer in layers]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode

@@ -1,0 +1,236 @@
+"""How many rows of this logical batch fit at once? Asked once for each kind of batch, answered from its own rows."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.budget import say_bytes, say_rows
+from wholebatch.core.errors import OutOfMemoryError
+from wholebatch.core.need import Need, Passes, Trace
+from wholebatch.core.sizes import evened, largest_rows, usable
+from wholebatch.core.tree import flatten
+from wholebatch.engine.fit.probe import Probe, Sample
+from wholebatch.engine.fit.room import available_bytes
+from wholebatch.engine.fit.rowsize import largest_row, row_size
+from wholebatch.engine.fit.timeline import OverBudget
+from wholebatch.engine.fit.timing import fastest_of
+from wholebatch.engine.meetings.exactnorm import exact_layers
+from wholebatch.engine.objective import Objective
+from wholebatch.engine.precision import Precision
+from wholebatch.engine.setup import Setup
+from wholebatch.engine.sums import SumIn
+
+Say: TypeAlias = Callable[[str, int], None]
+"""Takes the reason of an automatic choice, and its level of logging."""
+
+LOOK = 4
+"""Real rows of the first batch are looked at by so many, and by twice as many."""
+
+FAR, CLOSE = 0.1, 0.5
+"""Kernels with memory of their own are measured where a plan takes more than the first share of the budget, and where
+it takes more than the second, not far below the size that will be run."""
+
+
+@dataclass
+class Fitting:
+    """Knows how many rows of a logical batch fit into a budget.
+
+    Attributes:
+        setup, objective, precision, sum_in: What is trained, and how.
+        budget: Unit: bytes; None: what the device has free.
+        need: What training takes, as it was found out last; None: it was not.
+        collate, whole, dims: As for `wb.Accumulator`.
+    """
+
+    setup: Setup
+    objective: Objective
+    precision: Precision
+    sum_in: SumIn
+    budget: int | None
+    collate: Callable[[list[Any]], Any] | None = None
+    whole: Iterable[str] = ()
+    dims: int | Mapping[str, int] | None = None
+    need: Need | None = None
+
+    def kind(self, rows: LogicalBatch) -> tuple[object, int]:
+        """Return what a batch has in common with others that take as much a row, and how much its largest row holds.
+
+        Batches of tensors are of one kind if their shapes differ in the rows only. Batches of a list are of one kind if
+        their largest rows hold about as much, within a factor of the square root of two.
+        """
+        if self.collate is not None:
+            largest = max((row_size(row) for row in rows.given), default=0)
+            return math.ceil(2 * math.log2(max(1, largest))), largest
+        one = rows.take(range(1))
+        shapes = [
+            (path, tuple(leaf.shape), leaf.dtype) for path, leaf, _ in flatten(one)[0] if isinstance(leaf, Tensor)
+        ]
+        return tuple(shapes), 0
+
+    def largest(self, rows: LogicalBatch, say: Say, *, timed: bool = True) -> int:
+        """Return how many rows of a logical batch are to be taken at once.
+
+        Args:
+            rows: The logical batch. A few of its rows are run, and leave no trace.
+            say: Takes the reasons.
+            timed: Whether the fastest of the sizes that fit is looked for.
+
+        Raises:
+            OutOfMemoryError: The budget that was given does not hold one row.
+        """
+        self.need = None
+        probe = self.probe_of(rows)
+        budget, whose = self.budget_of(probe)
+        row = largest_row(probe.sample)
+        need: Need | None
+        try:
+            need = self._need(probe, rows.rows, row, budget)
+        except OverBudget:
+            need = self._fake_need(probe, row)
+            if need is None or not self._fits_whole(probe, rows.rows, row, budget - need.resident_bytes):
+                self._refuse(need, budget, say)
+                return 1
+        self.need = need
+        most = largest_rows(need, budget, rows.rows)
+        for reason in probe.reasons:
+            say(reason, logging.INFO)
+        if most >= rows.rows:
+            say(
+                f'micro_batch="auto": the whole batch of {rows.rows} rows takes '
+                f"{say_bytes(need.peak(rows.rows, alone=True))} of the {say_bytes(budget)} {whose}, so it is not cut.",
+                logging.INFO,
+            )
+            return rows.rows
+        if most == 0:
+            self._refuse(need, budget, say)
+            return 1
+        layers = exact_layers(self.setup.model)
+        if layers and self.setup.device.type == "cpu":
+            return self._join(need, rows.rows, budget, layers[0], say)
+        chosen, why = fastest_of(probe, evened(rows.rows, most), rows.rows, row) if timed else (most, "")
+        chosen = evened(rows.rows, chosen)
+        say(
+            f'micro_batch="auto": the whole batch of {rows.rows} rows would take '
+            f"{say_bytes(need.peak(rows.rows, alone=True))} of the {say_bytes(budget)} {whose}; it is cut into "
+            f"micro-batches of {say_rows(chosen)}, which take {say_bytes(need.peak(chosen))}{why}.",
+            logging.INFO,
+        )
+        return chosen
+
+    def peak(self, rows: LogicalBatch, at_once: int) -> tuple[int, int]:
+        """Return what micro-batches of so many rows take, and the budget. Unit: bytes."""
+        probe = self.probe_of(rows)
+        budget, _ = self.budget_of(probe)
+        need = self._need(probe, rows.rows, largest_row(probe.sample), None)
+        return need.peak(at_once, alone=at_once >= rows.rows), budget
+
+    def probe_of(self, rows: LogicalBatch) -> Probe:
+        """Return what looks at the rows of a logical batch."""
+        sample = Sample(rows.given, self.collate, self.whole, self.dims)
+        return Probe(self.setup, self.objective, self.precision, self.sum_in, sample)
+
+    def budget_of(self, probe: Probe) -> tuple[int, str]:
+        """Return the budget, and how it is called. Unit: bytes."""
+        if self.budget is not None:
+            return self.budget, "of the budget"
+        return probe.held_bytes + available_bytes(self.setup.device), "that are free"
+
+    def _need(self, probe: Probe, rows: int, row: int, budget: int | None) -> Need:
+        """What training takes, from a few real rows.
+
+        Raises:
+            OverBudget: Not even one row stays within the budget.
+        """
+        resident, step = probe.beside()
+        room = None if budget is None else budget - sum(resident.values())
+        if room is not None and room < 0:
+            raise OverBudget
+        each = max(1, min(LOOK, rows // 8))
+        traces, hidden = self._traces(probe, each, row, room)
+        need = Need(resident, Passes.of(traces), step)
+        if budget is None or not hidden:
+            return need
+        share = need.peak(rows, alone=True) / max(1, usable(need, budget))
+        if share <= FAR:
+            return need
+        # Kernels choose by size, so they are measured not far below what will be run.
+        most = largest_rows(need, budget, rows)
+        if most == 0:
+            return need
+        if most == 1:
+            measured = probe.measure_one(row)
+        else:
+            each = max(1, most // 4) if share > CLOSE else each
+            measured = probe.measure((each, 2 * each), row)
+        return need if measured is None else replace(need, measured=measured)
+
+    def _traces(
+        self, probe: Probe, each: int, row: int, room: int | None
+    ) -> tuple[dict[tuple[int, int], Trace], set[str]]:
+        """What came and went with some rows and with twice as many, as many as stay within what there is."""
+        for rows in sorted({each, min(each, 2), 1}, reverse=True):
+            try:
+                return probe.real_traces([(rows, 0), (2 * rows, 0)], {0: row}, limit=room)
+            except OverBudget:
+                continue
+        traces, hidden = probe.real_traces([(1, 0)], {0: row}, limit=room)
+        traces[2, 0] = traces[1, 0].doubled()
+        return traces, hidden
+
+    def _fits_whole(self, probe: Probe, rows: int, row: int, room: int) -> bool:
+        """Whether the batch fits as its only micro-batch, which meets no gradient of an earlier one; tried for real."""
+        try:
+            _, hidden = probe.real_traces([(rows, 0)], {0: row}, limit=room, micro_batches=1)
+        except OverBudget:
+            return False
+        return not hidden
+
+    def _fake_need(self, probe: Probe, row: int) -> Need | None:
+        """What training takes, without any real row; None where nobody can tell."""
+        try:
+            return probe.need([(2, 0), (4, 0)], {0: row}, limit=0)
+        except Exception:
+            return None
+
+    def _join(self, need: Need, rows: int, budget: int, layer: str, say: Say) -> int:
+        """Take all rows, since on a CPU graphs that are joined take as much however they are cut.
+
+        Raises:
+            OutOfMemoryError: That is more than the budget that was given.
+        """
+        found = (
+            f"batch norm is exact in {layer}, so the graphs of all micro-batches are joined, and the logical batch of "
+            f"{rows} rows takes {say_bytes(need.peak(rows, alone=True))} however it is cut; "
+        )
+        if self.budget is None:
+            say(f'micro_batch="auto": {found}{say_bytes(budget)} are free by a careful count.', logging.WARNING)
+            return rows
+        raise OutOfMemoryError(
+            f"{found[0].upper()}{found[1:]}the budget is {say_bytes(budget)}.",
+            hint="take fewer rows, wb.checkpoint_blocks(model), or a norm that looks at one row at a time: "
+            'wb.convert_batch_norm(model, to="group"). Nothing was trained.',
+        )
+
+    def _refuse(self, need: Need | None, budget: int, say: Say) -> None:
+        """Say that one row is too much, as an error where a budget was given."""
+        known = need is not None and need.peak(1) > usable(need, budget)
+        takes = say_bytes(need.peak(1)) if need is not None and known else f"more than {say_bytes(budget)}"
+        beside = f", of which {say_bytes(need.floor_bytes)} are weights, gradients and optimizer" if need else ""
+        if self.budget is None:
+            say(
+                f'micro_batch="auto": a single row takes {takes}{beside}, and {say_bytes(budget)} are free by a '
+                "careful count; it is tried row by row.",
+                logging.WARNING,
+            )
+            return
+        raise OutOfMemoryError(
+            f"The budget of {say_bytes(budget)} does not hold one row: training takes {takes}{beside}.",
+            hint=f"give more than {takes.removeprefix('more than ')}, or take less: "
+            'precision="bf16", wb.checkpoint_blocks(model), shorter rows, '
+            "or an optimizer with less state; wb.plan shows what each would give. Nothing was trained.",
+        )

@@ -1,0 +1,445 @@
+"""What does this model need here? Small looks at a model, on fake tensors or real ones, that leave no trace."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.errors import LossError
+from wholebatch.core.need import Need, Passes, Size, Trace
+from wholebatch.core.tree import map_leaves
+from wholebatch.engine import memory
+from wholebatch.engine.device import move
+from wholebatch.engine.fit.blocks import Ledger
+from wholebatch.engine.fit.fakes import Fakes, stand_in, state_bytes
+from wholebatch.engine.fit.timeline import Timeline
+from wholebatch.engine.objective import Objective
+from wholebatch.engine.precision import Precision
+from wholebatch.engine.setup import Setup
+from wholebatch.engine.steps.stepping import copy_bytes
+from wholebatch.engine.sums import GradientSum, SumIn
+from wholebatch.engine.transaction import Transaction
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows like those that will be trained on, of which any number of copies can be had.
+
+    Attributes:
+        batch: As a logical batch.
+        collate, whole, dims: As for `wb.Accumulator`.
+        copied: Whether the micro-batches of training are copies, since their rows do not stand side by side.
+    """
+
+    batch: Any
+    collate: Callable[[list[Any]], Any] | None = None
+    whole: Iterable[str] = ()
+    dims: int | Mapping[str, int] | None = None
+    copied: bool = False
+
+    @property
+    def rows(self) -> LogicalBatch:
+        """The rows themselves."""
+        return LogicalBatch(self.batch, collate=self.collate, whole=self.whole, dims=self.dims)
+
+    def repeat(self, row: int, times: int) -> LogicalBatch:
+        """Return a logical batch of one row, so many times: what it takes is a line in their number."""
+        if self.collate is not None:
+            return LogicalBatch([self.batch[row]] * times, collate=self.collate)
+        return LogicalBatch(self.rows.take([row] * times), whole=self.whole, dims=self.dims)
+
+
+@dataclass
+class Probe:
+    """Looks at what a training job takes.
+
+    Attributes:
+        setup: Model and optimizers.
+        objective: The declared loss.
+        precision: In which forward passes run.
+        sum_in: How 16-bit gradients are summed.
+        sample: Rows to look with.
+        reasons: What could not be looked at as it should, and why.
+    """
+
+    setup: Setup
+    objective: Objective
+    precision: Precision
+    sum_in: SumIn
+    sample: Sample
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        return self.setup.device
+
+    @property
+    def held_bytes(self) -> int:
+        """What is there already of what training takes: weights, buffers and the optimizer's state. Unit: bytes."""
+        model = self.setup.model
+        tensors = [*model.parameters(), *model.buffers()]
+        return _bytes(tensors, self.device) + state_bytes(self.setup.optimizers, self.device.type)
+
+    def need(self, sizes: Sequence[Size], rows_of: Mapping[int, int], *, limit: int | None = None) -> Need:
+        """Return what training takes, from passes on fake tensors; on real ones where those do not get through.
+
+        Args:
+            sizes: Two numbers of rows, each with the same lengths.
+            rows_of: For each length a row of the sample that is so long.
+            limit: What real passes may take above what is there; None: anything. Unit: bytes.
+
+        Raises:
+            OverBudget: Real passes had to be made and took more than the limit.
+        """
+        resident, step = self.beside()
+        try:
+            traces = self._fake_traces(Fakes(), sizes, rows_of)
+        except Exception as error:
+            self.reasons.append(
+                f"The model was run for real on {' and '.join(str(rows) for rows in sorted({r for r, _ in sizes}))} "
+                f"rows to see what it takes, since it cannot be followed on fake tensors ({_in_a_line(error)})."
+            )
+            traces, _ = self.real_traces(sizes, rows_of, limit=limit)
+        return Need(resident, Passes.of(traces), step)
+
+    def real_traces(
+        self, sizes: Sequence[Size], rows_of: Mapping[int, int], *, limit: int | None = None, micro_batches: int = 2
+    ) -> tuple[dict[Size, Trace], set[str]]:
+        """Return what came and went in real passes, and which operations take memory that cannot be seen.
+
+        Args:
+            sizes: As for `need`.
+            rows_of: The same.
+            limit: The same.
+            micro_batches: One, where nothing is to be cut, or two.
+
+        Raises:
+            OverBudget: They took more than the limit.
+        """
+        traces: dict[Size, Trace] = {}
+        hidden: set[str] = set()
+        with self._untouched():
+            for rows, length in sizes:
+                batch = self.sample.repeat(rows_of[length], micro_batches * rows)
+                timeline = Timeline(self.device, limit)
+                timeline.ignore(list(_tensors_of(self.setup.model)))
+                with timeline:
+                    self._passes(self._micro_batches(batch, rows), self.setup.parameters, timeline)
+                traces[rows, length] = timeline.trace()
+                hidden |= timeline.hidden
+        return traces, hidden
+
+    def measure(self, rows: Sequence[int], row: int) -> Passes | None:
+        """Return what small real passes took, with everything that kernels take for themselves.
+
+        Args:
+            rows: One or two numbers of rows.
+            row: Which row of the sample.
+
+        Returns:
+            None where nobody can tell: another profile is under way, or the device does not count.
+        """
+        traces: dict[Size, Trace] = {}
+        with self._untouched():
+            for each in rows:
+                batch = self.sample.repeat(row, 2 * each)
+
+                def run(between: Callable[[], None], batch: LogicalBatch = batch, each: int = each) -> None:
+                    self._passes(self._micro_batches(batch, each), self.setup.parameters, None, between)
+
+                trace = memory.trace_peaks(self.device, run)
+                if trace is None:
+                    return None
+                traces[each, 0] = trace
+        return Passes.of(traces)
+
+    def measure_one(self, row: int) -> Passes | None:
+        """The same of a single row, where two are too much: what one takes is counted twice for two."""
+        found = self.measure((1,), row)
+        if found is None:
+            return None
+        one = found.traces[1, 0]
+        return Passes.of({(1, 0): one, (2, 0): one.doubled()})
+
+    def clock(self, sizes: Sequence[int], row: int, *, patience: float = float("inf")) -> dict[int, float]:
+        """Time passes of some sizes, from small to large, as long as memory holds and the next is not too long.
+
+        A size that the model refuses, as batch norm does a single row, is left out.
+
+        Args:
+            sizes: Rows of each pass.
+            row: Which row of the sample.
+            patience: The longest that a pass may be expected to take. Unit: seconds.
+
+        Returns:
+            Time of a pass by its rows. Unit: seconds.
+
+        Raises:
+            Exception: What the model said, if it refuses them all.
+        """
+        seconds: dict[int, float] = {}
+        refused: Exception | None = None
+        for place, rows in enumerate(sorted(sizes)):
+            if seconds and max(seconds.values()) * rows / max(seconds) > patience:
+                break
+            try:
+                if place == 0:  # the first pass of all compiles and allocates
+                    self.seconds(rows, row)
+                seconds[rows] = self.seconds(rows, row)
+            except Exception as error:
+                if memory.is_out_of_memory(error):
+                    return seconds
+                refused = error
+        if refused is not None and not seconds:
+            raise refused
+        return seconds
+
+    def seconds(self, rows: int, row: int = 0, *, times: int = 1) -> float:
+        """Return the time of a forward and a backward pass, the shortest of some. Unit: seconds."""
+        best = float("inf")
+        # One thread's own time is the same on a busy machine; that of several adds up, and tells nothing.
+        now = time.process_time if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+        with self._untouched():
+            batch = self.sample.repeat(row, rows)
+            sums = GradientSum(self.setup.parameters, self.setup.bystanders, self.sum_in)
+            sums.start()
+            try:
+                for _ in range(times):
+                    memory.synchronize(self.device)
+                    start = now()
+                    (micro_batch,) = self._micro_batches(batch, rows)
+                    sums.open_backward()
+                    torch.autograd.backward(self._loss(micro_batch()))
+                    sums.close_backward()
+                    memory.synchronize(self.device)
+                    best = min(best, now() - start)
+            finally:
+                sums.roll_back()
+        return best
+
+    def watch(self, rows: int, row: int, ledger: Ledger) -> float:
+        """Let a ledger look at a forward pass, and return how long that takes for each row. Unit: seconds.
+
+        Nothing that is saved for a backward pass is kept meanwhile.
+        """
+        with self._untouched():
+            (micro_batch,) = self._micro_batches(self.sample.repeat(row, rows), rows)
+            with ledger.watching():
+                self._loss(micro_batch())  # the first pass of all compiles and allocates
+            ledger.clear()
+            with ledger.watching():
+                start = time.perf_counter()
+                self._loss(micro_batch())
+                memory.synchronize(self.device)
+                return (time.perf_counter() - start) / rows
+
+    def _fake_traces(self, fakes: Fakes, sizes: Sequence[Size], rows_of: Mapping[int, int]) -> dict[Size, Trace]:
+        traces: dict[Size, Trace] = {}
+        with self._untouched(), fakes.within(self.setup.model):
+            for rows, length in sizes:
+                batch = self.sample.repeat(rows_of[length], 2 * rows)
+                timeline = Timeline(self.device)
+                timeline.ignore(list(_tensors_of(self.setup.model)))
+                with fakes.mode:
+                    parameters = [fakes.of(each) for each in self.setup.parameters]
+                    micro_batches = self._fake_micro_batches(fakes, batch, rows)
+                    with timeline:
+                        self._passes(micro_batches, parameters, timeline)
+                traces[rows, length] = timeline.trace()
+        return traces
+
+    def _passes(
+        self,
+        micro_batches: Sequence[Callable[[], Any]],
+        parameters: Sequence[Any],
+        timeline: Timeline | None,
+        between: Callable[[], None] | None = None,
+    ) -> None:
+        """Two micro-batches of a window, which is then rolled back."""
+        held = set(map(id, parameters))
+        bystanders = [each for each in self.setup.model.parameters() if id(each) not in held]
+        sums = GradientSum(parameters, bystanders, self.sum_in)
+        sums.start()
+        try:
+            for place, make in enumerate(micro_batches):
+                if place:
+                    if timeline is not None:
+                        timeline.begin_second()
+                    if between is not None:
+                        between()
+                micro_batch = make()
+                if timeline is not None:
+                    timeline.note(micro_batch, "data")
+                loss = self._loss(micro_batch)
+                del micro_batch
+                if timeline is not None:
+                    timeline.mark_kept()
+                sums.open_backward()
+                torch.autograd.backward(loss)
+                sums.close_backward()
+                del loss
+                if timeline is not None:
+                    timeline.mark([each.grad for each in (*parameters, *bystanders)], "gradients")
+                    timeline.mark(sums.own_tensors(), "running sum")
+        finally:
+            sums.roll_back()
+
+    def _loss(self, micro_batch: Any) -> Tensor:
+        assert self.objective.loss_fn is not None
+        with self.precision.autocast():
+            result = self.objective.loss_fn(self.setup.model, micro_batch)
+        if isinstance(result, tuple):
+            loss, once = result[0], result[2] if len(result) == 3 else None
+            loss = loss + once if isinstance(once, Tensor) and once.requires_grad else loss
+        else:
+            loss = result
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise LossError(
+                "The loss function returned nothing that a backward pass can start from.",
+                hint="return a tensor with one number and a graph, or (loss_sum, targets).",
+            )
+        return loss.reshape(())
+
+    def _micro_batches(self, batch: LogicalBatch, rows: int) -> list[Callable[[], Any]]:
+        def make(start: int) -> Callable[[], Any]:
+            places: Sequence[int] = range(start, start + rows)
+            return lambda: move(batch.take(list(places) if self.sample.copied else places), self.device)
+
+        return [make(start) for start in range(0, batch.rows, rows)]
+
+    def _fake_micro_batches(self, fakes: Fakes, batch: LogicalBatch, rows: int) -> list[Callable[[], Any]]:
+        """The same on fake tensors. Collating is left out of it: it may look at numbers."""
+
+        def fake(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            copy = fakes.mode.from_tensor(leaf, static_shapes=True)
+            return copy if copy.device == self.device else copy.to(self.device)
+
+        if self.sample.collate is not None or self.sample.copied or self.device.type != "cpu":
+            made = [batch.take(range(start, start + rows)) for start in range(0, batch.rows, rows)]
+            return [lambda each=each: map_leaves(fake, each) for each in made]  # type: ignore[misc]
+        whole = map_leaves(fake, batch.take(range(batch.rows)))
+        cut = LogicalBatch(whole, whole=self.sample.whole, dims=self.sample.dims)
+        return [lambda start=start: cut.take(range(start, start + rows)) for start in range(0, batch.rows, rows)]  # type: ignore[misc]
+
+    def beside(self) -> tuple[dict[str, int], int]:
+        """Return what training takes beside its passes: what is there all the time, and what the step takes."""
+        model, device = self.setup.model, self.device
+        weights = _bytes(model.parameters(), device)
+        buffers = 2 * _bytes(model.buffers(), device)  # a window keeps a copy
+        if device.type == "cpu":  # and one of the random state, besides its loss
+            buffers += torch.get_rng_state().numel() + 4
+        learning = [each for each in model.parameters() if each.requires_grad]
+        gradients = _bytes(learning, device)
+        sums = GradientSum(self.setup.parameters, [], self.sum_in).own_bytes
+        largest = max((each.numel() * each.element_size() for each in learning), default=0)
+        state, temporary = self._step(gradients)
+        copied = copy_bytes(self.setup.optimizers, state)
+        resident = {"weights": weights, "buffers": buffers, "optimizer state": state}
+        return resident, max(gradients + temporary + copied, sums + largest if sums else 0)
+
+    def _step(self, gradients: int) -> tuple[int, int]:
+        """What the optimizers keep on the device, and what a step takes for a moment."""
+        try:
+            return self._meta_step()
+        except Exception as error:
+            said = _in_a_line(error)
+        try:
+            found = self._single_steps()
+        except Exception as error:
+            state, told = state_bytes(self.setup.optimizers, self.device.type), "as it is"
+            if not state:
+                state, told = 2 * gradients, "as two numbers a weight, like Adam's"
+            self.reasons.append(
+                f"The optimizer's state was counted {told}, and its step as one gradient more, since a copy of it "
+                f"could not be stepped ({_in_a_line(error)})."
+            )
+            return state, gradients
+        self.reasons.append(
+            f"The optimizer's step was looked at weight by weight, on zeros, since it reads numbers ({said})."
+        )
+        return found
+
+    def _meta_step(self) -> tuple[int, int]:
+        """The same from stand-ins without memory."""
+        state, most = 0, 0
+        for real in self.setup.optimizers:
+            optimizer = stand_in(real)
+            peak = _step_twice(optimizer, torch.device("meta"))
+            if not all(group.get("fused") for group in real.param_groups):
+                most = max(most, peak)
+            state += state_bytes([optimizer], "meta")
+            state += state_bytes([optimizer], "cpu") if self.device.type == "cpu" else 0  # counters
+        return state, most
+
+    def _single_steps(self) -> tuple[int, int]:
+        """The same from one weight after the other, on zeros."""
+        state, most = 0, 0
+        for real in self.setup.optimizers:
+            for group in real.param_groups:
+                for parameter in group["params"]:
+                    optimizer = stand_in(real, only=parameter)
+                    most = max(most, _step_twice(optimizer, self.device))
+                    state += state_bytes([optimizer], self.device.type)
+        return state, most
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Put everything back at the end that a pass may change: buffers, random streams, gradients, modes."""
+        parameters = list(self.setup.model.parameters())
+        gradients = [each.grad for each in parameters]
+        transaction = Transaction(self.setup.model, self.device)
+        transaction.begin()
+        collecting = gc.isenabled()
+        gc.disable()  # a collection in the middle would move a release to another moment
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            transaction.roll_back()
+
+
+def _step_twice(optimizer: Optimizer, device: torch.device) -> int:
+    """Step a stand-in and return what the second step takes for a moment; the first makes the state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    peak = 0
+    for _ in range(2):
+        timeline = Timeline(device)
+        with timeline:
+            type(optimizer).step(optimizer)
+        peak = timeline.peak_bytes
+    return peak
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
+    """What tensors take on a device, shared memory once. Unit: bytes."""
+    storages = {
+        (each.untyped_storage().data_ptr(), each.untyped_storage().nbytes())
+        for each in tensors
+        if each.device.type == device.type and each.layout == torch.strided
+    }
+    return sum(size for _, size in storages)
+
+
+def _in_a_line(error: BaseException) -> str:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {said}"[:160]

@@ -1,0 +1,1 @@
+"""How do micro-batches meet, and what comes of it?"""

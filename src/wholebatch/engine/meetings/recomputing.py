@@ -1,0 +1,74 @@
+"""What did a meeting come to? Kept for activation checkpointing, which runs parts of a model twice."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from wholebatch.core.errors import MeetingError
+from wholebatch.core.split import Indices
+from wholebatch.engine.meetings.company import Call
+from wholebatch.engine.meetings.draws import Passage, distance
+
+
+class Minutes:
+    """The meetings of a window. In a backward pass it is the company of whatever is computed anew.
+
+    Every micro-batch got the same from a meeting, so it only has to be found out which meeting it was: by the layer, by
+    the line if the recomputation comes by it, and, where several are left, by what was brought.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int], list[tuple[Sequence[Call], Callable[[Call], Any], Passage]]] = {}
+        self._results: list[tuple[Call, Tensor, int]] = []
+
+    def take(self, calls: Sequence[Call], result: Any, again: Callable[[Call], Any], passage: Passage) -> None:
+        """Note a meeting.
+
+        Args:
+            calls: What each micro-batch brought.
+            result: What it came to.
+            again: Returns what a micro-batch got, for what it brings when it is computed anew.
+            passage: Where the random stream stood.
+        """
+        self._held.setdefault((calls[0].kind, id(calls[0].of)), []).append((calls, again, passage))
+        if isinstance(result, Tensor):
+            self._results.append((calls[0], result, result._version))
+
+    def require_unchanged(self) -> None:
+        """Raise an error if somebody has changed in place what all micro-batches share.
+
+        Raises:
+            MeetingError: Somebody has.
+        """
+        for call, result, version in self._results:
+            if result._version != version:
+                raise MeetingError(
+                    f"What {call} returned was changed in place, and every micro-batch reads it.",
+                    hint="change a copy of it: x.clone(), or an operation that returns a new tensor.",
+                )
+
+    def meet(self, call: Call) -> Any:
+        meetings = self._held.get((call.kind, id(call.of)), [])
+        if not meetings:
+            raise MeetingError(
+                f"A part of the model that is recomputed in the backward pass meets at {call}, where it did not in the "
+                "forward pass.",
+                hint="let a checkpointed function do the same both times.",
+            )
+        here = [each for each in meetings if each[0][0].site == call.site] or meetings
+        calls, again, passage = here[0] if len(here) == 1 else min(here, key=lambda each: distance(each[0], call))
+        if call.with_graph and not calls[0].with_graph:
+            raise MeetingError(
+                f"Micro-batches cannot meet inside activation checkpointing with use_reentrant=True: {call}.",
+                hint="pass use_reentrant=False to torch.utils.checkpoint.checkpoint.",
+            )
+        passage.resume(calls, call)
+        return again(call)
+
+    def own_rows(self) -> Indices | None:
+        raise MeetingError(
+            "wb.own_rows was called in a part of the model that is recomputed in the backward pass, where nobody knows "
+            "which micro-batch it is.",
+            hint="call it outside of the checkpointed function and pass the places in.",
+        )

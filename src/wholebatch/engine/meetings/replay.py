@@ -1,0 +1,340 @@
+"""One micro-batch at a time, for meetings that do not feed each other.
+
+Let X be what a meeting made of the values x_k of all micro-batches. With L = sum_k L_k(x_k, X, theta), the gradient is
+
+    dL/dtheta = sum_k ( dL_k/dtheta at fixed X  +  <dx_k/dtheta, c_k> ),     c_k = (dX/dx_k)^T sum_j dL_j/dX.
+
+The first pass runs all micro-batches in lockstep with frozen weights, so that a graph exists only from X on, and sums
+dL_j/dX. The second pass runs them one by one, with the random numbers and the buffers of the first, takes X as it is,
+and enters c_k at x_k. It costs one forward pass more and never holds more than one micro-batch's graph. What lies
+between two meetings and depends on the first one is kept for all micro-batches until the last meeting.
+
+Source: the idea of GradCache, arXiv 2101.06983, for any meeting and any code around it.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wholebatch.core.errors import MeetingError
+from wholebatch.core.split import Indices
+from wholebatch.engine.meetings.baton import in_lockstep
+from wholebatch.engine.meetings.company import Again, Call, among, known_rows, recomputing_with, without_value
+from wholebatch.engine.meetings.draws import Passage
+from wholebatch.engine.meetings.moments import Moments
+from wholebatch.engine.meetings.reach import Reach
+from wholebatch.engine.meetings.recomputing import Minutes
+from wholebatch.engine.objective import Part, learns
+from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.weighing import Weighing
+from wholebatch.engine.window import Window
+
+
+class Run(Protocol):
+    """The forward pass of a micro-batch. With ``graph=False`` its loss need not have one."""
+
+    def __call__(self, *, graph: bool = True) -> Part | None: ...
+
+
+def run_replayed(
+    window: Window,
+    runs: Sequence[Run],
+    rows: Sequence[int | None],
+    reach: Reach,
+    *,
+    weighing: Weighing,
+    model: nn.Module,
+    device: torch.device,
+    transaction: Transaction,
+    before: Callable[[int], None],
+) -> list[str]:
+    """Add micro-batches to a window, each from a replay of what a pass in lockstep has shown.
+
+    Args:
+        window: Takes their gradients.
+        runs: The forward pass of each micro-batch.
+        rows: Of each micro-batch, if known. Unit: rows.
+        reach: Those that meet.
+        weighing: Weighs losses as the window does, and notes nothing in it.
+        model: Whose weights are frozen in the first pass.
+        device: Where it is.
+        transaction: Has the buffers as they are now.
+        before: Called with the number of a micro-batch before it goes on.
+
+    Returns:
+        Where they met.
+
+    Raises:
+        Again: A meeting depends on an earlier one, so that the graphs have to be joined.
+        MeetingError: The second pass did not meet where the first one did.
+    """
+    moments = Moments(model, device, transaction)
+    with _frozen(model):
+        meetings = _first_pass(weighing, runs, reach, moments, device, before)
+    moments.keep(len(runs), len(meetings))
+    after = Transaction(model, device)
+    after.begin()
+    reach.end()
+    for meeting in meetings:
+        meeting.settle(reach, unique=sum(each.alike == meeting.alike for each in meetings) == 1)
+    reach.close()
+    for number, run in enumerate(runs):
+        before(number)
+        replay = _Replay(meetings, moments, number, reach.rows[number])
+        moments.restore(number, 0)
+        with among(replay):
+            part = run()
+        replay.require_end()
+        with recomputing_with(replay.minutes):
+            window.add_together([(part, rows[number])], replay.values, replay.gradients)
+        del part, replay
+    after.roll_back()
+    return [str(meeting.calls[0]) for meeting in meetings]
+
+
+def _first_pass(
+    weighing: Weighing,
+    runs: Sequence[Run],
+    reach: Reach,
+    moments: Moments,
+    device: torch.device,
+    before: Callable[[int], None],
+) -> list["_Meeting"]:
+    """Run all micro-batches in lockstep, and return their meetings with the gradients that enter there."""
+    meetings: list[_Meeting] = []
+    passages = [Passage(device)]
+
+    def go(number: int) -> None:
+        before(number)
+        moments.keep(number, len(meetings))
+        if meetings:
+            meetings[-1].passage.go_on()
+
+    def meet(calls: Sequence[Call]) -> list[Any]:
+        for each in meetings:
+            each.minutes.require_unchanged()
+        if meetings and any(isinstance(call.value, Tensor) and call.value.requires_grad for call in calls):
+            raise Again(
+                f"what meets at {calls[0]} needs the gradient of what met before, at {meetings[-1].calls[0]}",
+                joined=True,
+            )
+        meetings.append(_Meeting(calls, reach, passages[-1]))
+        passages.append(Passage(device))
+        return meetings[-1].answers(calls)
+
+    def finish(number: int, part: Part | None) -> None:
+        if part is None or not learns(part):
+            return
+        entering = [pair for pair in zip(*weighing.weigh(part), strict=True) if pair[0].requires_grad]
+        leaves = [(meeting, leaf) for meeting in meetings if (leaf := meeting.take_leaf(number)) is not None]
+        if not entering or not leaves:
+            return
+        minutes = Minutes()
+        for meeting, leaf in leaves:
+            minutes.take(meeting.calls, None, partial(_given, leaf), meeting.passage.of(number))
+        with recomputing_with(minutes):
+            found = torch.autograd.grad(
+                [loss for loss, _ in entering],
+                [leaf for _, leaf in leaves],
+                [root for _, root in entering],
+                allow_unused=True,
+            )
+        for (meeting, _), gradient in zip(leaves, found, strict=True):
+            meeting.add(gradient)
+
+    without_graph = [partial(run, graph=False) for run in runs]
+    try:
+        in_lockstep(
+            without_graph,
+            reach.rows,
+            device=device,
+            before=go,
+            meet=meet,
+            finish=finish,
+            after=lambda _: passages[-1].come(),
+        )
+    except RuntimeError as error:
+        # The user's code asks for a gradient of its own, which frozen weights do not have.
+        if "require grad" not in str(error) and "require gradient" not in str(error):
+            raise
+        again = Again(f"a part of the model asks for a graph of its own ({error})", joined=True)
+    else:
+        for each in meetings:
+            each.minutes.require_unchanged()
+        return meetings
+    raise again
+
+
+class _Meeting:
+    """What all micro-batches brought, what it came to, and the gradient that enters there."""
+
+    def __init__(self, calls: Sequence[Call], reach: Reach, passage: Passage) -> None:
+        self.passage = passage
+        self.calls = [_without_graph(call) for call in calls]
+        self.key = calls[0].key
+        self.alike = calls[0].kind, id(calls[0].of)
+        self.minutes = Minutes()
+        self._leaves = [call.value for call in self.calls]
+        differentiable = _is_differentiable(self._leaves[0])
+        if differentiable:
+            self._leaves = [leaf.requires_grad_() for leaf in self._leaves]
+        brought = reach.hear(self.calls, self._leaves, graph=False)
+        with torch.enable_grad():
+            self._made = calls[0].combine(brought.values, brought.beside, reach.order)
+        self.result = self._made.detach() if isinstance(self._made, Tensor) else self._made
+        self._differentiable = differentiable and _is_differentiable(self._made) and self._made.requires_grad
+        self._given: dict[int, Tensor] = {}
+        self._gradient: Tensor | None = None
+        self._entering: Sequence[Tensor | None] = ()
+        if calls[0].once is not None:
+            calls[0].once(self.result, brought.beside)
+        self.minutes.take(self.calls, self.result, lambda _: self.result, passage)
+
+    def answers(self, calls: Sequence[Call]) -> list[Any]:
+        """Return what each micro-batch gets in the first pass: a leaf of its own, where gradients are wanted."""
+        if not isinstance(self.result, Tensor):
+            return [self.result] * len(calls)
+        found = [self.result.detach() for _ in calls]
+        for number, call in enumerate(calls):
+            if self._differentiable and call.with_graph:
+                self._given[number] = found[number].requires_grad_()
+        return found
+
+    def take_leaf(self, number: int) -> Tensor | None:
+        return self._given.pop(number, None)
+
+    def add(self, gradient: Tensor | None) -> None:
+        """Add what a micro-batch's loss gives."""
+        if gradient is None:
+            return
+        if self._gradient is None:
+            wide = gradient.dtype if gradient.element_size() >= 4 else torch.float32
+            self._gradient = gradient.to(wide, copy=True)
+        else:
+            self._gradient += gradient
+
+    def settle(self, reach: Reach, *, unique: bool) -> None:
+        """Work out the gradient that enters at what each micro-batch brought, and forget what is not needed for it.
+
+        Args:
+            reach: Knows what else enters there.
+            unique: Whether there is no other meeting of the kind, so that nobody has to tell them apart.
+        """
+        entering = reach.add_up(self._gradient, self.result) if self._differentiable else None
+        if entering is not None:
+            gradient = entering.to(self.result.dtype)
+            self._entering = torch.autograd.grad(self._made, self._leaves, gradient, allow_unused=True)
+        self._gradient = self._made = None
+        self._leaves = []
+        self._given.clear()
+        if unique:
+            self.calls = [without_value(call) for call in self.calls]
+        self.minutes = Minutes()
+        self.minutes.take(self.calls, self.result, lambda _: self.result, self.passage)
+
+    def entering(self, number: int) -> Tensor | None:
+        return self._entering[number] if self._entering else None
+
+    def replayed(self, call: Call) -> Any:
+        """Return what a micro-batch gets in the second pass: with a graph, through which nothing flows."""
+        if not isinstance(self.result, Tensor):
+            return self.result
+        if self._differentiable and call.with_graph and call.value.requires_grad:
+            return _Known.apply(call.value, self.result)  # type: ignore[no-untyped-call]
+        return self.result.detach()
+
+
+class _Replay:
+    """The company of a micro-batch in the second pass: everybody has been here before."""
+
+    def __init__(self, meetings: Sequence[_Meeting], moments: Moments, number: int, rows: Indices | None) -> None:
+        self._meetings = meetings
+        self._moments = moments
+        self._number = number
+        self._rows = rows
+        self._place = 0
+        self.minutes = Minutes()
+        self.values: list[Tensor] = []
+        self._versions: list[int] = []
+        self.gradients: list[Tensor] = []
+
+    def meet(self, call: Call) -> Any:
+        meeting = self._meetings[self._place] if self._place < len(self._meetings) else None
+        if meeting is None or meeting.key != call.key:
+            raise self._other(f"meets at {call}", f"at {meeting.calls[0]}" if meeting is not None else "nowhere more")
+        self._place += 1
+        self._moments.restore(self._number, self._place)
+        gradient = meeting.entering(self._number)
+        if gradient is not None and call.with_graph and call.value.requires_grad:
+            self.values.append(call.value)
+            self._versions.append(call.value._version)
+            self.gradients.append(gradient)
+        self.minutes.take(meeting.calls, meeting.result, meeting.replayed, meeting.passage.of(self._number))
+        return meeting.replayed(call)
+
+    def own_rows(self) -> Indices | None:
+        return known_rows(self._rows)
+
+    def require_end(self) -> None:
+        """Raise an error unless it met as often as in the first pass, and left what it brought and got as it was."""
+        if self._place < len(self._meetings):
+            raise self._other("ends", f"at {self._meetings[self._place].calls[0]}")
+        self.minutes.require_unchanged()
+        if any(value._version != version for value, version in zip(self.values, self._versions, strict=True)):
+            raise MeetingError(
+                "A tensor was changed after it had been brought to a meeting, and the gradient that is for it "
+                "would enter at another one.",
+                hint='bring a copy, wb.gather(x.clone()), or pass lockstep="joined".',
+            )
+
+    def _other(self, now: str, before: str) -> MeetingError:
+        return MeetingError(
+            f"Micro-batch {self._number} {now} in its second pass, and met {before} in its first.",
+            hint="a forward pass is run twice, with the same random numbers and buffers; let it depend on nothing else "
+            'that changes, or pass lockstep="joined", which runs it once.',
+        )
+
+
+class _Known(torch.autograd.Function):
+    """What a meeting came to. The gradient that enters there is known, and enters elsewhere."""
+
+    @staticmethod
+    def forward(_ctx: Any, _value: Tensor, result: Tensor) -> Tensor:
+        return result.detach()
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no weight require a gradient, so that graphs begin at meetings."""
+    weights = [each for each in model.parameters() if each.requires_grad and each.is_leaf]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+        try:
+            for each in weights:
+                each.requires_grad_(False)
+            yield
+        finally:
+            for each in weights:
+                each.requires_grad_(True)
+
+
+def _given(leaf: Tensor, _call: Call) -> Tensor:
+    return leaf
+
+
+def _without_graph(call: Call) -> Call:
+    return replace(call, value=call.value.detach()) if isinstance(call.value, Tensor) else call
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

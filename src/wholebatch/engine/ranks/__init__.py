@@ -1,0 +1,1 @@
+"""What do ranks say to each other, and when?"""

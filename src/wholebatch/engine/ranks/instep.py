@@ -1,0 +1,260 @@
+"""How do ranks train weights that no rank can hold? In step: all make equally many passes, and send with each of them.
+
+Each pass gathers the weights of one layer after the other and adds up its gradient over all ranks, so that no rank ever
+has all of either. A rank with fewer micro-batches makes passes of weight zero. One that stops in the middle of a pass
+leaves the others waiting, so nothing is undone together here: they end when its process does, or at the time-out.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wholebatch.core.errors import ConfigError, MeetingError, OptimizerError, OutOfMemoryError, RankError
+from wholebatch.core.split import Size
+from wholebatch.core.weights import gradient_factor
+from wholebatch.core.window import WindowState
+from wholebatch.engine.meetings.reach import Reach
+from wholebatch.engine.ranks.message import Ending, Heard, anywhere, common_of, no_gradient, told, words
+from wholebatch.engine.ranks.wire import Wire
+from wholebatch.engine.sums import GradientSum
+from wholebatch.engine.weighing import Reading, Weighing
+
+
+class InStep:
+    """A group of several ranks that make every pass together.
+
+    Args:
+        sharded: The modules that `fully_shard` has taken, the root first.
+        wire: Speaks to the others.
+        introduce: Compares notes with all ranks, before the first window.
+    """
+
+    in_step = True
+    has_met = False
+
+    def __init__(self, sharded: Sequence[Any], wire: Wire, introduce: Callable[[], None]) -> None:
+        self.ranks = wire.ranks
+        self.ended = self.idle = False
+        self.all_ended = self.all_idle = False
+        self.reference: float | None = 1.0
+        self.passes = 0
+        self.spare: Any = None
+        self._present: set[Tensor] = set()
+        self._awaited = False  # whether the others wait to hear of this rank's passes
+        self._sharded = list(sharded)
+        self._wire = wire
+        self._introduce: Callable[[], None] | None = introduce
+
+    @property
+    def others_go_on(self) -> bool:
+        """Whether other ranks may have more micro-batches."""
+        return not self.all_ended
+
+    def begin_stream(self) -> None:
+        """Begin to read micro-batches: as far as is known, each rank has some."""
+        self.ended = self.idle = self.all_ended = self.all_idle = False
+
+    @contextmanager
+    def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:
+        """The context of a logical batch: after an exception in it this rank is out of step."""
+        self.open(sums)
+        try:
+            yield
+        except RankError:
+            raise
+        except Exception as error:
+            if self._awaited:
+                self._exchange(0, lacking=False, failed=words(error))
+                raise
+            self._wire.lost = f"it left a window in the middle ({words(error)})."
+            if isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_THE_NETWORK):
+                raise self._wire.unanswered(error) from error
+            raise
+
+    def open(self, sums: Callable[[], GradientSum]) -> None:
+        """Begin a window."""
+        self._wire.require()
+        if self._introduce is not None:
+            self._introduce()
+            self._introduce = None
+            _require_shards(sums())
+            self._watch()
+            for each in self._sharded:
+                each.set_gradient_divide_factor(1.0)
+                for option in ("set_force_sum_reduction_for_comms", "set_reduce_scatter_unused_params"):
+                    if hasattr(each, option):
+                        getattr(each, option)(True)
+        self.passes = 0
+        self._present.clear()
+        self._awaited = True
+
+    def end(self) -> None:
+        pass
+
+    def expect_last(self, weighing: Weighing) -> None:
+        pass
+
+    def keep_from_sending(self) -> bool:
+        """Return that there is no keeping from it: every pass sends."""
+        return False
+
+    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
+        """Let all ranks make as many passes as the one with most.
+
+        Args:
+            passes: Of this rank.
+            take: Returns a small micro-batch for passes of weight zero; None where this rank has no rows.
+        """
+        if take is not None:
+            self.spare = take()
+        self.passes, any_lacking = self._exchange(passes, lacking=self.spare is None)
+        if any_lacking and self.passes:
+            given = self._wire.gather(self.spare)
+            self.spare = self.spare if self.spare is not None else next(each for each in given if each is not None)
+
+    def _exchange(self, passes: int, *, lacking: bool, failed: str | None = None) -> tuple[int, bool]:
+        """Say how many passes this rank has to make, or why it makes none; return what holds for all.
+
+        Raises:
+            RankError: Another rank failed before its first pass.
+        """
+        self._awaited = False
+        asked = torch.tensor([passes, lacking, failed is not None], dtype=torch.float64, device=self._device)
+        self._wire.wait(self._wire.add_up(asked, largest=True))
+        most, any_lacking, any_failed = asked.tolist()
+        if any_failed:
+            said = self._wire.gather(failed)
+            if failed is None:
+                raise told([(rank, why) for rank, why in enumerate(said) if why is not None])
+        return int(most), bool(any_lacking)
+
+    def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
+        """Return what the window came to, over all ranks; the gradient is there already."""
+        assert self.reference is not None
+        common = self.reference
+        presence = [parameter in self._present for parameter in sums.parameters]
+        ending = Ending(self.ended, self.idle)
+        square = _square(sums)
+        heard = Heard.of(self._wire, weighing, state, presence, ending, extra=square, device=self._device)
+        self.all_ended, self.all_idle = heard.all_ended, heard.all_idle
+        if heard.failed:
+            return Reading(math.nan, math.nan, 0.0, math.nan, math.nan, -1.0)
+        if heard.differ:
+            presence = anywhere(self._wire, presence, self._device)
+        if heard.targets and not any(presence):
+            raise no_gradient()
+        for parameter, present in zip(sums.parameters, presence, strict=True):
+            if not present:  # what nobody has used was sent as zeros, and is not to be moved
+                parameter.grad = None
+        state.rows = heard.rows
+        targets = heard.targets
+        self.reference = common_of(targets, common)
+        norm = math.sqrt(heard.extra) if heard.extra >= 0 else math.nan
+        factor = gradient_factor(common, targets) / heard.scale if targets else 0.0
+        return Reading(
+            loss=heard.loss_sum / targets if targets else math.nan,
+            norm=norm * factor,
+            factor=factor,
+            scaled_norm=norm,
+            targets=targets,
+            least=0.0,
+        )
+
+    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters whose gradients arrive in a backward pass: shards, as `fully_shard` reduces them."""
+        return list(parameters)
+
+    def deliver(self, sums: GradientSum, factor: float) -> None:
+        """Put the sum times `factor` where the optimizer looks for it."""
+        sums.deliver(factor)
+
+    def moving(self) -> AbstractContextManager[object]:
+        """The context in which the update happens."""
+        return nullcontext()
+
+    def withdraw(self, why: BaseException | None) -> None:
+        """Note that this rank left a window in the middle; nobody hears of it."""
+        if why is not None and not self._awaited and not isinstance(why, RankError):
+            self._wire.lost = f"it left a window in the middle ({words(why)})."
+
+    def report_shortage(self, said: str, finer: Size) -> list[Size]:
+        """Refuse to cut finer: the others are in the middle of a pass."""
+        raise OutOfMemoryError(
+            f'Memory ran out ({said}), and with communication="each" ranks cannot go back together.',
+            hint=f"start all ranks again with smaller micro-batches, such as {finer[1]} {finer[0]}.",
+        )
+
+    def take_shortages(self) -> list[Size]:
+        return []
+
+    def expect_meeting(self, meets: bool) -> None:
+        """Refuse micro-batches that meet: they run in another order than that in which ranks make their passes."""
+        if meets:
+            self.report_meeting("The micro-batches of this model meet")
+
+    def reach(self, *_: object) -> Reach:
+        raise AssertionError
+
+    def report_meeting(self, why: str) -> None:
+        """Refuse micro-batches that meet."""
+        raise MeetingError(
+            f'{why}, and with communication="each" the passes of all ranks go one by one.',
+            hint='pass communication="once", or a loss that needs no other rows than those of its micro-batch.',
+        )
+
+    def give_up(self) -> None:
+        raise AssertionError
+
+    def _watch(self) -> None:
+        """Note from now on which weights receive a gradient on this rank. Gathers one layer after the other."""
+        for module in self._sharded:
+            shards = dict(module.named_parameters())
+            module.unshard()
+            for name, leaf in dict(module.named_parameters()).items():
+                if leaf is not shards[name] and leaf.requires_grad:
+                    leaf.register_post_accumulate_grad_hook(lambda _, shard=shards[name]: self._present.add(shard))
+            module.reshard()
+
+    @property
+    def _device(self) -> torch.device:
+        parameter: Any = next(self._sharded[0].parameters())
+        return torch.device(parameter.device)
+
+
+_OF_THE_NETWORK = ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")
+
+
+def _require_shards(sums: GradientSum) -> None:
+    for parameter in sums.parameters:
+        if not hasattr(parameter, "device_mesh"):
+            raise OptimizerError(
+                f'A parameter of shape {tuple(parameter.shape)} is on every rank, and communication="each" adds up '
+                "only what fully_shard has spread.",
+                hint='call fully_shard(model) on the root too, or pass communication="once".',
+            )
+    if sums.sums_apart:
+        raise ConfigError(
+            'With communication="each" gradients of 16-bit weights are added up in their own 16 bits.',
+            hint="keep the weights in 32 bits under MixedPrecisionPolicy(param_dtype=torch.bfloat16), or pass "
+            'accumulate_in="weights" or communication="once".',
+        )
+
+
+def _square(sums: GradientSum) -> Tensor | float:
+    """This rank's part of the squared 2-norm of the gradient, so that those of all ranks add up to it."""
+    total: Tensor | float = 0.0
+    for parameter in sums.parameters:
+        gradient: Any = parameter.grad
+        if gradient is not None:
+            mesh = gradient.device_mesh
+            replicas = math.prod(
+                mesh.size(dim) for dim, placement in enumerate(gradient.placements) if placement.is_replicate()
+            )
+            local = gradient.to_local()
+            wide = torch.float32 if local.element_size() < 4 else None
+            total = total + torch.linalg.vector_norm(local, dtype=wide).double().square() / replicas
+    return total

@@ -1,0 +1,1 @@
+"""How do weights move, once or not at all?"""
