@@ -166,6 +166,13 @@ def test_groups_divide_the_channels(channels, groups, number):
     assert wb.convert_batch_norm(nn.BatchNorm2d(channels), groups=groups).num_groups == number
 
 
+@pytest.mark.parametrize(("channels", "number"), [(4, 1), (32, 4), (96, 12), (512, 32)])
+def test_groups_of_single_vectors_hold_several_values(channels, number):
+    layer = wb.convert_batch_norm(nn.BatchNorm1d(channels))
+    assert layer.num_groups == number
+    assert layer(numbers(3, channels, dtype=torch.float32)).std(dim=1).min() > 0.5
+
+
 def test_a_converted_layer_keeps_its_eps_its_mode_its_dtype_and_whether_it_scales():
     layer = wb.convert_batch_norm(nn.BatchNorm1d(4, eps=0.1, affine=False).double().eval())
     assert (layer.eps, layer.training, layer.affine) == (0.1, False, False)

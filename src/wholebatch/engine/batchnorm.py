@@ -55,6 +55,10 @@ def require_row_by_row(model: nn.Module) -> None:
     )
 
 
+_FEW = 8
+"""Fewer values than these say too little about their mean and variance."""
+
+
 def convert_batch_norm(
     model: Module, to: Literal["group", "layer", "instance"] = "group", *, groups: int = 32
 ) -> Module | nn.GroupNorm:
@@ -68,7 +72,8 @@ def convert_batch_norm(
         model: Changed in place. Any module; batch norm is found at every depth.
         to: What to put in its place.
         groups: Groups of channels for ``"group"``; where it does not divide the channels of a layer, the next smaller
-            number that does.
+            number that does. `BatchNorm1d`, which may see single vectors, gets groups of 8 channels or more: of one
+            value alone nothing would be left.
 
     Returns:
         The model, or its replacement where `model` is itself a batch norm layer.
@@ -92,6 +97,8 @@ def convert_batch_norm(
     def replacement(layer: _BatchNorm) -> nn.GroupNorm:
         if layer not in replaced:
             wanted = {"group": groups, "layer": 1, "instance": layer.num_features}[to]
+            if to == "group" and isinstance(layer, nn.BatchNorm1d):
+                wanted = min(groups, max(1, layer.num_features // _FEW))
             number = next(n for n in range(min(wanted, layer.num_features), 0, -1) if layer.num_features % n == 0)
             norm = nn.GroupNorm(number, layer.num_features, eps=layer.eps, affine=layer.affine)
             if layer.affine:

@@ -26,7 +26,7 @@ class Cause:
     Attributes:
         name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"reduction"``, ``"targets"``, ``"not finite"``,
             ``"balancing loss"`` or ``"not a sum over rows"``. A user's own step has further ones, in
-            `wholebatch.evidence.certificate.habits`.
+            `wholebatch.evidence.certificate`.
         found: What was found, as a sentence.
         hint: What to do about it.
         where: The line to change, as in ``"my_file.py:23: optimizer.step()"``, or None where it is not known.
