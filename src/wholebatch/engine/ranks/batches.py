@@ -34,9 +34,9 @@ class LogicalBatches(Sampler[list[int]]):
             transformer, 0 for a model without attention.
         shuffle: Draw the rows anew each epoch (see `set_epoch`), or take them as they stand.
         seed: Of the order; the same on all ranks.
-        rank, ranks: Which process this is, and of how many. Default: as `torch.distributed` or torchrun says when an
-            epoch begins; one process is a group of one. Give them where not every process has rows of its own, as in
-            tensor parallel training.
+        rank: Which process this is. Default: as `torch.distributed` or torchrun says when an epoch begins; one process
+            is a group of one. Give it where not every process has rows of its own, as in tensor parallel training.
+        ranks: Of how many processes; goes with `rank`.
 
     Raises:
         SplitError: There are no rows, a length is not a number, or a logical batch holds nothing.
