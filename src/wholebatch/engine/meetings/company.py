@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -331,7 +332,8 @@ def recomputing_with(company: Company) -> Iterator[None]:
         _in_backward.remove(company)
 
 
-_WITHIN = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))  # noqa: PTH118, PTH120
+_ENGINE = Path(__file__).parents[1]
+_WITHIN = tuple(os.path.join(folder, "") for folder in (_ENGINE, Path(torch.__file__).parent))  # noqa: PTH118
 
 
 def _site() -> Site:

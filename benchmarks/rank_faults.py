@@ -160,7 +160,7 @@ def work(numbers: list[int]) -> None:
 
 
 def main() -> int:
-    parser = arguments(__doc__, "benchmarks/faults.py")
+    parser = arguments(__doc__, "benchmarks/rank_faults.py")
     parser.add_argument("--runs", type=int, default=200, help="how many")
     parser.add_argument("--only", type=int, help="the run of this number alone, and all that its ranks have seen")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time: most of their time is waiting")

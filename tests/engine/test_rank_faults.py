@@ -16,14 +16,14 @@ NUMBERS = [0, 1, 2, 3, 4, 5, 6, 14, 17, 21, 26]
 @pytest.fixture
 def faults(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import faults
+    import rank_faults as faults
 
     return faults
 
 
 @pytest.mark.slow
 def test_no_fault_ends_in_a_wrong_update_an_unclear_error_or_a_hang(faults):
-    command = [sys.executable, BENCHMARKS / "faults.py", "--numbers", json.dumps(NUMBERS)]
+    command = [sys.executable, BENCHMARKS / "rank_faults.py", "--numbers", json.dumps(NUMBERS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
     found = {number: wrong for number, _, _, wrong, _ in map(json.loads, done.stdout.splitlines())}
     without_link = [number for number in NUMBERS if faults.Scene.drawn(number).kind != faults.LINK]
