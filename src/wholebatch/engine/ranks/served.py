@@ -1,10 +1,10 @@
 """How does one rank hold the center for all? A parameter server on `torch.distributed.rpc`."""
 
-import math
 import threading
+import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -39,6 +39,7 @@ class Held:
         self._lock = threading.Lock()
         self._finished: list[Future[Any]] = []
         self._failure: str | None = None
+        self._there = threading.Semaphore(0)
         self.commits = 0
 
     def commit(self, found: Vectors | None) -> "Answer":
@@ -65,6 +66,17 @@ class Held:
         with self._lock:
             self._failure = self._failure or why
         self._answer()
+
+    def leave(self) -> None:
+        """Say that a rank asks no more."""
+        self._there.release()
+
+    def await_leaving(self, patience: float) -> None:
+        """Wait until all ranks but this one ask no more, but not for longer than so many seconds."""
+        until = time.monotonic() + patience
+        for _ in range(self._ranks - 1):
+            if not self._there.acquire(timeout=max(0.0, until - time.monotonic())):
+                return
 
     def _answer(self) -> None:
         with self._lock:
@@ -107,6 +119,10 @@ def _finish(number: int) -> "Future[Any]":
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
 def _fail(number: int, why: str) -> "Future[None]":
     return _held(number).then(lambda held: held.value().fail(why))
+
+
+def _leave(number: int) -> None:
+    _held(number).value().leave()
 
 
 class Served(Center):
@@ -156,10 +172,21 @@ class Served(Center):
                 rpc.rpc_sync(0, _fail, args=(self._number, said), timeout=patience)
         if self._owns:
             self._owns = False
-            with suppress(RuntimeError) if failure is not None else nullcontext():
-                rpc.shutdown(timeout=math.ceil(patience))
+            self._part(patience)
         with _HELD_LOCK:
             _HELD.pop(self._number, None)
+
+    def _part(self, patience: float) -> None:
+        """Take down what `join` set up; the rank that is called goes last.
+
+        The graceful shutdown of `torch.distributed.rpc` now and then waits without end for a rank that has ended.
+        """
+        if rpc.get_worker_info().id != 0:
+            with suppress(RuntimeError):  # the answer may be overtaken by the end
+                rpc.rpc_sync(0, _leave, args=(self._number,), timeout=patience)
+        elif _held(self._number).done():
+            _held(self._number).value().await_leaving(patience)
+        rpc.shutdown(graceful=False)
 
     def _to_devices(self, center: Vectors) -> Vectors:
         return [each.to(device) for each, device in zip(center, self._devices, strict=True)]
