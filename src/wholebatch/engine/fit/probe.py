@@ -441,5 +441,4 @@ def _bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
 
 
 def _in_a_line(error: BaseException) -> str:
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{type(error).__name__}: {said}"[:160]
+    return f"{type(error).__name__}: {memory.in_a_line(error)}"[:160]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from wholebatch.core.batch import count_rows
 from wholebatch.core.errors import ConfigError, OptimizerError, WindowError
 from wholebatch.core.weights import Reduction
+from wholebatch.engine import memory
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn, learns, plain_count
 from wholebatch.engine.ranks.center import Center, Reduced, Vectors
@@ -200,7 +201,7 @@ class AccumulatedGradientNormalization:
         if error is None:
             self.close()
         elif isinstance(error, Exception) and not self._closed:  # Ctrl-C waits for nobody
-            self._end((str(error).strip() or type(error).__name__).splitlines()[0])
+            self._end(memory.in_a_line(error))
 
     def _end(self, failure: str | None = None) -> None:
         self._closed = True
