@@ -1,6 +1,10 @@
 """Micro-batches that meet make the update of the undivided batch: losses that compare rows, in both executions."""
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -318,3 +322,42 @@ def test_a_thousand_micro_batches_in_one_window(lockstep):
     batch = pairs(1000, torch.float64)
     whole = change(animal, undivided(animal), [batch])
     assert relative_error(change(animal, stepped(animal, wb.Rows(1), lockstep=lockstep), [batch]), whole) <= FP64
+
+
+HELPERS = """
+import os, threading, torch
+from torch import nn
+import wholebatch as wb
+
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 128))
+found = []
+
+def helpers():
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+def loss_fn(model, batch):
+    loss = wb.losses.info_nce(model(batch[0]), model(batch[1]), symmetric=True)
+    found.append(helpers())
+    return loss
+
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+accumulator = wb.Accumulator(model, optimizer, loss_fn, micro_batch=wb.Rows(32), lockstep="replay", check=None)
+before = helpers()
+accumulator.step((torch.randn(128, 512), torch.randn(128, 512)))
+print(max(found) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads of the system are counted in /proc")
+def test_a_micro_batch_computes_with_as_many_threads_as_its_caller():
+    """Asked for one, the micro-batches bring no helpers of OpenMP: at 4 threads a process, 4 of them would bring 12."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELPERS],
+        env={**os.environ, "OMP_NUM_THREADS": "4"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert int(done.stdout) <= 2, done.stdout

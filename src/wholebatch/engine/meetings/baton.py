@@ -218,6 +218,7 @@ class _Surroundings:
 
     def __init__(self, device: torch.device) -> None:
         self._grad = torch.is_grad_enabled()
+        self._num_threads = torch.get_num_threads()
         kinds = {"cpu", device.type}
         self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
         self._cache = torch.is_autocast_cache_enabled()
@@ -229,6 +230,7 @@ class _Surroundings:
 
     def enter(self, stack: ExitStack) -> None:
         """Make them so in this thread, until the end of the stack."""
+        torch.set_num_threads(self._num_threads)  # BLAS and OpenMP look at a setting of each thread
         stack.enter_context(torch.set_grad_enabled(self._grad))
         for kind, dtype in self._autocast:
             stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self._cache))
