@@ -324,6 +324,48 @@ def test_a_thousand_micro_batches_in_one_window(lockstep):
     assert relative_error(change(animal, stepped(animal, wb.Rows(1), lockstep=lockstep), [batch]), whole) <= FP64
 
 
+def pairs_of_six(rows, dtype):
+    draw = torch.Generator().manual_seed(0)
+    return {"a": torch.randn(rows, 6, generator=draw, dtype=torch.float64).to(dtype)}
+
+
+def nothing_but_what_met(model, batch):
+    everyone = wb.gather(model(batch["a"]))
+    return torch.logsumexp((everyone @ everyone.T).flatten(), 0)
+
+
+def penalised(model, batch):
+    """Differentiates by what met, as a gradient penalty does."""
+    mine = model(batch["a"])
+    everyone = wb.gather(mine)
+    loss = torch.logsumexp(mine @ everyone.T, 1).mean()
+    (slope,) = torch.autograd.grad(loss, everyone, create_graph=True)
+    return loss + slope.square().sum()
+
+
+def hooked(model, batch):
+    everyone = wb.gather(model(batch["a"]))
+    everyone.register_hook(lambda gradient: gradient * 1)
+    return torch.logsumexp((everyone @ everyone.T).flatten(), 0)
+
+
+@pytest.mark.parametrize("loss", [nothing_but_what_met, hooked])
+def test_a_loss_of_nothing_but_what_met_is_replayed(loss):
+    animal = Animal(lambda: nn.Linear(6, 4), pairs_of_six, loss)
+    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep="replay")) <= FP64
+
+
+@pytest.mark.parametrize("drops", [0.0, 0.5])
+def test_code_that_differentiates_by_what_met_makes_the_update_of_joined_graphs(drops):
+    """It is run once more with the same draws; the penalty itself depends on the cut."""
+    animal = Animal(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(drops), nn.Linear(8, 4)), pairs_of_six, penalised)
+    batch = pairs_of_six(ROWS, torch.float64)
+    replayed, joined = (
+        change(animal, stepped(animal, wb.Rows(4), lockstep=each), [batch]) for each in ("replay", "joined")
+    )
+    assert relative_error(replayed, joined) <= FP64
+
+
 HELPERS = """
 import os, threading, torch
 from torch import nn

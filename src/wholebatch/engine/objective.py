@@ -176,7 +176,13 @@ class Objective:
 def _check_loss(loss: Any, graph: bool) -> None:
     if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
         _check_scalar(loss, "The loss")
-    if graph and not loss.requires_grad:
+    if graph:
+        require_graph(loss)
+
+
+def require_graph(loss: Tensor) -> None:
+    """Raise an error if no gradient can be computed from a loss."""
+    if not loss.requires_grad:
         raise LossError(
             "The loss has no graph, so that no gradient can be computed from it.",
             hint="return the loss as the model gave it: without .item(), .detach() or torch.no_grad().",

@@ -349,10 +349,12 @@ class Window:
         losses, roots = list(values), list(gradients)
         counted = [(part, rows) for part, rows in parts if part is not None and learns(part)]
         for part, _ in counted:
-            more_losses, more_roots = self._weighing.weigh(part)
+            weighed = zip(*self._weighing.weigh(part), strict=True)
             self._weighing.settle()
-            losses += more_losses
-            roots += more_roots
+            for loss, root in weighed:
+                if loss.requires_grad:  # a loss of nothing but what met is a constant in the second pass of a replay
+                    losses.append(loss)
+                    roots.append(root)
         if losses:
             self._sums.open_backward()
             run_backward(losses, roots)

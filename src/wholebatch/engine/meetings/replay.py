@@ -30,7 +30,7 @@ from wholebatch.engine.meetings.draws import Passage
 from wholebatch.engine.meetings.moments import Moments
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
-from wholebatch.engine.objective import Part, learns
+from wholebatch.engine.objective import Part, learns, require_graph
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.weighing import Weighing
 from wholebatch.engine.window import Window
@@ -86,11 +86,7 @@ def run_replayed(
     reach.close()
     for number, run in enumerate(runs):
         before(number)
-        replay = _Replay(meetings, moments, number, reach.rows[number])
-        moments.restore(number, 0)
-        with among(replay):
-            part = run()
-        replay.require_end()
+        part, replay = _second_pass(run, meetings, moments, number, reach.rows[number])
         with recomputing_with(replay.minutes):
             window.add_together([(part, rows[number])], replay.values, replay.gradients)
         del part, replay
@@ -161,7 +157,7 @@ def _first_pass(
         )
     except RuntimeError as error:
         # The user's code asks for a gradient of its own, which frozen weights do not have.
-        if "require grad" not in str(error) and "require gradient" not in str(error):
+        if not _asks_for_graph(error):
             raise
         again = Again(f"a part of the model asks for a graph of its own ({error})", joined=True)
     else:
@@ -171,8 +167,46 @@ def _first_pass(
     raise again
 
 
+def _second_pass(
+    run: Run, meetings: Sequence["_Meeting"], moments: Moments, number: int, rows: Indices | None
+) -> tuple[Part | None, "_Replay"]:
+    """Run a micro-batch a second time, and return what it adds and where gradients enter besides.
+
+    What a meeting came to is a constant there, so that no gradient is computed that is known already. Code that
+    differentiates by it itself, or hangs a hook on it, is run again and gets it with a graph.
+    """
+    while True:
+        replay = _Replay(meetings, moments, number, rows)
+        moments.restore(number, 0)
+        try:
+            with among(replay):
+                part = run(graph=False)
+        except RuntimeError as error:
+            if not _asks_for_graph(error) or all(each.is_tracked for each in meetings):
+                raise
+        else:
+            break
+        for each in meetings:
+            each.is_tracked = True
+    replay.require_end()
+    if part is not None and learns(part) and not replay.values:
+        require_graph(part.loss)
+    return part, replay
+
+
+def _asks_for_graph(error: RuntimeError) -> bool:
+    """Return whether somebody asks for a gradient by what does not require one."""
+    return any(each in str(error) for each in ("require grad", "require gradient", "requires_grad"))
+
+
 class _Meeting:
-    """What all micro-batches brought, what it came to, and the gradient that enters there."""
+    """What all micro-batches brought, what it came to, and the gradient that enters there.
+
+    Attributes:
+        is_tracked: Whether the second pass gets the result with a graph, through which nothing flows.
+    """
+
+    is_tracked = False
 
     def __init__(self, calls: Sequence[Call], reach: Reach, passage: Passage) -> None:
         self.passage = passage
@@ -242,10 +276,10 @@ class _Meeting:
         return self._entering[number] if self._entering else None
 
     def replayed(self, call: Call) -> Any:
-        """Return what a micro-batch gets in the second pass: with a graph, through which nothing flows."""
+        """Return what a micro-batch gets in the second pass: a constant, unless its code asks for more."""
         if not isinstance(self.result, Tensor):
             return self.result
-        if self._differentiable and call.with_graph and call.value.requires_grad:
+        if self.is_tracked and self._differentiable and call.with_graph and call.value.requires_grad:
             return _Known.apply(call.value, self.result)  # type: ignore[no-untyped-call]
         return self.result.detach()
 
