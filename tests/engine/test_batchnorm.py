@@ -291,3 +291,15 @@ def test_an_accumulator_on_other_weights_of_batch_norm_is_the_same_as_before():
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     wb.convert_batch_norm(model)
     assert {id(parameter) for parameter in model.parameters()} == held
+
+
+def test_single_vectors_are_refused_by_groups_of_one_channel():
+    """Of one value less its mean nothing is left, whatever the weights before it are."""
+    model = wb.convert_batch_norm(nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16)), to="instance")
+    for rows in (1, 4):
+        with pytest.raises(wb.BatchNormError, match="a single value a channel") as caught:
+            model(torch.randn(rows, 3))
+        assert 'to="group"' in str(caught.value)
+    assert torch.isfinite(model[1](torch.randn(1, 16, 5))).all()
+    grouped = wb.convert_batch_norm(nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16)))
+    assert grouped(torch.randn(1, 3)).abs().max() > 0

@@ -7,7 +7,7 @@ those of the undivided batch.
 
 from typing import Any, Literal, Self, SupportsIndex, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from wholebatch.core.errors import BatchNormError
@@ -103,6 +103,8 @@ def convert_batch_norm(
             norm = nn.GroupNorm(number, layer.num_features, eps=layer.eps, affine=layer.affine)
             if layer.affine:
                 norm.weight, norm.bias = layer.weight, layer.bias
+            if number == layer.num_features and isinstance(layer, nn.BatchNorm1d):
+                norm.register_forward_pre_hook(_require_several_values)
             replaced[layer] = norm.train(layer.training)
         return replaced[layer]
 
@@ -114,6 +116,16 @@ def convert_batch_norm(
             if isinstance(child, _BatchNorm):
                 setattr(parent, name, replacement(child))
     return model
+
+
+def _require_several_values(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse rows that have a single value a channel: less its mean, nothing is left of it."""
+    if inputs and inputs[0].ndim == 2:
+        raise BatchNormError(
+            f"Each row of {tuple(inputs[0].shape)} has a single value a channel, and batch norm was converted to "
+            f"{norm.num_groups} groups of one channel each, which normalise it to 0.",
+            hint='convert layers that see single vectors with to="group" or to="layer".',
+        )
 
 
 def freeze_batch_norm(model: Module) -> Module:
