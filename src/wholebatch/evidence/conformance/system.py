@@ -17,6 +17,7 @@ class System:
         train: Trains a task. What it raises is a refusal, in the system's own words; a `NotExpressible` says that there
             is no documented way.
         expresses: What it can be asked beyond windows of micro-batches, in the words of `Task.asks`.
+        lacks: Why it cannot be asked some of the others, each a reason by its word.
         distributions: What has to be installed.
         install: The command that does it.
         environment: Variables to be set before it is loaded.
@@ -29,6 +30,7 @@ class System:
     title: str
     train: Callable[[Task | PairTask], Trained]
     expresses: frozenset[str]
+    lacks: Mapping[str, str] = field(default_factory=dict)
     distributions: tuple[str, ...] = ()
     install: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
