@@ -26,6 +26,9 @@ LOSS_TOLERANCE = 1e-3
 OTHER_PURPOSE = "it is a way to say"
 """How the reason begins why a system is not asked for what it is not for."""
 
+NO_WAY = "its adapter has no way to say: "
+"""How the reason begins why a system is not asked for what its adapter does not know."""
+
 _READINGS_TOLERANCE = 1e-11
 """How far the two readings may be apart: both are in float64."""
 
@@ -75,7 +78,7 @@ def judge(system: System, scene: Scene) -> Verdict:
     lacking = scene.task.asks - system.expresses
     if lacking:
         reasons = list(dict.fromkeys(system.lacks[word] for word in sorted(lacking) if word in system.lacks))
-        why = "; ".join(reasons) or f"its adapter has no way to say: {', '.join(sorted(lacking))}"
+        why = "; ".join(reasons) or NO_WAY + ", ".join(sorted(lacking))
         return Verdict(system.name, scene.name, "not expressible", why=why)
     ranks = scene.task.ranks if isinstance(scene.task, Task) else 1
     if ranks > 1 and os.environ.get("WORLD_SIZE") != str(ranks):

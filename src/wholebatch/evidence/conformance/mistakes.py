@@ -7,7 +7,7 @@ from torch import nn
 from wholebatch.evidence.conformance.habits import HABITS, STAGNATES, Habit
 from wholebatch.evidence.conformance.loops import leaking, ranks_alike, train
 from wholebatch.evidence.conformance.task import PairTask, Task, flat
-from wholebatch.evidence.conformance.two_passes import two_passes
+from wholebatch.evidence.conformance.two_passes import ANEW, PIECEWISE, two_passes
 
 CLOSE = 1e-6
 """How near a run must come to the end of a wrong loop to have its mistake, relative to the way that both went."""
@@ -21,6 +21,9 @@ _ALIKE = "each rank weighs the same, whatever it holds"
 _FOR_EACH = "the mean of all ranks counts once for each rank"
 _APART = "rows meet only those of their own micro-batch"
 _NO_LABEL = "the mean over no label is not a number"
+
+NAMES = frozenset({*HABITS, _LEAK, _NORM, _ALIKE, _FOR_EACH, _APART, _NO_LABEL, ANEW, PIECEWISE})
+"""All mistakes that have a name."""
 
 
 def name(task: Task | PairTask, found: nn.Module, right: nn.Module, tolerance: float) -> str | None:

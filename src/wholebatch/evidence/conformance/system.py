@@ -17,25 +17,25 @@ class System:
         train: Trains a task. What it raises is a refusal, in the system's own words; a `NotExpressible` says that there
             is no documented way.
         expresses: What it can be asked beyond windows of micro-batches, in the words of `Task.asks`.
-        lacks: Why it cannot be asked some of the others, each a reason by its word.
         distributions: What has to be installed.
         install: The command that does it.
         environment: Variables to be set before it is loaded.
         requires: What it has to be asked for, in the same words: a way to train on several ranks is not judged alone.
         rounding: The relative error that is its rounding, where it computes in a narrower dtype than the weights have;
             a scene with a smaller tolerance is judged with this one.
+        lacks: Why it cannot be asked some of what is not in `expresses`, each a reason by its word.
     """
 
     name: str
     title: str
     train: Callable[[Task | PairTask], Trained]
     expresses: frozenset[str]
-    lacks: Mapping[str, str] = field(default_factory=dict)
     distributions: tuple[str, ...] = ()
     install: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     requires: frozenset[str] = frozenset()
     rounding: float = 0.0
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
     def versions(self) -> dict[str, str] | None:
         """Return the versions of its distributions, or None where one is not installed."""
