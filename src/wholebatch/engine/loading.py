@@ -84,7 +84,7 @@ class Loading:
                 yield micro_batch
             ranks.ended = True
 
-        yield from group(read(), micro_batches)
+        yield from group(read() if ranks.ranks > 1 else loader, micro_batches)
         ranks.idle = True
         while ranks.others_go_on:
             yield None, True
