@@ -1,8 +1,8 @@
 """Prints what wb.verify says of every planted mistake and of every clean loop and model that the tests have.
 
-``python tests/evidence/certificates.py``: a row for each of the twelve mistakes, with how many of its spellings are named
-in float64 and float32 (or in the dtype of the scene), each with the line to change; then the clean loops and models.
-Takes some 20 seconds, and ends with 1 if a mistake is not named or something clean is accused.
+``python tests/evidence/certificates.py``: a row for each of the twelve mistakes, with how many of its spellings are
+named in float64 and float32 (or in the dtype of the scene), each with the line to change; then the clean loops and
+models. Takes some 20 seconds, and ends with 1 if a mistake is not named or something clean is accused.
 """
 
 import sys
