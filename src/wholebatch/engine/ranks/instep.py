@@ -18,7 +18,8 @@ from wholebatch.core.split import Size
 from wholebatch.core.weights import gradient_factor
 from wholebatch.core.window import WindowState
 from wholebatch.engine.meetings.reach import Reach
-from wholebatch.engine.ranks.message import Ending, Heard, anywhere, common_of, no_gradient, told, words
+from wholebatch.engine.ranks.message import Heard, anywhere, common_of, no_gradient, told, words
+from wholebatch.engine.ranks.streams import Streams
 from wholebatch.engine.ranks.wire import Wire
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.weighing import Reading, Weighing
@@ -38,8 +39,7 @@ class InStep:
 
     def __init__(self, sharded: Sequence[Any], wire: Wire, introduce: Callable[[], None]) -> None:
         self.ranks = wire.ranks
-        self.ended = self.idle = False
-        self.all_ended = self.all_idle = False
+        self.streams = Streams(several=True)
         self.reference: float | None = 1.0
         self.passes = 0
         self.spare: Any = None
@@ -48,15 +48,6 @@ class InStep:
         self._sharded = list(sharded)
         self._wire = wire
         self._introduce: Callable[[], None] | None = introduce
-
-    @property
-    def others_go_on(self) -> bool:
-        """Whether other ranks may have more micro-batches."""
-        return not self.all_ended
-
-    def begin_stream(self) -> None:
-        """Begin to read micro-batches: as far as is known, each rank has some."""
-        self.ended = self.idle = self.all_ended = self.all_idle = False
 
     @contextmanager
     def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:
@@ -137,10 +128,10 @@ class InStep:
         assert self.reference is not None
         common = self.reference
         presence = [parameter in self._present for parameter in sums.parameters]
-        ending = Ending(self.ended, self.idle)
+        ending = self.streams.ending
         square = _square(sums)
         heard = Heard.of(self._wire, weighing, state, presence, ending, extra=square, device=self._device)
-        self.all_ended, self.all_idle = heard.all_ended, heard.all_idle
+        self.streams.hear(heard)
         if heard.failed:
             return Reading(math.nan, math.nan, 0.0, math.nan, math.nan, -1.0)
         if heard.differ:
