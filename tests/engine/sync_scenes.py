@@ -805,7 +805,7 @@ def overlapping(place: Place) -> dict[str, Any]:
     try:
         trial = Trial(MLP, micro_batch=wb.Rows(2))
         told: list[str] = []
-        wire = trial.accumulator._setup.group._wire
+        wire = trial.accumulator._setup.group.wire
         add_up = wire.add_up
         wire.add_up = lambda tensor, **options: (told.append(f"sent {tensor.numel()}"), add_up(tensor, **options))[1]
         next(trial.model.parameters()).register_post_accumulate_grad_hook(lambda _: told.append("first layer done"))

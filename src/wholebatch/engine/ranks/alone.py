@@ -31,6 +31,7 @@ class One:
     """
 
     ranks = 1
+    wire = None
     has_met = False
     in_step, passes, spare = False, 0, None
     reference: float | None = None

@@ -12,6 +12,7 @@ from wholebatch.core.weights import Count
 from wholebatch.core.window import WindowState
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.ranks.streams import Streams
+from wholebatch.engine.ranks.wire import Wire
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.weighing import Reading, Weighing
 
@@ -21,6 +22,7 @@ class Group(Protocol):
 
     Attributes:
         ranks: How many they are.
+        wire: Speaks to the others, if there are any.
         has_met: Whether one of several has found out that micro-batches meet.
         passes: How many all ranks make in this window at least.
         spare: A small micro-batch, for those of weight zero.
@@ -31,6 +33,10 @@ class Group(Protocol):
     """
 
     ranks: int
+
+    @property
+    def wire(self) -> Wire | None: ...
+
     in_step: bool
     passes: int
     spare: Any

@@ -46,7 +46,7 @@ class InStep:
         self._present: set[Tensor] = set()
         self._awaited = False  # whether the others wait to hear of this rank's passes
         self._sharded = list(sharded)
-        self._wire = wire
+        self.wire = wire
         self._introduce: Callable[[], None] | None = introduce
 
     @contextmanager
@@ -61,14 +61,14 @@ class InStep:
             if self._awaited:
                 self._exchange(0, lacking=False, failed=words(error))
                 raise
-            self._wire.lost = f"it left a window in the middle ({words(error)})."
+            self.wire.lost = f"it left a window in the middle ({words(error)})."
             if isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_THE_NETWORK):
-                raise self._wire.unanswered(error) from error
+                raise self.wire.unanswered(error) from error
             raise
 
     def open(self, sums: Callable[[], GradientSum]) -> None:
         """Begin a window."""
-        self._wire.require()
+        self.wire.require()
         if self._introduce is not None:
             self._introduce()
             self._introduce = None
@@ -104,7 +104,7 @@ class InStep:
             self.spare = take()
         self.passes, any_lacking = self._exchange(passes, lacking=self.spare is None)
         if any_lacking and self.passes:
-            given = self._wire.gather(self.spare)
+            given = self.wire.gather(self.spare)
             self.spare = self.spare if self.spare is not None else next(each for each in given if each is not None)
 
     def _exchange(self, passes: int, *, lacking: bool, failed: str | None = None) -> tuple[int, bool]:
@@ -115,10 +115,10 @@ class InStep:
         """
         self._awaited = False
         asked = torch.tensor([passes, lacking, failed is not None], dtype=torch.float64, device=self._device)
-        self._wire.wait(self._wire.add_up(asked, largest=True))
+        self.wire.wait(self.wire.add_up(asked, largest=True))
         most, any_lacking, any_failed = asked.tolist()
         if any_failed:
-            said = self._wire.gather(failed)
+            said = self.wire.gather(failed)
             if failed is None:
                 raise told([(rank, why) for rank, why in enumerate(said) if why is not None])
         return int(most), bool(any_lacking)
@@ -130,12 +130,12 @@ class InStep:
         presence = [parameter in self._present for parameter in sums.parameters]
         ending = self.streams.ending
         square = _square(sums)
-        heard = Heard.of(self._wire, weighing, state, presence, ending, extra=square, device=self._device)
+        heard = Heard.of(self.wire, weighing, state, presence, ending, extra=square, device=self._device)
         self.streams.hear(heard)
         if heard.failed:
             return Reading(math.nan, math.nan, 0.0, math.nan, math.nan, -1.0)
         if heard.differ:
-            presence = anywhere(self._wire, presence, self._device)
+            presence = anywhere(self.wire, presence, self._device)
         if heard.targets and not any(presence):
             raise no_gradient()
         for parameter, present in zip(sums.parameters, presence, strict=True):
@@ -170,7 +170,7 @@ class InStep:
     def withdraw(self, why: BaseException | None) -> None:
         """Note that this rank left a window in the middle; nobody hears of it."""
         if why is not None and not self._awaited and not isinstance(why, RankError):
-            self._wire.lost = f"it left a window in the middle ({words(why)})."
+            self.wire.lost = f"it left a window in the middle ({words(why)})."
 
     def report_shortage(self, said: str, finer: Size) -> list[Size]:
         """Refuse to cut finer: the others are in the middle of a pass."""

@@ -54,7 +54,7 @@ class Many:
         self.in_step, self.passes, self.spare = False, 0, None
         self.reference: float | None = None
         self.streams = Streams(several=True)
-        self._wire = wire
+        self.wire = wire
         sharded = sharded_modules(model)
         self._wrapping = Sharding(model, sharded) if sharded else Wrapping(model)
         self._sparse = sparse_parameters(model)
@@ -82,13 +82,13 @@ class Many:
         try:
             yield
         except Exception as error:
-            if self._wire.is_down(error):
-                raise self._wire.unanswered(error) from error
+            if self.wire.is_down(error):
+                raise self.wire.unanswered(error) from error
             self._tell(error)
             raise
         except BaseException as stop:  # such as Ctrl-C, which waits for nobody
             if self._owed:
-                self._wire.lost = f"it was stopped inside a window ({words(stop)})."
+                self.wire.lost = f"it was stopped inside a window ({words(stop)})."
             raise
         finally:
             self._supervised = False
@@ -96,16 +96,16 @@ class Many:
 
     def open(self, sums: Callable[[], GradientSum]) -> None:
         """Begin a window: from now on the others wait for this rank's part."""
-        self._wire.require()
+        self.wire.require()
         if self._introduce is not None:
             self._introduce()
             self._introduce = None
-        with self._wire.watching():
+        with self.wire.watching():
             self._wrapping.hush()
         self._reach = None
         summed = sums()
         if self._reduction is None or not self._reduction.fits(summed):
-            self._reduction = Reduction(summed, self._sparse, self._dtype, self._wire)
+            self._reduction = Reduction(summed, self._sparse, self._dtype, self.wire)
         self._owe()
 
     def end(self) -> None:
@@ -144,7 +144,7 @@ class Many:
             return self._hear_why(weighing, state)
         presence = reduction.presence()
         if heard.differ:
-            presence = anywhere(self._wire, presence, reduction.device)
+            presence = anywhere(self.wire, presence, reduction.device)
         if heard.targets and not any(presence):
             raise no_gradient()
         with self.moving():
@@ -177,7 +177,7 @@ class Many:
         try:
             yield
         except BaseException as error:
-            self._wire.lost = f"it failed when all had agreed on an update ({words(error)})."
+            self.wire.lost = f"it failed when all had agreed on an update ({words(error)})."
             raise
 
     def withdraw(self, why: BaseException | None) -> None:
@@ -190,7 +190,7 @@ class Many:
         elif isinstance(why, Exception):
             self._tell(why)
         else:  # such as Ctrl-C, which waits for nobody
-            self._wire.lost = f"it was stopped inside a window ({words(why)})."
+            self.wire.lost = f"it was stopped inside a window ({words(why)})."
 
     def report_shortage(self, said: str, finer: Size) -> list[Size]:
         """Tell the others that memory ran out, and return to which sizes ranks have to go."""
@@ -211,7 +211,7 @@ class Many:
         reference: Callable[[], Count],
     ) -> Reach:
         """Return those that meet in a window: the micro-batches of all ranks."""
-        self._reach = Far(self._wire, cut, micro_batches, model, device, reference)
+        self._reach = Far(self.wire, cut, micro_batches, model, device, reference)
         return self._reach
 
     def report_meeting(self, why: str) -> None:
@@ -252,7 +252,7 @@ class Many:
             return reduction.norms()
 
         return Heard.of(
-            self._wire,
+            self.wire,
             weighing,
             state,
             reduction.presence(),
@@ -293,7 +293,7 @@ class Many:
         if self._reach is not None:
             self._reach.say_failed()
         elif self._meets:
-            self._wire.gather(FAILED)
+            self.wire.gather(FAILED)
         self._started.abandon()
-        say_failed(self._wire, self._started.device)
+        say_failed(self.wire, self._started.device)
         return self._outcomes.exchange(outcome)
