@@ -217,13 +217,19 @@ def count_rows(
     if not whole and dims is None and (kind in (dict, tuple, list) or is_array(micro_batch)):
         # The usual kind, in a fraction of the time.
         leaves = micro_batch.values() if kind is dict else micro_batch if kind in (tuple, list) else (micro_batch,)
-        counts = {leaf.shape[0] if is_array(leaf) and len(leaf.shape) > 0 else None for leaf in leaves}
-        if len(counts) == 1 and None not in counts:
-            return counts.pop()
+        rows = {_length(leaf) for leaf in leaves}
+        if len(rows) == 1 and None not in rows:
+            return rows.pop()
     try:
         return LogicalBatch(micro_batch, whole=whole, dims=dims).rows
     except SplitError:
         return None
+
+
+def _length(leaf: Any) -> int | None:
+    """The first dimension of an array, or None for anything else."""
+    shape = getattr(leaf, "shape", None)
+    return shape[0] if shape and hasattr(leaf, "__getitem__") else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class Loading:
                 yield micro_batch
             streams.ended = True
 
-        yield from group(read(), micro_batches)
+        yield from group(read() if streams.several else loader, micro_batches)
         streams.idle = True
         while streams.others_go_on:
             yield None, True

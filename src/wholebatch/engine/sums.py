@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
@@ -23,8 +24,19 @@ SumIn: TypeAlias = Literal["fp32", "compensated", "weights"]
 """How gradients of 16-bit weights are summed: in 32 bits, in 24 (a 16-bit sum and the next 8 bits), or in 16."""
 
 
-Mark: TypeAlias = list[Any]
-"""How far the sums of all parameters had come at one moment."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How far the sums of all parameters had come at one moment.
+
+    Attributes:
+        sums: Each of them, or None where there was none yet.
+        versions: How often each had been written.
+        stays: Whether the next gradients are added to the same tensors.
+    """
+
+    sums: list[Tensor | None]
+    versions: list[int]
+    stays: bool
 
 
 def check_sum_in(accumulate_in: str | None) -> SumIn:
@@ -127,19 +139,28 @@ class GradientSum:
         grad = self._grad = self._watched.grad
         self._version = -1 if grad is None else grad._version
 
-    def mark(self) -> "Mark":
-        """Return how far the sum of each parameter has come."""
-        return [self._how_far(parameter) for parameter in self.parameters]
+    def mark(self, last: Mark | None = None) -> Mark:
+        """Return how far the sum of each parameter has come.
 
-    def take_back(self, mark: "Mark") -> list[nn.Parameter]:
+        Args:
+            last: The last mark of this window, whose sums need not be looked up again.
+        """
+        if last is not None and last.stays:
+            return Mark(last.sums, [each._version for each in last.sums], True)  # type: ignore[union-attr]
+        sums = list(map(self._held, self.parameters))
+        stays = not self._own and all(each is not None and each.layout == torch.strided for each in sums)
+        return Mark(sums, [-1 if each is None else each._version for each in sums], stays)
+
+    def take_back(self, mark: Mark) -> list[nn.Parameter]:
         """Forget first gradients that have arrived since a mark, and return the parameters where they met others."""
         self._listening = False
         self._watched = self._grad = None
         met: list[nn.Parameter] = []
-        for parameter, before in zip(self.parameters, mark, strict=True):
+        for parameter, before, version in zip(self.parameters, mark.sums, mark.versions, strict=True):
             if parameter in self._own:
                 parameter.grad = None
-            if self._how_far(parameter) == before:
+            now = self._held(parameter)
+            if now is before and (now is None or now._version == version):
                 continue
             if before is not None:
                 met.append(parameter)
@@ -192,14 +213,10 @@ class GradientSum:
             for parameter, grad in zip(parameters, grads, strict=True):
                 parameter.grad = grad
 
-    def _how_far(self, parameter: nn.Parameter) -> Any:
-        """What changes whenever something is added to a parameter's sum; None where it holds nothing."""
+    def _held(self, parameter: nn.Parameter) -> Tensor | None:
+        """What the sum of a parameter is held in, or None where there is nothing yet."""
         own = self._own.get(parameter) if self._own else None
-        tensor = own.held if own is not None else parameter.grad
-        if tensor is None:
-            return None
-        # The sum of sparse gradients may be a new tensor in the old one's place, unless that is kept.
-        return id(tensor), tensor._version, None if tensor.layout == torch.strided else _Same(tensor)
+        return own.held if own is not None else parameter.grad
 
     def hold(self) -> None:
         """Make this the window whose sum is in ``.grad``.
@@ -440,20 +457,6 @@ _OwnSum: TypeAlias = _Fp32Sum | _CompensatedSum
 
 class _Enough(Exception):  # noqa: N818 - no error
     """Ends a backward pass that has brought all that is wanted."""
-
-
-class _Same:
-    """Equal to what holds the same tensor, which it keeps from being replaced unseen."""
-
-    __slots__ = ("_tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other._tensor is self._tensor
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 class _Holder(threading.local):

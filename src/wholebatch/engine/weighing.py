@@ -101,7 +101,7 @@ class Weighing:
                 `settle`.
 
         Returns:
-            The two arguments of `torch.autograd.backward`.
+            The two arguments of `run_backward`.
         """
         count = part.targets
         if isinstance(count, Tensor):

@@ -17,6 +17,7 @@ from wholebatch.core.record import Update
 from wholebatch.core.weights import Count, Reduction
 from wholebatch.core.window import Phase, WindowState
 from wholebatch.engine import memory
+from wholebatch.engine.backward import run_backward
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.meetings.company import OneByOne
 from wholebatch.engine.objective import Part, learns, part_of
@@ -245,7 +246,7 @@ class Window:
         """
         losses = [each for each in (part.loss, part.once) if each is not None and each.requires_grad]
         self._sums.open_backward()
-        torch.autograd.backward(losses, [torch.zeros_like(each) for each in losses])
+        run_backward(losses, [torch.zeros_like(each) for each in losses])
         self._sums.close_backward()
         self._fillers += 1
 
@@ -284,7 +285,7 @@ class Window:
                 self.before_forward()
             losses, roots = self._weighing.weigh(part)
             self._sums.open_backward()
-            torch.autograd.backward(losses, roots)
+            run_backward(losses, roots)
             self._sums.close_backward()
             self._weighing.settle()
         except BaseException as error:
@@ -298,7 +299,7 @@ class Window:
         """Let memory run out in the next micro-batch without the end of the window: `take_back` undoes it."""
         if self._marked:
             self._rules.transaction.mark()
-        self._mark, self._marked = self._sums.mark(), self._marked + 1
+        self._mark, self._marked = self._sums.mark(self._mark), self._marked + 1
 
     def take_back(self) -> list[nn.Parameter]:
         """Undo what happened since `mark`, but for gradients that were added to those of earlier micro-batches.
@@ -354,7 +355,7 @@ class Window:
             roots += more_roots
         if losses:
             self._sums.open_backward()
-            torch.autograd.backward(losses, roots)
+            run_backward(losses, roots)
             self._sums.close_backward()
         for part, rows in counted:
             targets = part.targets
@@ -384,6 +385,7 @@ class Window:
 
     def _close(self) -> Update:
         group = self._rules.setup.group
+        self._mark = None  # or it would keep gradients that are used up one by one
         self._sums.hold()
         read = group.settle(self._sums, self._weighing, self._state)
         self._state.targets = int(read.targets) if read.targets % 1 == 0 else read.targets
@@ -452,6 +454,7 @@ class Window:
         )
 
     def _end(self, phase: Phase) -> None:
+        self._mark = None
         self._state.end(phase)
         self._rules.setup.group.end()
         self._ended()

@@ -62,7 +62,7 @@ class Splitting:
         if rules.sums.consumes or rules.setup.group.in_step:
             self._forward.into(window, micro_batch, rows, None)
             return 0
-        if self.splits([rows]):
+        if self._share is not None and self.splits([rows]):
             whole = self._layout.loaded(micro_batch)
             return self._into_in_parts(window, whole, deque(self.parts(whole)))
         said = self._tried(window, micro_batch, rows)

@@ -1,0 +1,55 @@
+"""A backward pass begins in autograd's engine, and gives what `torch.autograd.backward` gives."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wholebatch.engine import backward
+from wholebatch.engine.backward import run_backward
+
+
+def gradients(run: Callable[[list[Tensor], list[Tensor]], None]) -> list[Tensor]:
+    """Of two losses, one of which is no scalar, where other numbers than 1 enter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    first, second = model(torch.randn(5, 3, dtype=torch.float64)).unbind(1)
+    run([first.square().mean(), second], [torch.tensor(0.3, dtype=torch.float64), torch.linspace(-1, 1, 5).double()])
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def test_the_engine_gives_the_gradients_of_the_public_function():
+    ours, public = gradients(run_backward), gradients(torch.autograd.backward)
+    assert len(ours) == 4
+    assert all(map(torch.equal, ours, public))
+
+
+def test_the_public_function_stands_in_where_the_engine_is_not_found(monkeypatch: pytest.MonkeyPatch):
+    called = []
+    plain = torch.autograd.backward
+    monkeypatch.setattr(backward, "_engine", None)
+    monkeypatch.setattr(torch.autograd, "backward", lambda *given: called.append(given) or plain(*given))
+    assert all(map(torch.equal, gradients(run_backward), gradients(plain)))
+    assert len(called) == 1
+
+
+class Listening(Tensor):
+    """A tensor with a say in what is done to it."""
+
+    heard: list[str] = []  # noqa: RUF012 - emptied by its test
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        cls.heard.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_tensor_of_another_class_has_its_say_in_a_backward_pass():
+    Listening.heard.clear()
+    leaf = torch.ones(2, requires_grad=True)
+    loss = leaf.sum().as_subclass(Listening)
+    run_backward([loss], [torch.tensor(2.0)])
+    assert "backward" in Listening.heard
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [2.0, 2.0]
