@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import ConfigError, MeetingError, OptimizerError, OutOfMemoryError, RankError
+from wholebatch.core.errors import MeetingError, OptimizerError, OutOfMemoryError, RankError
 from wholebatch.core.split import Size
 from wholebatch.core.weights import gradient_factor
 from wholebatch.core.window import WindowState
+from wholebatch.engine import memory
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.ranks.message import Heard, anywhere, common_of, no_gradient, told, words
 from wholebatch.engine.ranks.streams import Streams
@@ -64,7 +65,12 @@ class InStep:
             self.wire.lost = f"it left a window in the middle ({words(error)})."
             if isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_THE_NETWORK):
                 raise self.wire.unanswered(error) from error
-            raise
+            if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+                raise
+            said = memory.in_a_line(error)
+        else:
+            return
+        raise _no_way_back(said, "let the loader yield smaller ones")
 
     def open(self, sums: Callable[[], GradientSum]) -> None:
         """Begin a window."""
@@ -140,7 +146,7 @@ class InStep:
             raise no_gradient()
         for parameter, present in zip(sums.parameters, presence, strict=True):
             if not present:  # what nobody has used was sent as zeros, and is not to be moved
-                parameter.grad = None
+                sums.take_out(parameter)
         state.rows = heard.rows
         targets = heard.targets
         self.reference = common_of(targets, common)
@@ -174,10 +180,7 @@ class InStep:
 
     def report_shortage(self, said: str, finer: Size) -> list[Size]:
         """Refuse to cut finer: the others are in the middle of a pass."""
-        raise OutOfMemoryError(
-            f'Memory ran out ({said}), and with communication="each" ranks cannot go back together.',
-            hint=f"start all ranks again with smaller micro-batches, such as {finer[1]} {finer[0]}.",
-        )
+        raise _no_way_back(said, f"such as {finer[1]} {finer[0]}")
 
     def take_shortages(self) -> list[Size]:
         return []
@@ -219,6 +222,13 @@ class InStep:
 _OF_THE_NETWORK = ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")
 
 
+def _no_way_back(said: str, finer: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f'Memory ran out ({said}), and with communication="each" ranks cannot go back together.',
+        hint=f"start all ranks again with smaller micro-batches: {finer}.",
+    )
+
+
 def _require_shards(sums: GradientSum) -> None:
     for parameter in sums.parameters:
         if not hasattr(parameter, "device_mesh"):
@@ -227,25 +237,17 @@ def _require_shards(sums: GradientSum) -> None:
                 "only what fully_shard has spread.",
                 hint='call fully_shard(model) on the root too, or pass communication="once".',
             )
-    if sums.sums_apart:
-        raise ConfigError(
-            'With communication="each" gradients of 16-bit weights are added up in their own 16 bits.',
-            hint="keep the weights in 32 bits under MixedPrecisionPolicy(param_dtype=torch.bfloat16), or pass "
-            'accumulate_in="weights" or communication="once".',
-        )
 
 
 def _square(sums: GradientSum) -> Tensor | float:
     """This rank's part of the squared 2-norm of the gradient, so that those of all ranks add up to it."""
     total: Tensor | float = 0.0
-    for parameter in sums.parameters:
-        gradient: Any = parameter.grad
-        if gradient is not None:
-            mesh = gradient.device_mesh
-            replicas = math.prod(
-                mesh.size(dim) for dim, placement in enumerate(gradient.placements) if placement.is_replicate()
-            )
-            local = gradient.to_local()
-            wide = torch.float32 if local.element_size() < 4 else None
-            total = total + torch.linalg.vector_norm(local, dtype=wide).double().square() / replicas
+    for parameter, local in sums.shares():
+        spread: Any = parameter
+        mesh = spread.device_mesh
+        replicas = math.prod(
+            mesh.size(dim) for dim, placement in enumerate(spread.placements) if placement.is_replicate()
+        )
+        wide = torch.float32 if local.element_size() < 4 else None
+        total = total + torch.linalg.vector_norm(local, dtype=wide).double().square() / replicas
     return total
