@@ -369,14 +369,13 @@ def shortage_in_a_loader(place: Place, wrap: str) -> dict[str, Any]:
 for_each_wrap("shortage in a loader", shortage_in_a_loader, in_step=False)
 
 
-@SCENES("short after gradients were sent")
-def short_after_sending(place: Place) -> dict[str, Any]:
+def short_after_sending(place: Place, wrap: str) -> dict[str, Any]:
     """What other ranks have been sent cannot be taken back by parts; the window can as a whole."""
     before, reduction.BUCKET_BYTES = reduction.BUCKET_BYTES, 100
     try:
-        trial = Trial(MLP)
+        trial = Trial(MLP, wrap)
         trouble = Shortage(trial.model, place, "backward", rows=2)
-        accumulator = wb.Accumulator(trial.model, trial.optimizer, trouble.loss_fn, check=None)
+        accumulator = wb.Accumulator(trial.wrapped, trial.optimizer, trouble.loss_fn, check=None)
         batch = MLP.batch(4, torch.float64)
         said = raised(lambda: list(accumulator.updates([batch], micro_batches=1)))
         moved = trial.moved
@@ -386,6 +385,9 @@ def short_after_sending(place: Place) -> dict[str, Any]:
     finally:
         reduction.BUCKET_BYTES = before
     return {"said": said, "moved": moved, "off": trial.off}
+
+
+for_each_wrap("short after gradients were sent", short_after_sending, (2,), in_step=False)
 
 
 @SCENES("no finer cut")

@@ -141,8 +141,10 @@ def test_a_loader_s_micro_batch_that_does_not_fit_on_one_rank_is_split_there(und
         assert found[kind]["retries"] == [0]
 
 
-def test_memory_that_runs_out_after_gradients_were_sent_is_an_error_on_all(two):
-    other, short = ranks.result(two, "short after gradients were sent", 2)
+@pytest.mark.parametrize("wrap", ["bare", "ddp", "fsdp"])
+def test_memory_that_runs_out_after_gradients_were_sent_is_an_error_on_all(two, wrap):
+    """Nobody waits, nothing has moved, and the next window is made."""
+    other, short = ranks.result(two, f"short after gradients were sent [{wrap}]", 2)
     assert short["said"][0] == "OutOfMemoryError"
     assert "sent" in short["said"][1]
     assert other["said"][0] == "RankError"
