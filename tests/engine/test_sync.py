@@ -401,7 +401,7 @@ def test_what_is_not_exact_over_ranks_is_refused(two, kind, error, said):
         assert said in found[kind][1]
 
 
-DYING = """
+JOINED = """
     import os, sys, time
     import datetime as dt
     from pathlib import Path
@@ -415,6 +415,10 @@ DYING = """
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=dt.timedelta(seconds=6)
     )
+"""
+"""Two processes that wait for each other before they join, so that the time-out is for what comes then."""
+
+DYING = """
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
     passes = 0
@@ -443,7 +447,7 @@ DYING = """
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_rank_that_is_gone_is_a_clear_error_within_the_time_out(tmp_path, how):
-    command = [sys.executable, "-c", textwrap.dedent(DYING)]
+    command = [sys.executable, "-c", textwrap.dedent(JOINED + DYING)]
     gone = subprocess.Popen([*command, "1", str(tmp_path / "store"), how], stdout=subprocess.DEVNULL)
     left = subprocess.run([*command, "0", str(tmp_path / "store"), how], capture_output=True, text=True, timeout=90)
     gone.kill()
@@ -456,20 +460,8 @@ def test_a_rank_that_is_gone_is_a_clear_error_within_the_time_out(tmp_path, how)
 
 
 SHORT = """
-    import os, sys, time
-    import datetime as dt
-    from pathlib import Path
-    import torch
-    import wholebatch as wb
     from torch.distributed.fsdp import fully_shard
 
-    rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    Path(f"{store} {rank}").touch()
-    while not Path(f"{store} {1 - rank}").exists():
-        time.sleep(0.1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=dt.timedelta(seconds=6)
-    )
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     for layer in model:
@@ -510,7 +502,7 @@ SHORT = """
 @pytest.mark.parametrize("how", ["ends", "lives"])
 def test_in_step_memory_that_runs_out_inside_a_pass_is_an_error_on_every_rank(tmp_path, how):
     """On the others when its process ends, or else at the time-out, here 6 s."""
-    command = [sys.executable, "-c", textwrap.dedent(SHORT)]
+    command = [sys.executable, "-c", textwrap.dedent(JOINED + SHORT)]
     short = subprocess.Popen([*command, "1", str(tmp_path / "store"), how], stdout=subprocess.PIPE, text=True)
     other = subprocess.run([*command, "0", str(tmp_path / "store"), how], capture_output=True, text=True, timeout=90)
     short.kill()
