@@ -205,7 +205,7 @@ def main() -> int:
         Bar("runs that end wrong, unclear or late", sum(count["wrong"] for count in counts.values()), 0, digits=0),
         Bar("longest from a fault to the end of a rank, s", max(longest.values()), TIME_OUT + SLACK, digits=1),
     ]
-    return tell("One fault a run, on several ranks", "faults", options, ["wholebatch", "torch"], text, bars)
+    return tell("One fault a run, on several ranks", "rank_faults", options, ["wholebatch", "torch"], text, bars)
 
 
 if __name__ == "__main__":

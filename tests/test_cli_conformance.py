@@ -1,10 +1,16 @@
 """``wholebatch conformance`` as it is typed."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+import wholebatch
 from wholebatch.cli import main
 
 
@@ -72,8 +78,67 @@ def test_a_scene_that_wholebatch_does_not_pass_is_a_failure(capsys, monkeypatch)
 
 @pytest.mark.parametrize(
     ("arguments", "found"),
-    [(["--system", "wholebach"], "did you mean 'wholebatch'"), (["--scene", "T0"], "There is no scene 'T0'")],
+    [
+        (["--system", "wholebach"], "did you mean 'wholebatch'"),
+        (["--system", "keras"], "did you mean 'keras-torch' or 'keras-jax'?"),
+        (["--scene", "qq"], "There is no scene 'qq'.\nhint: There are T1-ragged-counts"),
+        (["--scene", "t3"], "did you mean 'T3'?"),
+        (["--scene", "T3-tial"], "did you mean 'T3-tail'?"),
+        (["--out", "no/such/folder/f.json", "--scene", "T1"], "there is no folder"),
+    ],
 )
 def test_a_name_that_does_not_exist_is_wrong_input(arguments, found, capsys):
     assert run(*arguments) == 2
     assert found in capsys.readouterr().err
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """A copy of the package in which something is planted, and its command."""
+    package = tmp_path / "wholebatch"
+    shutil.copytree(Path(wholebatch.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def plant(file, edit):
+        where = package / "evidence" / "conformance" / file
+        before = where.read_text("utf-8")
+        after = edit(before)
+        assert after != before
+        where.write_text(after, encoding="utf-8")
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "wholebatch", "conformance", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return plant, command
+
+
+def test_a_changed_verdict_of_a_peer_is_a_warning_and_no_failure(planted):
+    """The record says that the textbook loop fails a scene which it passes."""
+    plant, command = planted
+
+    def fails_there(record):
+        results = json.loads(record)
+        results["systems"]["textbook"]["verdicts"]["T2-mean"]["outcome"] = "fail"
+        return json.dumps(results)
+
+    plant("recorded.json", fails_there)
+    ended = command("--system", "textbook", "--scene", "T2-mean", "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert "warning: changed since it was recorded: textbook, T2-mean: fail -> pass (same versions)" in ended.stderr
+    assert json.loads(ended.stdout)["systems"]["textbook"]["verdicts"]["T2-mean"]["outcome"] == "pass"
+
+
+def test_a_scene_that_wholebatch_really_fails_ends_with_1(planted):
+    """Its optimizers have twice the learning rate that the scene asks for."""
+    plant, command = planted
+    plant("adapters/wholebatch.py", lambda page: page.replace("SGD(weights, lr=lr)", "SGD(weights, lr=2 * lr)"))
+    ended = command("--system", "wholebatch", "--scene", "T2-mean")
+    assert ended.returncode == 1, ended.stderr
+    assert "wholebatch, T2-mean: fail; the change of the weights is 1 off" in ended.stdout
+    assert "warning: changed since it was recorded: wholebatch, T2-mean: pass -> fail" in ended.stderr

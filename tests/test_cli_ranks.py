@@ -65,6 +65,16 @@ class Killed(Slow):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Exact(Line):
+    defaults = {**Line.defaults, "clip_norm": 0.5, "compare": True, "lr": 0.1}
+
+    def model(self):
+        return torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+
+    def collate(self, rows):
+        return torch.tensor(rows, dtype=torch.float64)
+
+
 class Vector(Line):
     def loss(self, model, micro_batch):
         return model(micro_batch[:, :1])
@@ -156,6 +166,26 @@ def test_torchrun_starts_the_same_job(folder):
     assert out.splitlines()[0].startswith("6 updates of 16 rows on 2 ranks")
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_a_wrapped_model_is_trained_as_by_one_process(folder, wrapper):
+    """Said in the file; what is validated and compared is the plain model with all of its weights."""
+    Path("job.toml").write_text(f'wrapper = "{wrapper}"\n')
+    code, out, talk = train("mine.py:Exact", "--config", "job.toml", "--nproc", "2", "--out", "two")
+    assert code == 0, talk
+    assert main_ends_with_0("mine.py:Exact", "--out", "one")
+    one, two = events("one", "update"), events("two", "update")
+    assert len(one) == len(two) == 6
+    for alone, together in zip(one, two, strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-12)
+        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-12)
+    measured, right = (events(run, "validation")[-1]["measures"]["loss"] for run in ("two", "one"))
+    assert measured == pytest.approx(right, rel=1e-12)
+    assert "gradient equal to the undivided batch's to " in out
+    assert events("two")[0]["config"]["wrapper"] == wrapper
+    assert ("weights are sharded" in " ".join(events("two")[-1]["reasons"])) is (wrapper == "fsdp2")
+    assert "Warning" not in talk, talk
+
+
 @pytest.mark.parametrize(
     ("recipe", "code", "said"),
     [
@@ -194,8 +224,9 @@ def test_ctrl_c_ends_all_ranks_cleanly(folder):
     assert "error" not in talk
 
 
-def test_one_process_needs_no_launcher(folder, capsys):
-    assert main_ends_with_0("mine.py:Line", "--nproc", "1", "--out", "run")
+def test_one_process_needs_no_launcher_and_wraps_nothing(folder, capsys):
+    assert main_ends_with_0("mine.py:Line", "--nproc", "1", "--wrapper", "ddp", "--out", "run")
+    assert "here it is left out" in capsys.readouterr().err
     assert events("run")[0]["ranks"] == 1
 
 

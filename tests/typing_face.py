@@ -75,6 +75,7 @@ def every_option(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
         check=None,
         reduce_in="bf16",
         communication="once",
+        balance="tokens",
     )
     accumulator.step(rows)
 

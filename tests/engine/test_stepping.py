@@ -354,6 +354,9 @@ def test_a_schedule_does_not_keep_an_optimizer_from_being_stepped_in_pieces():
     assert stepping._moves_one_by_one(optimizer)
     optimizer.step = lambda: None
     assert not stepping._moves_one_by_one(optimizer)
+    nameless = optim.SGD(mlp().parameters(), lr=0.1)
+    nameless.register_step_post_hook(eval("lambda *_: None", {}))  # as from a notebook or a string: it has no module
+    assert not stepping._moves_one_by_one(nameless)
     assert not stepping._moves_one_by_one(Half(mlp().parameters()))
     assert not stepping._moves_one_by_one(type("Mine", (optim.SGD,), {})(mlp().parameters(), lr=0.1))
 

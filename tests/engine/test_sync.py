@@ -141,8 +141,10 @@ def test_a_loader_s_micro_batch_that_does_not_fit_on_one_rank_is_split_there(und
         assert found[kind]["retries"] == [0]
 
 
-def test_memory_that_runs_out_after_gradients_were_sent_is_an_error_on_all(two):
-    other, short = ranks.result(two, "short after gradients were sent", 2)
+@pytest.mark.parametrize("wrap", ["bare", "ddp", "fsdp"])
+def test_memory_that_runs_out_after_gradients_were_sent_is_an_error_on_all(two, wrap):
+    """Nobody waits, nothing has moved, and the next window is made."""
+    other, short = ranks.result(two, f"short after gradients were sent [{wrap}]", 2)
     assert short["said"][0] == "OutOfMemoryError"
     assert "sent" in short["said"][1]
     assert other["said"][0] == "RankError"
@@ -168,7 +170,6 @@ def test_in_step_a_failure_before_the_first_pass_is_told(two):
         ("reduce_in", "ConfigError", "has no effect"),
         ("a choice", "ConfigError", "'twice' is not one of the choices"),
         ("half", "OptimizerError", "is on every rank"),
-        ("16 bits", "ConfigError", "in their own 16 bits"),
         ("older", "OptimizerError", "FullyShardedDataParallel"),
     ],
 )
@@ -176,6 +177,18 @@ def test_what_is_not_possible_in_step_is_refused(two, kind, error, said):
     for found in ranks.result(two, "in step: refused", 2):
         assert found[kind][0] == error
         assert said in found[kind][1]
+
+
+@pytest.mark.parametrize("accumulate_in", ["fp32", "compensated"])
+def test_in_step_the_shares_of_16_bit_gradients_are_summed_apart(two, accumulate_in):
+    for found in ranks.result(two, "in step: sums in 16 bits", 2):
+        assert found[accumulate_in]["off"] <= 4 * torch.finfo(torch.bfloat16).eps
+        assert found[accumulate_in]["norm off"] <= 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_the_bound_sees_a_sum_of_shares_that_stands_still(two):
+    for found in ranks.result(two, "in step: sums in 16 bits", 2):
+        assert found["weights"]["off"] > 8 * torch.finfo(torch.bfloat16).eps
 
 
 def test_in_step_a_loop_of_one_s_own_makes_equally_many_passes(two):
@@ -388,7 +401,7 @@ def test_what_is_not_exact_over_ranks_is_refused(two, kind, error, said):
         assert said in found[kind][1]
 
 
-DYING = """
+JOINED = """
     import os, sys, time
     import datetime as dt
     from pathlib import Path
@@ -402,6 +415,10 @@ DYING = """
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=dt.timedelta(seconds=6)
     )
+"""
+"""Two processes that wait for each other before they join, so that the time-out is for what comes then."""
+
+DYING = """
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
     passes = 0
@@ -430,7 +447,7 @@ DYING = """
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_rank_that_is_gone_is_a_clear_error_within_the_time_out(tmp_path, how):
-    command = [sys.executable, "-c", textwrap.dedent(DYING)]
+    command = [sys.executable, "-c", textwrap.dedent(JOINED + DYING)]
     gone = subprocess.Popen([*command, "1", str(tmp_path / "store"), how], stdout=subprocess.DEVNULL)
     left = subprocess.run([*command, "0", str(tmp_path / "store"), how], capture_output=True, text=True, timeout=90)
     gone.kill()
@@ -440,6 +457,65 @@ def test_a_rank_that_is_gone_is_a_clear_error_within_the_time_out(tmp_path, how)
     assert said.count("a rank is gone, or did not answer within the time-out") == 2
     assert "cannot go on with the others" in said
     assert said.count("hint:") == said.count("True") == 2
+
+
+SHORT = """
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    passes = 0
+
+    def loss_fn(model, x):
+        global passes
+        passes += 1
+        out = model(x)
+        if rank == 1 and passes == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return out.square().mean()
+
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, check=None,
+                                 micro_batch=wb.Rows(2), communication="each")
+    accumulator.step(torch.ones(6, 2))
+    before = [each.to_local().clone() for each in model.parameters()]
+    began = time.monotonic()
+    for _ in range(2):
+        try:
+            if how == "lives":
+                list(accumulator.updates([torch.ones(1, 2)] * 3, micro_batches=3))
+            else:
+                accumulator.step(torch.ones(6, 2))
+        except wb.WholeBatchError as error:
+            still = all(torch.equal(one, each.to_local()) for one, each in zip(before, model.parameters()))
+            print(type(error).__name__, error, still, time.monotonic() - began < 9, flush=True)
+            if rank == 1 and how == "ends":
+                break
+    if rank == 1 and how != "ends":
+        time.sleep(30)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "lives"])
+def test_in_step_memory_that_runs_out_inside_a_pass_is_an_error_on_every_rank(tmp_path, how):
+    """On the others when its process ends, or else at the time-out, here 6 s."""
+    command = [sys.executable, "-c", textwrap.dedent(JOINED + SHORT)]
+    short = subprocess.Popen([*command, "1", str(tmp_path / "store"), how], stdout=subprocess.PIPE, text=True)
+    other = subprocess.run([*command, "0", str(tmp_path / "store"), how], capture_output=True, text=True, timeout=90)
+    short.kill()
+    said, _ = short.communicate()
+    assert "OutOfMemoryError" in said.splitlines()[0]
+    assert "Memory ran out (CUDA out of memory" in said
+    assert "ranks cannot go back together" in said
+    if how == "lives":
+        assert "cannot go on with the others: it left a window in the middle (" in said
+    assert other.stdout.count("RankError") == other.stdout.count("hint:") == other.stdout.count("True True") == 2, (
+        other.stderr + other.stdout
+    )
+    assert "a rank is gone, or did not answer within the time-out" in other.stdout
 
 
 def test_the_page_s_example_says_the_same_on_two_ranks_as_on_one(tmp_path):

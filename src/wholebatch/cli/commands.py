@@ -83,6 +83,7 @@ def train(
     clip_norm: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["clip_norm"].help)] = None,
     precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
     accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
+    wrapper: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["wrapper"].help)] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["seed"].help)] = None,
     out: Annotated[str | None, typer.Option(metavar="FOLDER", help=OPTIONS["out"].help)] = None,
     sink: Annotated[list[str] | None, typer.Option(metavar="NAME", help=OPTIONS["sink"].help)] = None,
@@ -111,7 +112,7 @@ def train(
       wholebatch train text --logical-batch '65536 tokens' --micro-batch '4096 tokens' --out runs/first
       wholebatch train my_file.py:recipe --config job.toml --lr 3e-4
       wholebatch train text --sink tensorboard --sink wandb
-      wholebatch train text --nproc 2
+      wholebatch train text --nproc 2 --wrapper fsdp2
       torchrun --nnodes 4 --nproc-per-node 8 ... -m wholebatch train my_file.py:recipe
       wholebatch train images --batch-norm exact --micro-batch '4 rows'
 
@@ -136,6 +137,7 @@ def train(
         "clip_norm": clip_norm,
         "precision": precision,
         "accumulate_in": accumulate_in,
+        "wrapper": wrapper,
         "seed": seed,
         "out": out,
         "sink": sink or None,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from wholebatch.cli.edge import DONE, FAILED, edge, say
+from wholebatch.core.errors import ConfigError
 
 
 def conformance(
@@ -42,6 +43,8 @@ def conformance(
         from wholebatch.evidence.conformance.choosing import choose_scenes, choose_systems
 
         systems, scenes = choose_systems(system), choose_scenes(scene)
+        if out is not None and not out.absolute().parent.is_dir():  # the run takes minutes, so it is said before
+            raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}.", hint="make it first.")
         results = suite.run(systems, scenes, tell=say)
         for name, install in results["not_installed"].items():
             say(f"{name} is not installed: {install}")

@@ -27,6 +27,7 @@ from wholebatch.engine.meetings.lockstep import Execution, Lockstep
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
+from wholebatch.engine.ranks.balancing import Balance, Balancing, check_balance
 from wholebatch.engine.ranks.membership import Communication
 from wholebatch.engine.ranks.reduction import ReduceIn, check_reduce_in
 from wholebatch.engine.ranks.repeats import say_repeated_rows
@@ -80,6 +81,8 @@ class Accumulator:
             8 bits of each number. None: as they are summed.
         communication: For sharded weights: ``"once"`` gathers them and reduces gradients once a window, holding all of
             both meanwhile; ``"each"`` does so with every pass, and holds no more than a layer and a share.
+        balance: ``"tokens"`` lets rows of each logical batch that `step` is handed move between ranks, so that all have
+            equally much to do; with `collate`. None: each rank trains on the rows that it is handed.
 
     Attributes:
         reasons: What was chosen automatically, and why; one sentence each.
@@ -126,6 +129,7 @@ class Accumulator:
         check: Literal["first"] | None = "first",
         reduce_in: ReduceIn | None = None,
         communication: Communication = "once",
+        balance: Balance | None = None,
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
@@ -141,6 +145,7 @@ class Accumulator:
                 f"clip_norm={clip_norm!r} is no norm to clip a gradient to.", hint="pass a number above 0, or None."
             )
         check_reduce_in(reduce_in)
+        check_balance(balance, collate)
         self._reasons = say = Reasons()
         self.reasons = say.said
         self._setup = Setup.of(
@@ -161,6 +166,8 @@ class Accumulator:
             batch_norm=batch_norm,
         )
         self._layout = Layout(collate, paths(whole), dims)
+        wire = self._setup.group.wire
+        self._balancing = Balancing(wire, self._layout, micro_batch, say) if balance is not None and wire else None
         budget = parse_bytes(memory) if memory is not None else None
         self._setup.update.budgeted = budget is not None
         fitting = Fitting(
@@ -211,8 +218,9 @@ class Accumulator:
                     "The logical batch is empty: it holds no rows.", hint="leave empty batches out of the loader."
                 )
             return self._step(rows)
+        shared = self._balancing.shared(batch) if self._balancing is not None else None
         with group.together(self._windows.renew_sums):
-            return self._step(self._layout.logical_or_nothing(batch))
+            return self._step(shared if shared is not None else self._layout.logical_or_nothing(batch))
 
     def _step(self, rows: LogicalBatch) -> Update:
         """Make one update from a logical batch of which this process has some rows, or none."""

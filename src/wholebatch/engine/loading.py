@@ -59,7 +59,7 @@ class Loading:
         ranks = self._windows.rules.setup.group
         stream = self._stream(loader, micro_batches)
         update: Update | None = None
-        while update is None or not ranks.all_ended:
+        while update is None or not ranks.streams.all_ended:
             with ranks.together(self._windows.renew_sums):
                 ranks.expect_meeting(self._lockstep.meets)
                 update = self._next(stream, micro_batches)
@@ -74,19 +74,19 @@ class Loading:
 
     def _stream(self, loader: Iterable[Any], micro_batches: int) -> Iterator[tuple[Any, bool]]:
         """The micro-batches of this process, and empty windows for as long as other ranks have more."""
-        ranks = self._windows.rules.setup.group
+        streams = self._windows.rules.setup.group.streams
         length = _known_length(loader)
-        ranks.begin_stream()
+        streams.begin()
 
         def read() -> Iterator[Any]:
             for number, micro_batch in enumerate(loader, 1):
-                ranks.ended = number == length
+                streams.ended = number == length
                 yield micro_batch
-            ranks.ended = True
+            streams.ended = True
 
-        yield from group(read() if ranks.ranks > 1 else loader, micro_batches)
-        ranks.idle = True
-        while ranks.others_go_on:
+        yield from group(read() if streams.several else loader, micro_batches)
+        streams.idle = True
+        while streams.others_go_on:
             yield None, True
 
     def _next(self, stream: Iterator[tuple[Any, bool]], micro_batches: int) -> Update | None:
@@ -104,7 +104,7 @@ class Loading:
             for micro_batch, closes in stream:
                 if window is None and held is None:
                     window = self._windows.open(micro_batches=micro_batches)
-                    ranks.agree_on_passes(0 if ranks.idle else micro_batches, _taking(micro_batch))
+                    ranks.agree_on_passes(0 if ranks.streams.idle else micro_batches, _taking(micro_batch))
                     window.steps_again = True
                 if micro_batch is not None:
                     if several:
@@ -130,7 +130,7 @@ class Loading:
                 if closes:
                     update = self._closed(window, unlearned) if window is not None else self._make_of(held or [])
                     self._splitting.closed()
-                    if not ranks.all_idle:
+                    if not ranks.streams.all_idle:
                         return replace(update, retries=update.retries + retries) if retries else update
                     self._windows.take_back(window)
                     return None

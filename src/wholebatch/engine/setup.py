@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from wholebatch.core.errors import OptimizerError, OutOfMemoryError
 from wholebatch.engine import memory
 from wholebatch.engine.device import input_device
+from wholebatch.engine.ranks.group import Group
 from wholebatch.engine.ranks.membership import group_of
-from wholebatch.engine.ranks.sync import Group
 from wholebatch.engine.reasons import Say, silent
 from wholebatch.engine.steps.consuming import Consumption, takers
 from wholebatch.engine.steps.stepping import Stepping

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wholebatch.core.errors import WeightError, WindowError
+from wholebatch.engine.ranks.shares import local_of, share_of
 from wholebatch.engine.steps.consuming import Consumption
 
 SumIn: TypeAlias = Literal["fp32", "compensated", "weights"]
@@ -291,7 +292,7 @@ class GradientSum:
                     grad.mul_(factor)
         for parameter, own in self._own.items():
             if own.holds:
-                parameter.grad = own.total().mul_(factor).to(parameter.dtype)
+                parameter.grad = share_of(parameter, own.total().mul_(factor).to(parameter.dtype))
                 own.clear()
         for parameter, total in self._totals.items():
             parameter.grad = total.mul_(factor).to(parameter.dtype)
@@ -300,6 +301,15 @@ class GradientSum:
     def holds(self, parameter: Tensor) -> bool:
         """Whether there is a gradient of a parameter."""
         return parameter.grad is not None or (parameter in self._own and self._own[parameter].holds)
+
+    def shares(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each parameter that has a gradient with what this rank holds of the sum."""
+        for parameter in self.parameters:
+            own = self._own.get(parameter)
+            if own is not None and own.holds:
+                yield parameter, own.total()
+            elif parameter.grad is not None:
+                yield parameter, local_of(parameter.grad)
 
     def take_out(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the sum of a parameter's gradients, and keep nothing of it; None if there is none."""
@@ -373,7 +383,7 @@ class GradientSum:
             if parameter in self._left_out:
                 parameter.grad = None
             elif parameter in self._own:
-                self._own[parameter].add(parameter.grad)
+                self._own[parameter].add(local_of(parameter.grad))
                 parameter.grad = None
             elif self._consumption is not None:
                 self._consumption.take(parameter)

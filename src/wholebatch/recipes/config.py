@@ -16,6 +16,7 @@ from wholebatch.recipes.options import OPTIONS
 from wholebatch.recipes.protocol import Recipe
 
 BatchNormChoice: TypeAlias = Literal["refuse", "exact", "group", "frozen", "per_micro_batch"]
+Wrapper: TypeAlias = Literal["none", "ddp", "fsdp2"]
 SinkName = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -59,6 +60,7 @@ class TrainConfig(BaseModel):
     clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate_in: Literal["fp32", "compensated", "weights"] | None = None
+    wrapper: Wrapper = "none"
     seed: int = Field(default=0, ge=0, lt=2**32)
     out: str | None = None
     sink: Annotated[tuple[SinkName, ...], PlainValidator(_parse_sinks)] = ()

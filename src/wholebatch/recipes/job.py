@@ -34,6 +34,7 @@ from wholebatch.recipes.protocol import Recipe
 from wholebatch.recipes.ranks import Place, joined
 from wholebatch.recipes.summary import Summary
 from wholebatch.recipes.validation import validate
+from wholebatch.recipes.wrapping import Wrapped
 
 _log = logging.getLogger("wholebatch")
 
@@ -137,10 +138,11 @@ class _Run:
         rows, held_out = rows_of(self.recipe, "train"), rows_of(self.recipe, "validation")
         model = model_of(self.recipe, self.config.batch_norm)
         self.device = input_device(model)
+        wrapped = Wrapped(model, self.recipe, self.config.wrapper, self.place.ranks)
         accumulator = Accumulator(
-            model,
+            wrapped.trained,
             optimizer_of(self.recipe, model, self.config.lr),
-            self.recipe.loss,
+            wrapped.loss,
             targets=self.recipe.targets,
             reduction=self.recipe.reduction,
             micro_batch=self.cut,
@@ -165,15 +167,17 @@ class _Run:
                 if done == planned:
                     break
             if held_out:
-                self._validate(epoch, done, model, accumulator, held_out)
+                with wrapped.whole():
+                    self._validate(epoch, done, model, accumulator, held_out)
             if done == planned:
                 break
         held = self.place.largest([self.summary.rows_at_once, self.summary.tokens_at_once or -1])
         self.summary.rows_at_once, tokens = held
         self.summary.tokens_at_once = tokens if tokens >= 0 else None
+        apart = wrapped.apart(lambda: model_of(self.recipe, self.config.batch_norm)) if self.config.compare else None
         self.place.leave()
-        if self.config.compare and self.place.first:
-            self._compare(model, next(batches.epoch(1)))
+        if apart is not None and self.place.first:
+            self._compare(apart, next(batches.epoch(1)))
 
     def finish(self, summary: str) -> None:
         """Write the last event and the report, as far as that is still possible."""

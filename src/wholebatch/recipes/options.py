@@ -47,6 +47,9 @@ OPTIONS: dict[str, Option] = {
     "clip_norm": Option("Largest norm of a logical batch's gradient", "a number above 0, or 0 for no clipping"),
     "precision": Option("In what the model computes", "'fp32' (the default), 'bf16' or 'fp16'"),
     "accumulate_in": Option("How gradients of 16-bit weights are summed", "'fp32', 'compensated' or 'weights'"),
+    "wrapper": Option(
+        "In what the model is wrapped on several ranks", "'none' (the default), 'ddp' or 'fsdp2' (fully_shard)"
+    ),
     "seed": Option("Of weights, order and dropout", "a whole number of at least 0"),
     "out": Option(
         "Where log and report go", "a folder, in which an earlier run is replaced; left out, a new one in runs/"

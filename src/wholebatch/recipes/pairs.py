@@ -88,7 +88,8 @@ def loss(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the two-sided InfoNCE among all rows of the logical batch, averaged over the rows that are here."""
     docs, bodies = micro_batch
     queries, keys = model(docs, bodies)
-    return info_nce(queries, keys, temperature=model.temperature, symmetric=True)  # type: ignore[arg-type]
+    unwrapped: Any = getattr(model, "module", model)
+    return info_nce(queries, keys, temperature=unwrapped.temperature, symmetric=True)
 
 
 @torch.no_grad()

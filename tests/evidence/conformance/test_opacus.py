@@ -37,6 +37,7 @@ def test_the_verdicts_stand_a_second_reading():
         assert verdict.outcome == "fail", name
         assert verdict.error == pytest.approx(error, rel=0.05), name
         assert verdict.updates == updates, name
+        assert "each window is divided by the same number of rows" in verdict.why
 
 
 def test_what_it_has_no_way_to_say():

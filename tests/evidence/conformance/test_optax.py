@@ -75,6 +75,8 @@ def test_the_verdicts_stand_a_second_reading(system, tmp_path):
     for scene, (error, updates) in off.items():
         assert found[scene].error == pytest.approx(error, rel=0.05), scene
         assert found[scene].updates == updates, scene
+        named = "runs on into the next epoch" if scene == "T3-tail-unsized" else "a mean of means"
+        assert named in found[scene].why, scene
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)

@@ -16,7 +16,7 @@ from wholebatch.engine.meetings.joined import run_joined
 from wholebatch.engine.meetings.reach import RankFailedError, Reach
 from wholebatch.engine.meetings.replay import Run, run_replayed
 from wholebatch.engine.meetings.taps import Taps
-from wholebatch.engine.ranks.sync import Group
+from wholebatch.engine.ranks.group import Group
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.weighing import Weighing

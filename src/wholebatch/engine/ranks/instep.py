@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import ConfigError, MeetingError, OptimizerError, OutOfMemoryError, RankError
+from wholebatch.core.errors import MeetingError, OptimizerError, OutOfMemoryError, RankError
 from wholebatch.core.split import Size
 from wholebatch.core.weights import gradient_factor
 from wholebatch.core.window import WindowState
+from wholebatch.engine import memory
 from wholebatch.engine.meetings.reach import Reach
-from wholebatch.engine.ranks.message import Ending, Heard, anywhere, common_of, no_gradient, told, words
+from wholebatch.engine.ranks.message import Heard, anywhere, common_of, no_gradient, told, words
+from wholebatch.engine.ranks.streams import Streams
 from wholebatch.engine.ranks.wire import Wire
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.weighing import Reading, Weighing
@@ -38,25 +40,15 @@ class InStep:
 
     def __init__(self, sharded: Sequence[Any], wire: Wire, introduce: Callable[[], None]) -> None:
         self.ranks = wire.ranks
-        self.ended = self.idle = False
-        self.all_ended = self.all_idle = False
+        self.streams = Streams(several=True)
         self.reference: float | None = 1.0
         self.passes = 0
         self.spare: Any = None
         self._present: set[Tensor] = set()
         self._awaited = False  # whether the others wait to hear of this rank's passes
         self._sharded = list(sharded)
-        self._wire = wire
+        self.wire = wire
         self._introduce: Callable[[], None] | None = introduce
-
-    @property
-    def others_go_on(self) -> bool:
-        """Whether other ranks may have more micro-batches."""
-        return not self.all_ended
-
-    def begin_stream(self) -> None:
-        """Begin to read micro-batches: as far as is known, each rank has some."""
-        self.ended = self.idle = self.all_ended = self.all_idle = False
 
     @contextmanager
     def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:
@@ -70,14 +62,19 @@ class InStep:
             if self._awaited:
                 self._exchange(0, lacking=False, failed=words(error))
                 raise
-            self._wire.lost = f"it left a window in the middle ({words(error)})."
+            self.wire.lost = f"it left a window in the middle ({words(error)})."
             if isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_THE_NETWORK):
-                raise self._wire.unanswered(error) from error
-            raise
+                raise self.wire.unanswered(error) from error
+            if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+                raise
+            said = memory.in_a_line(error)
+        else:
+            return
+        raise _no_way_back(said, "let the loader yield smaller ones")
 
     def open(self, sums: Callable[[], GradientSum]) -> None:
         """Begin a window."""
-        self._wire.require()
+        self.wire.require()
         if self._introduce is not None:
             self._introduce()
             self._introduce = None
@@ -113,7 +110,7 @@ class InStep:
             self.spare = take()
         self.passes, any_lacking = self._exchange(passes, lacking=self.spare is None)
         if any_lacking and self.passes:
-            given = self._wire.gather(self.spare)
+            given = self.wire.gather(self.spare)
             self.spare = self.spare if self.spare is not None else next(each for each in given if each is not None)
 
     def _exchange(self, passes: int, *, lacking: bool, failed: str | None = None) -> tuple[int, bool]:
@@ -124,10 +121,10 @@ class InStep:
         """
         self._awaited = False
         asked = torch.tensor([passes, lacking, failed is not None], dtype=torch.float64, device=self._device)
-        self._wire.wait(self._wire.add_up(asked, largest=True))
+        self.wire.wait(self.wire.add_up(asked, largest=True))
         most, any_lacking, any_failed = asked.tolist()
         if any_failed:
-            said = self._wire.gather(failed)
+            said = self.wire.gather(failed)
             if failed is None:
                 raise told([(rank, why) for rank, why in enumerate(said) if why is not None])
         return int(most), bool(any_lacking)
@@ -137,19 +134,19 @@ class InStep:
         assert self.reference is not None
         common = self.reference
         presence = [parameter in self._present for parameter in sums.parameters]
-        ending = Ending(self.ended, self.idle)
+        ending = self.streams.ending
         square = _square(sums)
-        heard = Heard.of(self._wire, weighing, state, presence, ending, extra=square, device=self._device)
-        self.all_ended, self.all_idle = heard.all_ended, heard.all_idle
+        heard = Heard.of(self.wire, weighing, state, presence, ending, extra=square, device=self._device)
+        self.streams.hear(heard)
         if heard.failed:
             return Reading(math.nan, math.nan, 0.0, math.nan, math.nan, -1.0)
         if heard.differ:
-            presence = anywhere(self._wire, presence, self._device)
+            presence = anywhere(self.wire, presence, self._device)
         if heard.targets and not any(presence):
             raise no_gradient()
         for parameter, present in zip(sums.parameters, presence, strict=True):
             if not present:  # what nobody has used was sent as zeros, and is not to be moved
-                parameter.grad = None
+                sums.take_out(parameter)
         state.rows = heard.rows
         targets = heard.targets
         self.reference = common_of(targets, common)
@@ -179,14 +176,11 @@ class InStep:
     def withdraw(self, why: BaseException | None) -> None:
         """Note that this rank left a window in the middle; nobody hears of it."""
         if why is not None and not self._awaited and not isinstance(why, RankError):
-            self._wire.lost = f"it left a window in the middle ({words(why)})."
+            self.wire.lost = f"it left a window in the middle ({words(why)})."
 
     def report_shortage(self, said: str, finer: Size) -> list[Size]:
         """Refuse to cut finer: the others are in the middle of a pass."""
-        raise OutOfMemoryError(
-            f'Memory ran out ({said}), and with communication="each" ranks cannot go back together.',
-            hint=f"start all ranks again with smaller micro-batches, such as {finer[1]} {finer[0]}.",
-        )
+        raise _no_way_back(said, f"such as {finer[1]} {finer[0]}")
 
     def take_shortages(self) -> list[Size]:
         return []
@@ -228,6 +222,13 @@ class InStep:
 _OF_THE_NETWORK = ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")
 
 
+def _no_way_back(said: str, finer: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f'Memory ran out ({said}), and with communication="each" ranks cannot go back together.',
+        hint=f"start all ranks again with smaller micro-batches: {finer}.",
+    )
+
+
 def _require_shards(sums: GradientSum) -> None:
     for parameter in sums.parameters:
         if not hasattr(parameter, "device_mesh"):
@@ -236,25 +237,17 @@ def _require_shards(sums: GradientSum) -> None:
                 "only what fully_shard has spread.",
                 hint='call fully_shard(model) on the root too, or pass communication="once".',
             )
-    if sums.sums_apart:
-        raise ConfigError(
-            'With communication="each" gradients of 16-bit weights are added up in their own 16 bits.',
-            hint="keep the weights in 32 bits under MixedPrecisionPolicy(param_dtype=torch.bfloat16), or pass "
-            'accumulate_in="weights" or communication="once".',
-        )
 
 
 def _square(sums: GradientSum) -> Tensor | float:
     """This rank's part of the squared 2-norm of the gradient, so that those of all ranks add up to it."""
     total: Tensor | float = 0.0
-    for parameter in sums.parameters:
-        gradient: Any = parameter.grad
-        if gradient is not None:
-            mesh = gradient.device_mesh
-            replicas = math.prod(
-                mesh.size(dim) for dim, placement in enumerate(gradient.placements) if placement.is_replicate()
-            )
-            local = gradient.to_local()
-            wide = torch.float32 if local.element_size() < 4 else None
-            total = total + torch.linalg.vector_norm(local, dtype=wide).double().square() / replicas
+    for parameter, local in sums.shares():
+        spread: Any = parameter
+        mesh = spread.device_mesh
+        replicas = math.prod(
+            mesh.size(dim) for dim, placement in enumerate(spread.placements) if placement.is_replicate()
+        )
+        wide = torch.float32 if local.element_size() < 4 else None
+        total = total + torch.linalg.vector_norm(local, dtype=wide).double().square() / replicas
     return total

@@ -9,11 +9,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wholebatch.core.errors import ConfigError, OptimizerError
+from wholebatch.engine.ranks.alone import One
+from wholebatch.engine.ranks.group import Group
 from wholebatch.engine.ranks.instep import InStep
 from wholebatch.engine.ranks.message import FIELDS
 from wholebatch.engine.ranks.reduction import check_reduce_in
 from wholebatch.engine.ranks.sharding import sharded_modules
-from wholebatch.engine.ranks.sync import Group, Many, One
+from wholebatch.engine.ranks.sync import Many
 from wholebatch.engine.ranks.wire import Wire, initialised
 from wholebatch.engine.ranks.wrapping import make_equal, ranks_of
 from wholebatch.engine.reasons import Say

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wholebatch.core.errors import OptimizerError
 from wholebatch.engine.device import modules
+from wholebatch.engine.ranks.shares import is_shard, share_of
 from wholebatch.engine.sums import GradientSum
 
 
@@ -30,7 +31,7 @@ def ranks_of_shards(model: nn.Module) -> Any:
     Raises:
         OptimizerError: They are spread over a part of the ranks.
     """
-    mesh = next((cast(Any, each).device_mesh for each in model.parameters() if _is_shard(each)), None)
+    mesh = next((cast(Any, each).device_mesh for each in model.parameters() if is_shard(each)), None)
     if mesh is None or mesh.size() == dist.get_world_size():
         return dist.group.WORLD
     if mesh.ndim == 1:
@@ -74,7 +75,7 @@ class Sharding:
             _require_to_keep_gradients(self._sharded)
         self._leaf_of = {shard: leaves[name] for name, shard in shards.items()}
         for name, leaf in leaves.items():
-            if _is_shard(leaf):
+            if is_shard(leaf):
                 raise OptimizerError(
                     f"{name} is spread over ranks in two ways, and stays so when it is gathered.",
                     hint="shard with fully_shard alone, on one device mesh.",
@@ -106,7 +107,7 @@ class Sharding:
         shard_of = {leaf: shard for shard, leaf in self._leaf_of.items()}
         for leaf, gradient in sums.drain(factor):
             parameter: Any = shard_of[leaf]
-            if not _is_shard(parameter):
+            if not is_shard(parameter):
                 parameter.grad = gradient.to(parameter.dtype)
                 continue
             parameter.grad = _share(parameter, gradient)
@@ -142,18 +143,12 @@ def _stay() -> None:
     """Where micro-batches meet inside a module, the first to leave it would scatter what the others still use."""
 
 
-def _is_shard(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh")
-
-
 def _share(parameter: Any, gradient: Tensor) -> Tensor:
     """This rank's part of a gradient that every rank has as a whole."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = parameter.device_mesh, parameter.placements
     with torch.no_grad():
         whole = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
         local = whole.to_local().to(device=parameter.to_local().device, dtype=parameter.dtype, copy=True)
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    return share_of(parameter, local)

@@ -1,6 +1,6 @@
-"""When do ranks speak? A group of one, which never does, and a group of many, with the same methods.
+"""When do several ranks speak? Once a window, at its end.
 
-In a group of many each rank runs micro-batches of its own, as many as it has. They speak at the end of the window:
+Each rank runs micro-batches of its own, as many as it has. They speak at the end of the window:
 the gradients are added up, and one message of 64 bytes says what they are the gradients of. A rank that fails takes
 part in both all the same, so that nobody waits for it, and says so in its message; then no rank moves, and only then
 are the reasons exchanged.
@@ -8,274 +8,35 @@ are the reasons exchanged.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from wholebatch.core.errors import RankError, WindowError
+from wholebatch.core.errors import RankError
 from wholebatch.core.split import Indices, Size
 from wholebatch.core.weights import Count, common_factor, gradient_factor
 from wholebatch.core.window import WindowState
 from wholebatch.engine.meetings.company import Again
-from wholebatch.engine.meetings.reach import FAILED, Far, Near, Reach
+from wholebatch.engine.meetings.reach import FAILED, Far, Reach
 from wholebatch.engine.ranks.message import (
-    Ending,
     Heard,
     anywhere,
     common_of,
     no_gradient,
     say_failed,
     spoilt,
-    told,
     words,
 )
+from wholebatch.engine.ranks.outcomes import Outcome, Outcomes
 from wholebatch.engine.ranks.reduction import Reduction
 from wholebatch.engine.ranks.sharding import Sharding, sharded_modules
-from wholebatch.engine.ranks.wire import Wire, initialised
+from wholebatch.engine.ranks.streams import Streams
+from wholebatch.engine.ranks.wire import Wire
 from wholebatch.engine.ranks.wrapping import Wrapping, sparse_parameters
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.weighing import Reading, Weighing, widen
-
-
-class Group(Protocol):
-    """The ranks that make an update together.
-
-    Attributes:
-        ranks: How many they are.
-        has_met: Whether one of several has found out that micro-batches meet.
-        passes: How many all ranks make in this window at least.
-        spare: A small micro-batch, for those of weight zero.
-        in_step: Whether all ranks have to make equally many passes.
-        reference: What losses are divided by in the next window, where that has to be the same on all ranks. Unit:
-            targets.
-        ended: Set where this process has no micro-batch left after the window that is open.
-        idle: Set where it has none in that window either.
-        all_ended: Whether there are others, and all had said at the end of the last window that they have no more.
-        all_idle: Whether none of them had a micro-batch in it.
-        others_go_on: Whether there are others, and some may have more.
-    """
-
-    ranks: int
-    has_met: bool
-    in_step: bool
-    passes: int
-    spare: Any
-    reference: float | None
-    ended: bool
-    idle: bool
-    all_ended: bool
-    all_idle: bool
-
-    @property
-    def others_go_on(self) -> bool: ...
-
-    def begin_stream(self) -> None:
-        """Begin to read micro-batches: as far as is known, each rank has some."""
-        ...
-
-    def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:
-        """Return the context of a logical batch: an exception in it is told to the other ranks."""
-        ...
-
-    def open(self, sums: Callable[[], GradientSum]) -> None:
-        """Begin a window.
-
-        Args:
-            sums: Returns the running sum, now that weights are where they are in a window.
-        """
-        ...
-
-    def end(self) -> None:
-        """End a window, whatever has become of it."""
-        ...
-
-    def expect_last(self, weighing: Weighing) -> None:
-        """Say that the next backward pass of this rank is its last in the window."""
-        ...
-
-    def keep_from_sending(self) -> bool:
-        """Send nothing before the close of the window, and return whether nothing has been sent."""
-        ...
-
-    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
-        """Let all ranks make as many passes as the one with most, where they have to.
-
-        Args:
-            passes: Of this rank.
-            take: Returns a small micro-batch for passes of weight zero; None where this rank has no rows.
-        """
-        ...
-
-    def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
-        """Return what the window came to, over all ranks, and let `sums` hold the sum over all of them.
-
-        Raises:
-            LossError: No rank has a gradient.
-            RankError: A rank failed or is gone.
-        """
-        ...
-
-    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Return the parameters whose gradients arrive in a backward pass, for those that an optimizer steps."""
-        ...
-
-    def deliver(self, sums: GradientSum, factor: float) -> None:
-        """Put the sum times `factor` where the optimizer looks for it."""
-        ...
-
-    def moving(self) -> AbstractContextManager[object]:
-        """Return the context in which the update happens, on all ranks."""
-        ...
-
-    def withdraw(self, why: BaseException | None) -> None:
-        """Tell the others that this rank's window was rolled back."""
-        ...
-
-    def report_shortage(self, said: str, finer: Size) -> list[Size]:
-        """Tell the others that memory ran out, and return to which sizes ranks have to go.
-
-        Raises:
-            RankError: Another rank failed otherwise.
-        """
-        ...
-
-    def expect_meeting(self, meets: bool) -> None:
-        """Say whether the micro-batches of the next window meet, as all ranks know."""
-        ...
-
-    def reach(
-        self,
-        cut: Sequence[Indices] | None,
-        micro_batches: int,
-        model: nn.Module,
-        device: torch.device,
-        reference: Callable[[], Count],
-    ) -> Reach:
-        """Return those that meet in a window; the arguments are those of `Far`."""
-        ...
-
-    def report_meeting(self, why: str) -> None:
-        """Tell the others that micro-batches meet, where nobody knew, so that all make the window again.
-
-        Raises:
-            RankError: Another rank failed.
-        """
-        ...
-
-    def give_up(self) -> None:
-        """Take part in the end of a window in which another rank has failed.
-
-        Raises:
-            RankError: Why it has.
-        """
-        ...
-
-    def take_shortages(self) -> list[Size]:
-        """Return to which sizes other ranks had to go, when that alone has undone the last window."""
-        ...
-
-
-_NOTHING = nullcontext()
-
-
-class One:
-    """A group of one: this process, which has nobody to speak to.
-
-    Args:
-        alone: Whether it was so by choice, and not only because no other process was known of yet.
-    """
-
-    ranks = 1
-    has_met = False
-    in_step, passes, spare = False, 0, None
-    reference: float | None = None
-    ended = idle = False
-    all_ended = all_idle = others_go_on = False
-
-    def __init__(self, *, alone: bool = True) -> None:
-        self._alone = alone
-
-    def begin_stream(self) -> None:
-        pass
-
-    def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:  # noqa: ARG002
-        return _NOTHING
-
-    def open(self, sums: Callable[[], GradientSum]) -> None:  # noqa: ARG002
-        if not self._alone and initialised() and dist.get_world_size() > 1:
-            raise WindowError(
-                f"This process is one of {dist.get_world_size()} ranks, and the accumulator was made before it was.",
-                hint="call torch.distributed.init_process_group() first, and make the accumulator after it.",
-            )
-
-    def end(self) -> None:
-        pass
-
-    def expect_last(self, weighing: Weighing) -> None:
-        pass
-
-    def keep_from_sending(self) -> bool:
-        return True
-
-    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
-        pass
-
-    def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
-        if state.micro_batches == 0:
-            return Reading(loss=math.nan, norm=0.0, factor=0.0, scaled_norm=0.0, targets=0.0, least=0.0)
-        if sums.empty:
-            raise no_gradient()
-        return weighing.read(sums.norms(), state.targets)
-
-    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        return list(parameters)
-
-    def deliver(self, sums: GradientSum, factor: float) -> None:
-        sums.deliver(factor)
-
-    def moving(self) -> AbstractContextManager[object]:
-        return _NOTHING
-
-    def withdraw(self, why: BaseException | None) -> None:
-        pass
-
-    def report_shortage(self, said: str, finer: Size) -> list[Size]:  # noqa: ARG002
-        return []
-
-    def take_shortages(self) -> list[Size]:
-        return []
-
-    def expect_meeting(self, meets: bool) -> None:
-        pass
-
-    def reach(
-        self,
-        cut: Sequence[Indices] | None,
-        micro_batches: int,
-        model: nn.Module,  # noqa: ARG002
-        device: torch.device,  # noqa: ARG002
-        reference: Callable[[], Count],  # noqa: ARG002
-    ) -> Reach:
-        return Near(cut, micro_batches)
-
-    def report_meeting(self, why: str) -> None:
-        pass
-
-    def give_up(self) -> None:
-        pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What became of one rank's part of a logical batch."""
-
-    kind: Literal["done", "short", "meets", "failed"] = "done"
-    said: str = ""
-    finer: Size | None = None
 
 
 class Many:
@@ -290,12 +51,10 @@ class Many:
 
     def __init__(self, model: nn.Module, wire: Wire, introduce: Callable[[], None], dtype: torch.dtype | None) -> None:
         self.ranks = wire.ranks
-        self.has_met = False
         self.in_step, self.passes, self.spare = False, 0, None
         self.reference: float | None = None
-        self.ended = self.idle = False
-        self.all_ended = self.all_idle = False
-        self._wire = wire
+        self.streams = Streams(several=True)
+        self.wire = wire
         sharded = sharded_modules(model)
         self._wrapping = Sharding(model, sharded) if sharded else Wrapping(model)
         self._sparse = sparse_parameters(model)
@@ -308,16 +67,12 @@ class Many:
         self._meets = False
         self._reach: Far | None = None
         self._owed = False  # whether the others wait for this rank's part of a window
-        self._shortages: list[Size] = []
+        self._outcomes = Outcomes(wire)
 
     @property
-    def others_go_on(self) -> bool:
-        """Whether other ranks may have more micro-batches."""
-        return not self.all_ended
-
-    def begin_stream(self) -> None:
-        """Begin to read micro-batches: as far as is known, each rank has some."""
-        self.ended = self.idle = self.all_ended = self.all_idle = False
+    def has_met(self) -> bool:
+        """Whether one of them has found out that micro-batches meet."""
+        return self._outcomes.meet
 
     @contextmanager
     def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:
@@ -327,13 +82,13 @@ class Many:
         try:
             yield
         except Exception as error:
-            if self._wire.is_down(error):
-                raise self._wire.unanswered(error) from error
+            if self.wire.is_down(error):
+                raise self.wire.unanswered(error) from error
             self._tell(error)
             raise
         except BaseException as stop:  # such as Ctrl-C, which waits for nobody
             if self._owed:
-                self._wire.lost = f"it was stopped inside a window ({words(stop)})."
+                self.wire.lost = f"it was stopped inside a window ({words(stop)})."
             raise
         finally:
             self._supervised = False
@@ -341,16 +96,16 @@ class Many:
 
     def open(self, sums: Callable[[], GradientSum]) -> None:
         """Begin a window: from now on the others wait for this rank's part."""
-        self._wire.require()
+        self.wire.require()
         if self._introduce is not None:
             self._introduce()
             self._introduce = None
-        with self._wire.watching():
+        with self.wire.watching():
             self._wrapping.hush()
         self._reach = None
         summed = sums()
         if self._reduction is None or not self._reduction.fits(summed):
-            self._reduction = Reduction(summed, self._sparse, self._dtype, self._wire)
+            self._reduction = Reduction(summed, self._sparse, self._dtype, self.wire)
         self._owe()
 
     def end(self) -> None:
@@ -384,12 +139,12 @@ class Many:
             reduction.repeat(factor)
             heard = self._exchange(weighing, state)
         self._owed = False
-        self.all_ended, self.all_idle = heard.all_ended, heard.all_idle
+        self.streams.hear(heard)
         if heard.failed:
             return self._hear_why(weighing, state)
         presence = reduction.presence()
         if heard.differ:
-            presence = anywhere(self._wire, presence, reduction.device)
+            presence = anywhere(self.wire, presence, reduction.device)
         if heard.targets and not any(presence):
             raise no_gradient()
         with self.moving():
@@ -422,7 +177,7 @@ class Many:
         try:
             yield
         except BaseException as error:
-            self._wire.lost = f"it failed when all had agreed on an update ({words(error)})."
+            self.wire.lost = f"it failed when all had agreed on an update ({words(error)})."
             raise
 
     def withdraw(self, why: BaseException | None) -> None:
@@ -431,16 +186,16 @@ class Many:
             return
         if why is None:
             self._owed = False
-            self._join(_Outcome("failed", "it rolled its window back"))
+            self._join(Outcome("failed", "it rolled its window back"))
         elif isinstance(why, Exception):
             self._tell(why)
         else:  # such as Ctrl-C, which waits for nobody
-            self._wire.lost = f"it was stopped inside a window ({words(why)})."
+            self.wire.lost = f"it was stopped inside a window ({words(why)})."
 
     def report_shortage(self, said: str, finer: Size) -> list[Size]:
         """Tell the others that memory ran out, and return to which sizes ranks have to go."""
-        outcomes = self._join(_Outcome("short", said, finer))
-        self._judge(outcomes)
+        outcomes = self._join(Outcome("short", said, finer))
+        self._outcomes.judge(outcomes)
         return self.take_shortages()
 
     def expect_meeting(self, meets: bool) -> None:
@@ -456,21 +211,21 @@ class Many:
         reference: Callable[[], Count],
     ) -> Reach:
         """Return those that meet in a window: the micro-batches of all ranks."""
-        self._reach = Far(self._wire, cut, micro_batches, model, device, reference)
+        self._reach = Far(self.wire, cut, micro_batches, model, device, reference)
         return self._reach
 
     def report_meeting(self, why: str) -> None:
         """Tell the others that micro-batches meet, where nobody knew, so that all make the window again."""
-        self._judge(self._join(_Outcome("meets", why)))
+        self._outcomes.judge(self._join(Outcome("meets", why)))
         self._meets = True
 
     def give_up(self) -> None:
         """Take part in the end of a window in which another rank has failed."""
-        self._judge(self._join(_Outcome()), always=True)
+        self._outcomes.judge(self._join(Outcome()), always=True)
 
     def take_shortages(self) -> list[Size]:
         """Return to which sizes ranks had to go, when that alone has undone the last window."""
-        shortages, self._shortages = self._shortages, []
+        shortages = self._outcomes.take_shortages()
         if shortages:
             self._owe()
         return shortages
@@ -482,7 +237,7 @@ class Many:
 
     def _owe(self) -> None:
         self._started.start()
-        self._shortages = []
+        self._outcomes.take_shortages()
         self._owed = True
 
     def _exchange(self, weighing: Weighing, state: WindowState) -> Heard:
@@ -497,11 +252,11 @@ class Many:
             return reduction.norms()
 
         return Heard.of(
-            self._wire,
+            self.wire,
             weighing,
             state,
             reduction.presence(),
-            Ending(self.ended, self.idle),
+            self.streams.ending,
             extra=float(reduction.late),
             device=reduction.device,
             beside=norms,
@@ -512,12 +267,12 @@ class Many:
         targets, least = float(widen(state.targets)), float(weighing.least)
         wrong = bool(spoilt(weighing, state))
         said = f"its targets add up to {targets}, and a micro-batch holds {least}"
-        outcomes = self._told(_Outcome("failed", said) if wrong else _Outcome())
+        outcomes = self._outcomes.exchange(Outcome("failed", said) if wrong else Outcome())
         self._started.start()  # which frees what was reduced
         if wrong:
             return Reading(math.nan, math.nan, 0.0, math.nan, targets, least)
         meets = next((each.said for each in outcomes if each.kind == "meets"), None)
-        self._judge(outcomes, always=meets is None)
+        self._outcomes.judge(outcomes, always=meets is None)
         assert meets is not None
         self._meets = True
         raise Again(meets, heard=True)
@@ -528,35 +283,17 @@ class Many:
             return
         self._owed = False
         try:
-            self._join(_Outcome("failed", words(error)))
+            self._join(Outcome("failed", words(error)))
         except RankError as lost:
             error.add_note(f"The other ranks could not be told: {lost.found}")
 
-    def _join(self, outcome: _Outcome) -> list[_Outcome]:
+    def _join(self, outcome: Outcome) -> list[Outcome]:
         """Take part in what is left of a window, without a gradient, and exchange what has become of it."""
         self._owed = False
         if self._reach is not None:
             self._reach.say_failed()
         elif self._meets:
-            self._wire.gather(FAILED)
+            self.wire.gather(FAILED)
         self._started.abandon()
-        say_failed(self._wire, self._started.device)
-        return self._told(outcome)
-
-    def _told(self, outcome: _Outcome) -> list[_Outcome]:
-        """Exchange what has become of a window; whoever knows that micro-batches meet lets all know."""
-        outcomes: list[_Outcome] = self._wire.gather(outcome)
-        self.has_met = self.has_met or any(each.kind == "meets" for each in outcomes)
-        return outcomes
-
-    def _judge(self, outcomes: Sequence[_Outcome], *, always: bool = False) -> None:
-        """Raise if a rank failed; keep the shortages of memory, if there is nothing else.
-
-        Raises:
-            RankError: What went wrong, by rank; also for shortages, where that is asked for.
-        """
-        failed = [(rank, each.said) for rank, each in enumerate(outcomes) if each.kind == "failed"]
-        short = [(rank, each.said) for rank, each in enumerate(outcomes) if each.kind == "short"]
-        self._shortages = [] if failed else [each.finer for each in outcomes if each.finer is not None]
-        if failed or always:
-            raise told(failed or short)
+        say_failed(self.wire, self._started.device)
+        return self._outcomes.exchange(outcome)

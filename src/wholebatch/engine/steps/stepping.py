@@ -338,7 +338,7 @@ def _moves_one_by_one(optimizer: Optimizer) -> bool:
         of_torch._global_optimizer_pre_hooks.values(),
         of_torch._global_optimizer_post_hooks.values(),
     )
-    if not all(getattr(hook, "__module__", "").startswith("wholebatch.") for hook in hooks):
+    if not all((getattr(hook, "__module__", None) or "").startswith("wholebatch.") for hook in hooks):
         return False
     return not any(group.get("differentiable", False) for group in optimizer.param_groups)
 

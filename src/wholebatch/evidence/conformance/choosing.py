@@ -37,16 +37,30 @@ def choose_scenes(names: Sequence[str] | None) -> list[str]:
         >>> choose_scenes(["T1"])
         ['T1-ragged-counts']
     """
-    known = {scene.name for scene in SCENES} | {scene.trap for scene in SCENES}
+    known, traps = [scene.name for scene in SCENES], list(dict.fromkeys(scene.trap for scene in SCENES))
     for name in names or ():
-        if name not in known:
-            raise _unknown("scene", name, [scene.name for scene in SCENES])
+        if name not in known and name not in traps:
+            raise _unknown("scene", name, known, traps)
     return [scene.name for scene in SCENES if not names or scene.name in names or scene.trap in names]
 
 
-def _unknown(kind: str, name: str, known: Sequence[str]) -> ConfigError:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return ConfigError(
-        f"There is no {kind} {name!r}.",
-        hint=(f"did you mean {nearest[0]!r}? " if nearest else "") + f"There are {', '.join(known)}.",
-    )
+def _unknown(kind: str, name: str, known: Sequence[str], groups: Sequence[str] = ()) -> ConfigError:
+    near = nearest(name, [*groups, *known])
+    meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return ConfigError(f"There is no {kind} {name!r}.", hint=f"{meant}There are {', '.join(known)}.")
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Return what may have been meant: the same in other letters, what begins with it, or what is spelled alike.
+
+    Example:
+        >>> nearest("keras", ["keras-torch", "keras-jax", "opacus"])
+        ['keras-torch', 'keras-jax']
+        >>> nearest("opakus", ["keras-torch", "opacus"])
+        ['opacus']
+    """
+    lower = {each.lower(): each for each in known}
+    if name.lower() in lower:
+        return [lower[name.lower()]]
+    begins = [each for low, each in lower.items() if name and low.startswith(name.lower())]
+    return begins or [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)]

@@ -26,6 +26,9 @@ LOSS_TOLERANCE = 1e-3
 OTHER_PURPOSE = "it is a way to say"
 """How the reason begins why a system is not asked for what it is not for."""
 
+NO_WAY = "its adapter has no way to say: "
+"""How the reason begins why a system is not asked for what its adapter does not know."""
+
 _READINGS_TOLERANCE = 1e-11
 """How far the two readings may be apart: both are in float64."""
 
@@ -74,7 +77,8 @@ def judge(system: System, scene: Scene) -> Verdict:
         return Verdict(system.name, scene.name, "not expressible", why=why)
     lacking = scene.task.asks - system.expresses
     if lacking:
-        why = f"its adapter has no way to say: {', '.join(sorted(lacking))}"
+        reasons = list(dict.fromkeys(system.lacks[word] for word in sorted(lacking) if word in system.lacks))
+        why = "; ".join(reasons) or NO_WAY + ", ".join(sorted(lacking))
         return Verdict(system.name, scene.name, "not expressible", why=why)
     ranks = scene.task.ranks if isinstance(scene.task, Task) else 1
     if ranks > 1 and os.environ.get("WORLD_SIZE") != str(ranks):
@@ -148,7 +152,8 @@ def expected(task: Task | PairTask) -> Trained:
 
 def _expected(task: Task) -> Trained:
     model = task.make_model()
-    optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
+    parts = task.parts(model)
+    optimizer = SGD([{"params": weights, "lr": lr} for weights, lr in parts])
     scheduler = LambdaLR(optimizer, task.lr_factor) if task.lr_factor else None
 
     def loss_fn(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, ...]:
@@ -166,7 +171,7 @@ def _expected(task: Task) -> Trained:
         if scheduler is not None:
             scheduler.step()
         task.after_update(model)
-    return Trained(model, len(losses), losses)
+    return Trained(model, len(losses) * len(parts), losses)
 
 
 def _expected_of_players(task: PairTask) -> Trained:
@@ -183,10 +188,6 @@ def _expected_of_players(task: PairTask) -> Trained:
             if place % window == 0:
                 batch = join(task.epoch[place : place + window])
                 gradients[number] = torch.autograd.grad(loss_of(model, batch), list(player.parameters()))
-                if task.clip_norm is not None:
-                    norm = torch.stack([gradient.norm() for gradient in gradients[number]]).norm()
-                    factor = min(1.0, task.clip_norm / float(norm))
-                    gradients[number] = tuple(gradient * factor for gradient in gradients[number])
         for number, (player, _, window) in enumerate(players):
             if (place + 1) % window == 0:
                 with torch.no_grad():

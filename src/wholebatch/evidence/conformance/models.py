@@ -88,6 +88,21 @@ class Overflowing(Tagger):
         return logits
 
 
+class HalfOverflowing(Tagger):
+    """A tagger in float32 with one token, the last, through which the gradient of the embedding overflows when the loss
+    is scaled, while that of the head does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+        self.pitch = torch.ones(VOCABULARY, 1)
+        self.pitch[-1] = 1e37
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.sin(self.embedding(input_ids) * self.pitch[input_ids]))
+        return logits
+
+
 class Players(nn.Module):
     """A generator and a discriminator, or any two models that are trained side by side.
 
@@ -96,7 +111,7 @@ class Players(nn.Module):
         returns scores ``[rows, 1]``.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.generator = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).to(dtype)
-        self.discriminator = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+        self.generator = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+        self.discriminator = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()

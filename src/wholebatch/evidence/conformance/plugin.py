@@ -35,7 +35,10 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     wanted: list[str] = config.getoption("--wholebatch-adapter")
     if not wanted:
         return
-    from wholebatch.evidence.conformance.scenes import SCENES
+    try:
+        from wholebatch.evidence.conformance.scenes import SCENES
+    except ImportError as error:
+        raise pytest.UsageError(f"--wholebatch-adapter: {error}.\nhint: pip install 'wholebatch[torch]'.") from error
 
     for where in wanted:
         system, refuses = _find(where, config)
@@ -50,21 +53,27 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 def _find(where: str, config: pytest.Config) -> tuple[System, frozenset[str]]:
     from wholebatch.evidence.conformance.system import System
 
+    folder = str(config.invocation_params.dir)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # and it stays there, for what the adapter imports when it is called
     module, _, name = where.partition(":")
-    sys.path.insert(0, str(config.invocation_params.dir))
     try:
         adapter = getattr(importlib.import_module(module), name or "adapter")
-    except (ImportError, AttributeError) as error:
-        raise pytest.UsageError(
-            f"--wholebatch-adapter={where}: {error}.\nhint: name a function that can be imported from "
-            f"{config.invocation_params.dir}, as in my_module:adapter."
-        ) from error
-    finally:
-        sys.path.pop(0)
+    except Exception as error:  # whatever the user's module raises
+        raise _wrong(where, f"{type(error).__name__}: {error}", folder) from error
+    if not isinstance(adapter, System) and not callable(adapter):
+        raise _wrong(where, f"it is of type {type(adapter).__name__} and cannot be called", folder)
     refuses = frozenset(getattr(adapter, "refuses", ()))
     if isinstance(adapter, System):
         return adapter, refuses
     return System(where, where, adapter, frozenset(getattr(adapter, "expresses", ()))), refuses
+
+
+def _wrong(where: str, found: str, folder: str) -> pytest.UsageError:
+    return pytest.UsageError(
+        f"--wholebatch-adapter={where}: {found}.\n"
+        f"hint: name a function that can be imported from {folder}, as in my_module:adapter."
+    )
 
 
 class _NotConforming(Exception):  # noqa: N818 - the finding of a test

@@ -17,6 +17,7 @@ from wholebatch.evidence.conformance.models import (
     TIME,
     VOCABULARY,
     Averaged,
+    HalfOverflowing,
     Normed,
     Overflowing,
     Players,
@@ -283,13 +284,25 @@ SCENES: tuple[Scene, ...] = (
     ),
     Scene(
         "T10-two-optimizers",
-        "with two optimizers the gradient of each is divided by the loss scale once, and then clipped",
-        PairTask(
-            partial(_seeded, partial(Players, torch.float32)),
-            [{name: each.float() / 4 for name, each in part.items()} for part in _players()],  # nothing overflows
-            adversarial=False,
+        "two optimizers in one window: the loss scale divides both gradients once, and they are clipped together",
+        Task(
+            partial(_seeded, partial(Tagger, torch.float32)),
+            labelled([10] * 8),
+            second_lr=0.25,
             clip_norm=0.05,
             precision="fp16",
+        ),
+        tolerance=4 * torch.finfo(torch.float16).eps,
+    ),
+    Scene(
+        "T10-one-of-two-overflows",
+        "where the gradient of one of two optimizers overflows, neither steps",
+        Task(
+            partial(_seeded, HalfOverflowing),
+            _overflowing(),
+            second_lr=0.25,
+            precision="fp16",
+            overflows=frozenset({0}),
         ),
         tolerance=4 * torch.finfo(torch.float16).eps,
     ),

@@ -23,6 +23,7 @@ class System:
         requires: What it has to be asked for, in the same words: a way to train on several ranks is not judged alone.
         rounding: The relative error that is its rounding, where it computes in a narrower dtype than the weights have;
             a scene with a smaller tolerance is judged with this one.
+        lacks: Why it cannot be asked some of what is not in `expresses`, each a reason by its word.
     """
 
     name: str
@@ -34,6 +35,7 @@ class System:
     environment: Mapping[str, str] = field(default_factory=dict)
     requires: frozenset[str] = frozenset()
     rounding: float = 0.0
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
     def versions(self) -> dict[str, str] | None:
         """Return the versions of its distributions, or None where one is not installed."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from wholebatch.evidence.conformance.judge import OTHER_PURPOSE
+from wholebatch.evidence.conformance.judge import NO_WAY, OTHER_PURPOSE
 
 _WORST_FIRST = ("fail", "refuses", "not expressible", "pass")
 _SHORT = {"refuses": "refuses", "not expressible": "-", "pass": "pass"}
@@ -41,13 +41,16 @@ def by_scene(results: Mapping[str, Any]) -> str:
 
 
 def details(results: Mapping[str, Any]) -> list[str]:
-    """Return a line for each verdict that is not a pass, with what is wrong; none for what a system is not for."""
-    return [
-        f"{name}, {scene}: {verdict['outcome']}; {verdict['why']}"
-        for name, system in results["systems"].items()
-        for scene, verdict in system["verdicts"].items()
-        if verdict["outcome"] != "pass" and not verdict["why"].startswith(OTHER_PURPOSE)
-    ]
+    """Return a line for each failure and refusal, with what is wrong, and for each reason why scenes cannot be said.
+
+    What a system is not for is not told.
+    """
+    lines = []
+    for name, system in results["systems"].items():
+        wrong, unsaid = _apart(system["verdicts"])
+        lines += [f"{name}, {scene}: {verdict['outcome']}; {verdict['why']}" for scene, verdict in wrong.items()]
+        lines += [f"{name}, {', '.join(scenes)}: not expressible; {why}" for why, scenes in unsaid.items()]
+    return lines
 
 
 def as_page(results: Mapping[str, Any]) -> str:
@@ -56,27 +59,30 @@ def as_page(results: Mapping[str, Any]) -> str:
     for name, system in results["systems"].items():
         versions = ", ".join(f"{package} {version}" for package, version in system["versions"].items())
         passed = [scene for scene, verdict in system["verdicts"].items() if verdict["outcome"] == "pass"]
-        unsaid = {
-            scene: verdict["why"]
-            for scene, verdict in system["verdicts"].items()
-            if verdict["outcome"] == "not expressible"
-        }
-        lacking = [scene for scene, why in unsaid.items() if not why.startswith(OTHER_PURPOSE)]
-        asked = len(system["verdicts"]) - len(unsaid)
+        wrong, unsaid = _apart(system["verdicts"])
+        asked = len(passed) + len(wrong)
         lines += [
             f'??? note "{name}: {system["title"]}, passes {len(passed)} of the {asked} scenes that it can say"',
             "",
         ]
         lines += [f"    {versions}", ""]
-        lines += [
-            f"    - {scene}: {verdict['outcome']}; {verdict['why']}"
-            for scene, verdict in system["verdicts"].items()
-            if verdict["outcome"] in ("fail", "refuses")
-        ]
-        lines += [f"    - not expressible: {', '.join(lacking)}"] if lacking else []
+        lines += [f"    - {scene}: {verdict['outcome']}; {verdict['why']}" for scene, verdict in wrong.items()]
+        lines += [f"    - not expressible: {', '.join(scenes)}; {why}" for why, scenes in unsaid.items()]
         lines += [""]
     lines += [f"Not installed beside the others: {name} (`{line}`)." for name, line in results["not_installed"].items()]
     return "\n".join(lines).strip()
+
+
+def _apart(verdicts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The failures and refusals by scene, and the scenes that cannot be said by the reason why."""
+    wrong = {scene: each for scene, each in verdicts.items() if each["outcome"] in ("fail", "refuses")}
+    whys = {scene: each["why"] for scene, each in verdicts.items() if each["outcome"] == "not expressible"}
+    words = sorted({word for why in whys.values() if why.startswith(NO_WAY) for word in why[len(NO_WAY) :].split(", ")})
+    unsaid: dict[str, list[str]] = {}
+    for scene, why in whys.items():
+        if not why.startswith(OTHER_PURPOSE):
+            unsaid.setdefault(NO_WAY + ", ".join(words) if why.startswith(NO_WAY) else why, []).append(scene)
+    return wrong, unsaid
 
 
 def _scenes(results: Mapping[str, Any]) -> list[str]:

@@ -40,6 +40,8 @@ class Task:
         sized: Whether the loader knows its length.
         slices: Micro-batches in what the loader yields at once, joined by rows; the loop of the user cuts them apart.
         lr: Learning rate of ``torch.optim.SGD``.
+        second_lr: Learning rate of a second optimizer, which steps the head; the first then steps the rest. They share
+            the loss, the window, the loss scale and the bound, and what spoils one skips both.
         clip_norm: Bound for the 2-norm of the gradient of the window.
         lr_factor: What the learning rate is multiplied by at update 0, 1, 2, ...
         penalty: The coefficient of a penalty on the weights: ``penalty * sum(weight ** 2)`` is added to the mean as it
@@ -70,6 +72,7 @@ class Task:
     sized: bool = True
     slices: int = 1
     lr: float = 0.5
+    second_lr: float | None = None
     clip_norm: float | None = None
     lr_factor: Callable[[int], float] | None = None
     penalty: float | None = None
@@ -93,6 +96,7 @@ class Task:
             "unsized": not self.sized,
             "None": any(micro_batch is None for micro_batch in self.epoch),
             "slices": self.slices > 1,
+            "two optimizers": self.second_lr is not None,
             "clipping": self.clip_norm is not None,
             "schedule": self.lr_factor is not None,
             "term": self.penalty is not None,
@@ -107,6 +111,15 @@ class Task:
             "batch norm": any(isinstance(layer, nn.BatchNorm1d) for layer in self.make_model().modules()),
         }
         return frozenset(name for name, wants in wanted.items() if wants)
+
+    def parts(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+        """Return what each optimizer steps, and its learning rate: one with all weights that are trained, or two."""
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        if self.second_lr is None:
+            return [(list(trained.values()), self.lr)]
+        head = [weight for name, weight in trained.items() if name.startswith("head.")]
+        rest = [weight for name, weight in trained.items() if not name.startswith("head.")]
+        return [(rest, self.lr), (head, self.second_lr)]
 
     @property
     def whole_window(self) -> int:
@@ -202,8 +215,6 @@ class PairTask:
         adversarial: Whether the generator's loss passes through the discriminator. Else it is a regression to `real`,
             and the two have nothing to do with each other.
         lr: Learning rate of both.
-        clip_norm: Bound for the 2-norm of the gradient of each model.
-        precision: ``"fp16"`` for autocast with loss scaling; else as the weights are.
     """
 
     make_model: Callable[[], Players]
@@ -212,8 +223,6 @@ class PairTask:
     generator_window: int = 2
     adversarial: bool = True
     lr: float = 0.5
-    clip_norm: float | None = None
-    precision: Literal["weights", "fp16"] = "weights"
 
     @property
     def asks(self) -> frozenset[str]:
@@ -221,16 +230,13 @@ class PairTask:
         wanted = {
             "two players": self.window == self.generator_window,
             "two windows": self.window != self.generator_window,
-            "clipping": self.clip_norm is not None,
-            "fp16": self.precision == "fp16",
         }
         return frozenset(name for name, wants in wanted.items() if wants)
 
     def discriminator_loss(self, model: Players, micro_batch: MicroBatch) -> Tensor:
         """Return the mean over the rows of how badly real and made samples are told apart; shape ``[]``."""
-        dtype = micro_batch["real"].dtype  # under autocast a loss in float16 would overflow when it is scaled
-        real = model.discriminator(micro_batch["real"]).to(dtype)
-        made = model.discriminator(model.generator(micro_batch["noise"]).detach()).to(dtype)
+        real = model.discriminator(micro_batch["real"])
+        made = model.discriminator(model.generator(micro_batch["noise"]).detach())
         return functional.softplus(-real).mean() + functional.softplus(made).mean()
 
     def generator_loss(self, model: Players, micro_batch: MicroBatch) -> Tensor:
@@ -248,7 +254,7 @@ class Trained:
 
     Attributes:
         model: With the weights at the end of the run.
-        updates: Optimizer steps; of a pair, those of both together.
+        updates: Optimizer steps; of two optimizers, those of both together.
         losses: What the system itself reports as the loss of each update; None where it reports none.
     """
 

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence.conformance.adapters.loaders import data_loader
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import TERMS, NotExpressible, PairTask, Task, Trained, steps_of
+from wholebatch.evidence.conformance.task import TERMS, PairTask, Task, Trained, steps_of
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -40,7 +40,6 @@ def _accelerator(steps: int, *, slices: int = 1) -> Any:
 
 
 def _train_one(task: Task) -> Trained:
-    _refuse_float16(task)
     accelerator = _accelerator(task.window, slices=task.slices)
     plain = task.make_model()
     sgd = SGD((weight for weight in plain.parameters() if weight.requires_grad), lr=task.lr)
@@ -71,9 +70,7 @@ def _train_one(task: Task) -> Trained:
     return Trained(plain, steps())
 
 
-def _refuse_float16(task: Task | PairTask) -> None:
-    if task.precision == "fp16":
-        raise NotExpressible("float16 needs a GPU: on a CPU, mixed_precision='fp16' trains in float32")
+_LACKS = {"fp16": "float16 needs a GPU: on a CPU, mixed_precision='fp16' trains in float32"}
 
 
 def _evaluate(task: Task, model: Any, evaluation: Any) -> None:
@@ -87,7 +84,6 @@ def _evaluate(task: Task, model: Any, evaluation: Any) -> None:
 
 
 def _train_players(task: PairTask) -> Trained:
-    _refuse_float16(task)
     accelerator = _accelerator(1)
     players = task.make_model()
     sgds = [SGD(player.parameters(), lr=task.lr) for player in (players.discriminator, players.generator)]
@@ -109,7 +105,6 @@ def _train_players(task: PairTask) -> Trained:
 def train_long(task: Task | PairTask) -> Trained:
     """Train as in "Gradient accumulation on training samples of variable size": read ahead, count, divide the sum."""
     assert isinstance(task, Task)
-    _refuse_float16(task)
     accelerator = _accelerator(task.window)
     plain = task.make_model()
     sgd = SGD((weight for weight in plain.parameters() if weight.requires_grad), lr=task.lr)
@@ -160,12 +155,12 @@ accelerate = System(
             "follows",
             "zero first",
             "evaluation",
-            "fp16",
             "bf16",
             "two players",
             "two windows",
         }
     ),
+    lacks=_LACKS,
     distributions=("accelerate", "torch"),
     install="pip install 'wholebatch[accelerate]'",
 )
@@ -174,7 +169,8 @@ accelerate_long = System(
     name="accelerate-long",
     title="Accelerate, its recipe for samples of variable size",
     train=train_long,
-    expresses=frozenset({"ranks", "clipping", "schedule", *TERMS, "follows", "evaluation", "fp16", "bf16"}),
+    expresses=frozenset({"ranks", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"}),
+    lacks=_LACKS,
     distributions=("accelerate", "torch"),
     install="pip install 'wholebatch[accelerate]'",
 )

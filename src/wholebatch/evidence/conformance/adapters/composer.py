@@ -104,6 +104,11 @@ def _train(task: Task, *, on_tokens: bool) -> Trained:
     return Trained(model.model, steps(), losses)
 
 
+_LACKS = {
+    "fp16": "float16 needs a GPU: on a CPU, precision='amp_fp16' is an error",
+    "two optimizers": "the Trainer takes one optimizer",
+}
+
 _EXPRESSES = frozenset({"unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
 
 composer = System(
@@ -111,6 +116,7 @@ composer = System(
     title="Composer",
     train=train,
     expresses=_EXPRESSES,
+    lacks=_LACKS,
     distributions=("mosaicml", "torch"),
     install="pip install mosaicml  # up to 0.32.1 it asks for torch<2.7.1",
 )
@@ -120,6 +126,7 @@ composer_tokens = System(
     title="Composer, accumulating on tokens",
     train=train_on_tokens,
     expresses=_EXPRESSES,
+    lacks=_LACKS,
     distributions=("mosaicml", "torch"),
     install="pip install mosaicml  # up to 0.32.1 it asks for torch<2.7.1",
 )

@@ -65,6 +65,7 @@ gradcache = System(
     expresses=frozenset(
         {"unsized", "None", "clipping", "schedule", "term", "batch norm", "coupled", "follows", "bf16"}
     ),
+    lacks={"fp16": "its float16 is that of CUDA"},
     distributions=("gradcache", "torch"),
     install="pip install gradcache",
 )

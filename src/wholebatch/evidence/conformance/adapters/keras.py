@@ -107,6 +107,8 @@ def _schedule(task: Task) -> Any:
 ROUNDING = 1e-6
 """On PyTorch and JAX, Keras multiplies matrices or takes a tanh in float32, also under the policy float64."""
 
+_LACKS = {"two optimizers": "compile takes one optimizer"}
+
 _EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "bf16"})
 
 keras_torch = System(
@@ -114,6 +116,7 @@ keras_torch = System(
     title="Keras on PyTorch",
     train=partial(train, backend="torch"),
     expresses=_EXPRESSES,
+    lacks=_LACKS,
     distributions=("keras", "torch"),
     install="pip install 'wholebatch[keras]'",
     environment={"KERAS_BACKEND": "torch"},
@@ -125,6 +128,7 @@ keras_jax = System(
     title="Keras on JAX",
     train=partial(train, backend="jax"),
     expresses=_EXPRESSES,
+    lacks=_LACKS,
     distributions=("keras", "jax", "torch"),
     install="pip install 'wholebatch[keras]'",
     environment={"KERAS_BACKEND": "jax"},

@@ -146,8 +146,6 @@ def _fit(module: Any, task: Task | PairTask, **options: Any) -> None:
     from lightning.pytorch import Trainer
 
     asks = task.asks
-    if "fp16" in asks:
-        raise NotExpressible("float16 needs a GPU: on a CPU, precision='16-mixed' trains in bfloat16")
     if isinstance(task, Task) and task.evaluates_after:
         if len(task.evaluates_after) > 1:
             raise NotExpressible("evaluations come at intervals, not at any places")
@@ -169,13 +167,14 @@ def _fit(module: Any, task: Task | PairTask, **options: Any) -> None:
     trainer.fit(module, loader, data_loader(task) if "evaluation" in asks else None)
 
 
+_LACKS = {"fp16": "float16 needs a GPU: on a CPU, precision='16-mixed' trains in bfloat16"}
+
 lightning = System(
     name="lightning",
     title="Lightning",
     train=train,
-    expresses=frozenset(
-        {"ranks", "unsized", "None", "clipping", "schedule", *TERMS, "follows", "evaluation", "fp16", "bf16"}
-    ),
+    expresses=frozenset({"ranks", "unsized", "None", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"}),
+    lacks={**_LACKS, "two optimizers": "automatic optimization is for one optimizer"},
     distributions=("lightning", "torch"),
     install="pip install 'wholebatch[lightning]'",
 )
@@ -196,12 +195,12 @@ lightning_manual = System(
             "follows",
             "zero first",
             "evaluation",
-            "fp16",
             "bf16",
             "two players",
             "two windows",
         }
     ),
+    lacks=_LACKS,
     distributions=("lightning", "torch"),
     install="pip install 'wholebatch[lightning]'",
 )

@@ -60,6 +60,10 @@ opacus = System(
     title="Opacus, BatchMemoryManager",
     train=train,
     expresses=frozenset({"zero first", "evaluation"}),
+    lacks={
+        "fp16": "it clips the gradients of rows, and does not know a loss scale",
+        "two optimizers": "it makes one optimizer private",
+    },
     distributions=("opacus", "torch"),
     install="pip install 'wholebatch[opacus]'",
 )

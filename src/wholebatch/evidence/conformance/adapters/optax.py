@@ -196,6 +196,8 @@ def _batches(task: Task) -> Iterator[MicroBatch]:
         yield join(micro_batches)
 
 
+_LACKS = {"fp16": "it has no loss scale"}
+
 _EXPRESSES = frozenset({"unsized", "slices", "clipping", "schedule", "term", "follows", "bf16"})
 
 optax_multisteps = System(
@@ -203,6 +205,7 @@ optax_multisteps = System(
     title="Optax, MultiSteps",
     train=train,
     expresses=_EXPRESSES | {"evaluation"},
+    lacks=_LACKS,
     distributions=("optax", "jax"),
     install="pip install 'wholebatch[jax]'",
 )
@@ -212,6 +215,7 @@ optax_microbatch = System(
     title="Optax, microbatch",
     train=train_microbatch,
     expresses=_EXPRESSES,
+    lacks=_LACKS,
     distributions=("optax", "jax"),
     install="pip install 'wholebatch[jax]'",
 )
@@ -221,6 +225,7 @@ optax_microbatch_mean = System(
     title="Optax, microbatch with the accumulator MEAN",
     train=train_microbatch_mean,
     expresses=_EXPRESSES,
+    lacks=_LACKS,
     distributions=("optax", "jax"),
     install="pip install 'wholebatch[jax]'",
 )

@@ -1,6 +1,7 @@
 """The textbook loop: divide each loss by the micro-batches of a window, step at every k-th, zero the gradients.
 
-As most tutorials have it, and PyTorch's "Automatic Mixed Precision examples" under "Gradient accumulation".
+As most tutorials have it, and PyTorch's "Automatic Mixed Precision examples" under "Gradient accumulation", and under
+"Working with Multiple Models, Losses, and Optimizers" where there are two optimizers: one scaler for both.
 """
 
 import torch
@@ -19,17 +20,17 @@ def train(task: Task | PairTask) -> Trained:
 
 def _train_one(task: Task) -> Trained:
     model = task.make_model()
-    optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
-    scheduler = LambdaLR(optimizer, task.lr_factor) if task.lr_factor else None
+    optimizers = [SGD(weights, lr=lr) for weights, lr in task.parts(model)]
+    schedulers = [LambdaLR(optimizer, task.lr_factor) for optimizer in optimizers] if task.lr_factor else []
     fp16 = task.precision == "fp16"
     scaler = torch.amp.GradScaler("cpu", enabled=fp16)
-    steps, given_up = steps_of(optimizer), -1
+    steps, given_up = [steps_of(optimizer) for optimizer in optimizers], -1
     for epoch in range(task.epochs):
         for i, loaded in enumerate(task.loader()):
             for j, micro_batch in enumerate(task.cut(loaded)):
                 place = epoch * len(task.epoch) + i * task.slices + j
                 if task.zero_first:
-                    optimizer.zero_grad()
+                    model.zero_grad()
                 if place // task.window == given_up:
                     continue
                 if micro_batch is not None:
@@ -44,41 +45,34 @@ def _train_one(task: Task) -> Trained:
                 if place in task.evaluates_after:
                     task.evaluate(model)
                 if (i * task.slices + j + 1) % task.window == 0:
-                    scaler.unscale_(optimizer)
+                    for optimizer in optimizers:
+                        scaler.unscale_(optimizer)
                     if task.clip_norm is not None:
                         nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
-                    scaler.step(optimizer)
+                    for optimizer in optimizers:
+                        scaler.step(optimizer)
                     scaler.update()
-                    optimizer.zero_grad()
-                    if scheduler is not None:
+                    model.zero_grad()
+                    for scheduler in schedulers:
                         scheduler.step()
                     task.after_update(model)
-    return Trained(model, steps())
+    return Trained(model, sum(each() for each in steps))
 
 
 def _train_players(task: PairTask) -> Trained:
-    """As in the same examples under "Working with Multiple Models, Losses, and Optimizers": one scaler for all."""
     model = task.make_model()
-    fp16 = task.precision == "fp16"
-    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
     of_discriminator = SGD(model.discriminator.parameters(), lr=task.lr)
     of_generator = SGD(model.generator.parameters(), lr=task.lr)
     steps = [steps_of(of_discriminator), steps_of(of_generator)]
     for place, micro_batch in enumerate(task.epoch, 1):
-        with torch.autocast("cpu", torch.float16, enabled=fp16):
-            losses = task.discriminator_loss(model, micro_batch), task.generator_loss(model, micro_batch)
+        losses = task.discriminator_loss(model, micro_batch), task.generator_loss(model, micro_batch)
         players = (of_discriminator, task.window), (of_generator, task.generator_window)
         for loss, (_, every) in zip(losses, players, strict=True):
-            torch.autograd.backward(scaler.scale(loss / every))
-        due = [optimizer for optimizer, every in players if place % every == 0]
-        for optimizer in due:
-            scaler.unscale_(optimizer)
-            if task.clip_norm is not None:
-                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], task.clip_norm)
-            scaler.step(optimizer)
-            optimizer.zero_grad()
-        if due:
-            scaler.update()
+            torch.autograd.backward(loss / every)
+        for optimizer, every in players:
+            if place % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
     return Trained(model, sum(each() for each in steps))
 
 
@@ -91,6 +85,7 @@ textbook = System(
             "unsized",
             "None",
             "slices",
+            "two optimizers",
             "clipping",
             "schedule",
             *TERMS,

@@ -136,6 +136,11 @@ def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **optio
     return Trained(model.model, steps(), losses)
 
 
+_LACKS = {
+    "fp16": "float16 needs a GPU: on a CPU, fp16=True trains in float32",
+    "two optimizers": "the Trainer takes one optimizer",
+}
+
 _EXPRESSES = frozenset({"ranks", "unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
 
 transformers = System(
@@ -143,6 +148,7 @@ transformers = System(
     title="Hugging Face Trainer",
     train=train,
     expresses=_EXPRESSES,
+    lacks=_LACKS,
     distributions=("transformers", "accelerate", "torch"),
     install="pip install 'wholebatch[transformers]'",
 )
@@ -152,6 +158,7 @@ transformers_loss_func = System(
     title="Hugging Face Trainer with compute_loss_func",
     train=train_loss_func,
     expresses=_EXPRESSES,
+    lacks=_LACKS,
     distributions=("transformers", "accelerate", "torch"),
     install="pip install 'wholebatch[transformers]'",
 )

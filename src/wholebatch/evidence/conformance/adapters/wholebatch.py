@@ -23,7 +23,7 @@ from wholebatch.evidence.conformance import encoders
 from wholebatch.evidence.conformance.coupled import MARGIN, hard_triplets, in_batch_negatives
 from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import TERMS, BadSample, MicroBatch, PairTask, Task, Trained, join
+from wholebatch.evidence.conformance.task import TERMS, BadSample, MicroBatch, PairTask, Task, Trained, join, steps_of
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -78,7 +78,8 @@ def _train_on_ranks(task: Task, wrap: Callable[[nn.Module], nn.Module]) -> Train
 
 def _train_one(task: Task) -> Trained:
     model = exact_batch_norm(meeting(task.make_model()))
-    optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
+    optimizers = [SGD(weights, lr=lr) for weights, lr in task.parts(model)]
+    steps = [steps_of(optimizer) for optimizer in optimizers]
 
     def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> Tensor | tuple[Tensor, ...]:
         if task.compares is not None:
@@ -90,19 +91,19 @@ def _train_one(task: Task) -> Trained:
 
     accumulator = Accumulator(
         model,
-        optimizer,
+        optimizers,
         loss_fn,
         micro_batch=Rows(ROWS),
         clip_norm=task.clip_norm,
-        lr_scheduler=LambdaLR(optimizer, task.lr_factor) if task.lr_factor else None,
+        lr_scheduler=[LambdaLR(optimizer, task.lr_factor) for optimizer in optimizers] if task.lr_factor else None,
         precision="fp16" if task.precision == "fp16" else "fp32",
     )
     losses = []
-    for update in _updates(task, model, optimizer, accumulator):
+    for update in _updates(task, model, accumulator):
         if update.skipped is None:
             losses.append(update.loss)
             task.after_update(model)
-    return Trained(model, len(losses), losses)
+    return Trained(model, sum(each() for each in steps), losses)
 
 
 class Standardised(nn.Module):
@@ -132,10 +133,10 @@ def compared(task: Task, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
     return batch_hard_triplet(points, micro_batch["labels"], margin=MARGIN)
 
 
-def _updates(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumulator) -> Iterator[Update]:
+def _updates(task: Task, model: nn.Module, accumulator: Accumulator) -> Iterator[Update]:
     """Yield the updates of the loop that fits what the user has."""
     if task.evaluates_after or task.fails_at is not None or task.zero_first:
-        yield from _own_loop(task, model, optimizer, accumulator)
+        yield from _own_loop(task, model, accumulator)
         return
     for _ in range(task.epochs):
         if task.slices > 1:
@@ -147,7 +148,7 @@ def _updates(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumula
             yield from accumulator.updates(task.loader(), micro_batches=task.window)
 
 
-def _own_loop(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumulator) -> Iterator[Update]:
+def _own_loop(task: Task, model: nn.Module, accumulator: Accumulator) -> Iterator[Update]:
     """Yield the updates of a loop that looks at each micro-batch itself."""
     for first, micro_batches in task.windows():
         try:
@@ -155,7 +156,7 @@ def _own_loop(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumul
                 for place, micro_batch in enumerate(micro_batches, first):
                     task.check(place)
                     if task.zero_first:
-                        optimizer.zero_grad()
+                        model.zero_grad()
                     if micro_batch is not None and int(task.targets(micro_batch)) > 0:
                         window.backward(task.loss(model, micro_batch), targets=task.targets(micro_batch))
                     if place in task.evaluates_after:
@@ -169,20 +170,11 @@ def _own_loop(task: Task, model: nn.Module, optimizer: SGD, accumulator: Accumul
 def _train_players(task: PairTask) -> Trained:
     model = task.make_model()
     players = model.discriminator, model.generator
-    both = [
-        Accumulator(
-            player,
-            SGD(player.parameters(), lr=task.lr),
-            clip_norm=task.clip_norm,
-            precision="fp16" if task.precision == "fp16" else "fp32",
-        )
-        for player in players
-    ]
+    both = [Accumulator(player, SGD(player.parameters(), lr=task.lr)) for player in players]
     windows = [accumulator.window() for accumulator in both]
     updates = 0
     for place, micro_batch in enumerate(task.epoch, 1):
-        with both[0].autocast():
-            losses = task.discriminator_loss(model, micro_batch), task.generator_loss(model, micro_batch)
+        losses = task.discriminator_loss(model, micro_batch), task.generator_loss(model, micro_batch)
         for window, loss in zip(windows, losses, strict=True):
             window.backward(loss, targets=len(micro_batch["real"]))
         for player, every in enumerate((task.window, task.generator_window)):
@@ -204,6 +196,7 @@ wholebatch = System(
             "unsized",
             "None",
             "slices",
+            "two optimizers",
             "clipping",
             "schedule",
             *TERMS,

@@ -1,0 +1,102 @@
+"""In what is the model of a job wrapped, on several ranks?"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from wholebatch.core.errors import ConfigError
+from wholebatch.engine.ranks.sharding import Sharding, sharded_modules
+from wholebatch.recipes.config import Wrapper
+from wholebatch.recipes.protocol import Recipe
+
+_log = logging.getLogger("wholebatch")
+
+
+class Wrapped:
+    """A model, and what is around it.
+
+    ``"ddp"`` is `DistributedDataParallel`, for code that expects it. ``"fsdp2"`` is `fully_shard`: between windows each
+    rank holds its share of the weights, and of the optimizer's state. The update is the same in each.
+
+    Args:
+        model: As the recipe makes it, on its device. `fully_shard` changes it in place.
+        recipe: Whose.
+        wrapper: What goes around it.
+        ranks: How many there are; a process that trains alone wraps nothing.
+
+    Attributes:
+        plain: The model without a wrapper around it; an optimizer is made from it.
+        trained: What the accumulator is given.
+
+    Example:
+        >>> from wholebatch.recipes.finding import find_recipe
+        >>> model = nn.Linear(1, 1)
+        >>> wrapped = Wrapped(model, find_recipe("text"), "ddp", ranks=1)
+        >>> wrapped.trained is wrapped.plain is model
+        True
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, wrapper: Wrapper, ranks: int) -> None:
+        self.plain = self.trained = model
+        self._recipe = recipe
+        self._sharding: Sharding | None = None
+        if ranks == 1:
+            if wrapper != "none":
+                _log.info("wrapper=%r goes around a model that several ranks train: here it is left out.", wrapper)
+        elif wrapper == "ddp":
+            self.trained = nn.parallel.DistributedDataParallel(model)
+        elif wrapper == "fsdp2":
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(model)
+            self._sharding = Sharding(model, sharded_modules(model))
+
+    def loss(self, model: nn.Module, micro_batch: Any) -> Any:
+        """Return what the recipe's loss says.
+
+        Raises:
+            ConfigError: It asks for something that the wrapper hides.
+        """
+        try:
+            return self._recipe.loss(model, micro_batch)
+        except AttributeError as error:
+            if not isinstance(error.obj, nn.parallel.DistributedDataParallel):
+                raise
+            raise ConfigError(
+                f"The loss of {self._recipe.name} asks the model for `{error.name}`, which DistributedDataParallel "
+                "hides.",
+                hint=f"leave wrapper='ddp' out, or ask for getattr(model, 'module', model).{error.name}.",
+            ) from error
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The context in which every rank has all weights, so that it may run the plain model by itself."""
+        if self._sharding is None:
+            yield
+            return
+        self._sharding.hush()
+        try:
+            yield
+        finally:
+            self._sharding.release()
+
+    def apart(self, make: Callable[[], nn.Module]) -> nn.Module | None:
+        """Return the model as one process can use it; None on all ranks but the first, where it is sharded.
+
+        Args:
+            make: Makes the model anew, for weights that are spread over ranks. They are gathered by all of them.
+        """
+        if self._sharding is None:
+            return self.plain
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.plain, options=options)
+        if not weights:
+            return None
+        model = make()
+        model.load_state_dict(weights)
+        return model
