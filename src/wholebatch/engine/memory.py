@@ -5,7 +5,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -118,6 +118,16 @@ def in_a_line(error: BaseException) -> str:
         ('MemoryError', 'one')
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def kind_in_a_line(error: BaseException) -> str:
+    """Return what kind of exception it is and what it says, in at most 160 characters.
+
+    Example:
+        >>> kind_in_a_line(ValueError("one\\ntwo"))
+        'ValueError: one'
+    """
+    return f"{type(error).__name__}: {in_a_line(error)}"[:160]
 
 
 def free_cached(device: torch.device) -> None:
@@ -264,16 +274,59 @@ def _peaks_of_halves(device: torch.device, run: Callable[[Callable[[], None]], N
     return Trace(tuple(changes), (_SCRATCH,) * len(changes), 2)
 
 
+class _Profile:
+    """What PyTorch's profiler has seen: each time that memory was taken or given back.
+
+    Attributes:
+        events: Filled in at the end.
+    """
+
+    events: Sequence[Any] = ()
+
+
 @contextmanager
-def _profile() -> Iterator[Any]:
-    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+def _profile() -> Iterator[_Profile]:
+    """Let the profiler see memory and marks, and no operations, which makes it quick; all of them where it must."""
+    found = _Profile()
     with _unheard():
-        profile.start()
+        stop = _started()
     try:
-        yield profile
+        yield found
     finally:
         with _unheard():
+            found.events = stop()
+
+
+def _started() -> Callable[[], Sequence[Any]]:
+    """Start the profiler and return what stops it. Its public face takes a second for its first start."""
+    try:
+        from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
+        from torch._C._profiler import (
+            ProfilerActivity,
+            ProfilerConfig,
+            ProfilerState,
+            RecordScope,
+            _ExperimentalConfig,
+        )
+
+        settings = ProfilerConfig(
+            ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig(), "memory"
+        )
+        activities = {ProfilerActivity.CPU}
+        _prepare_profiler(settings, activities)
+        _enable_profiler(settings, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
+    except (ImportError, AttributeError, TypeError):  # another version of PyTorch
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        profile.start()
+
+        def stopped() -> Sequence[Any]:
             profile.stop()
+            found: Any = profile.profiler
+            events: Sequence[Any] = found.kineto_results.events()
+            return events
+
+        return stopped
+    return lambda: _disable_profiler().events()
 
 
 @contextmanager
@@ -295,15 +348,11 @@ def _unheard() -> Iterator[None]:
         os.close(heard)
 
 
-def _changes(profile: Any) -> list[tuple[int, int, str]]:
+def _changes(profile: _Profile) -> list[tuple[int, int, str]]:
     """When memory was taken or given back, how much of it, and the marks between, in order."""
-    events = profile.profiler.kineto_results.events()
+    seen = ((event.name(), event) for event in profile.events)
     return sorted(
-        (
-            (event.start_ns(), event.nbytes(), event.name())
-            for event in events
-            if event.name() in ("[memory]", _BETWEEN)
-        ),
+        ((event.start_ns(), event.nbytes(), name) for name, event in seen if name in ("[memory]", _BETWEEN)),
         key=lambda each: each[0],
     )
 

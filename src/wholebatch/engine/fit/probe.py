@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.errors import LossError
@@ -18,7 +17,8 @@ from wholebatch.core.tree import map_leaves
 from wholebatch.engine import memory
 from wholebatch.engine.device import move
 from wholebatch.engine.fit.blocks import Ledger
-from wholebatch.engine.fit.fakes import Fakes, stand_in, state_bytes
+from wholebatch.engine.fit.fakes import Fakes, state_bytes
+from wholebatch.engine.fit.optimizing import step_need
 from wholebatch.engine.fit.timeline import Timeline
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
@@ -105,7 +105,8 @@ class Probe:
         except Exception as error:
             self.reasons.append(
                 f"The model was run for real on {' and '.join(str(rows) for rows in sorted({r for r, _ in sizes}))} "
-                f"rows to see what it takes, since it cannot be followed on fake tensors ({_in_a_line(error)})."
+                f"rows to see what it takes, since it cannot be followed on fake tensors "
+                f"({memory.kind_in_a_line(error)})."
             )
             traces, _ = self.real_traces(sizes, rows_of, limit=limit)
         return Need(resident, Passes.of(traces), step)
@@ -342,55 +343,10 @@ class Probe:
         gradients = _bytes(learning, device)
         sums = GradientSum(self.setup.parameters, [], self.sum_in).own_bytes
         largest = max((each.numel() * each.element_size() for each in learning), default=0)
-        state, temporary = self._step(gradients)
+        state, temporary = step_need(self.setup.optimizers, device, gradients, self.reasons)
         copied = copy_bytes(self.setup.optimizers, state)
         resident = {"weights": weights, "buffers": buffers, "optimizer state": state}
         return resident, max(gradients + temporary + copied, sums + largest if sums else 0)
-
-    def _step(self, gradients: int) -> tuple[int, int]:
-        """What the optimizers keep on the device, and what a step takes for a moment."""
-        try:
-            return self._meta_step()
-        except Exception as error:
-            said = _in_a_line(error)
-        try:
-            found = self._single_steps()
-        except Exception as error:
-            state, told = state_bytes(self.setup.optimizers, self.device.type), "as it is"
-            if not state:
-                state, told = 2 * gradients, "as two numbers a weight, like Adam's"
-            self.reasons.append(
-                f"The optimizer's state was counted {told}, and its step as one gradient more, since a copy of it "
-                f"could not be stepped ({_in_a_line(error)})."
-            )
-            return state, gradients
-        self.reasons.append(
-            f"The optimizer's step was looked at weight by weight, on zeros, since it reads numbers ({said})."
-        )
-        return found
-
-    def _meta_step(self) -> tuple[int, int]:
-        """The same from stand-ins without memory."""
-        state, most = 0, 0
-        for real in self.setup.optimizers:
-            optimizer = stand_in(real)
-            peak = _step_twice(optimizer, torch.device("meta"))
-            if not all(group.get("fused") for group in real.param_groups):
-                most = max(most, peak)
-            state += state_bytes([optimizer], "meta")
-            state += state_bytes([optimizer], "cpu") if self.device.type == "cpu" else 0  # counters
-        return state, most
-
-    def _single_steps(self) -> tuple[int, int]:
-        """The same from one weight after the other, on zeros."""
-        state, most = 0, 0
-        for real in self.setup.optimizers:
-            for group in real.param_groups:
-                for parameter in group["params"]:
-                    optimizer = stand_in(real, only=parameter)
-                    most = max(most, _step_twice(optimizer, self.device))
-                    state += state_bytes([optimizer], self.device.type)
-        return state, most
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
@@ -411,20 +367,6 @@ class Probe:
             transaction.roll_back()
 
 
-def _step_twice(optimizer: Optimizer, device: torch.device) -> int:
-    """Step a stand-in and return what the second step takes for a moment; the first makes the state."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    peak = 0
-    for _ in range(2):
-        timeline = Timeline(device)
-        with timeline:
-            type(optimizer).step(optimizer)
-        peak = timeline.peak_bytes
-    return peak
-
-
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
@@ -438,7 +380,3 @@ def _bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
         if each.device.type == device.type and each.layout == torch.strided
     }
     return sum(size for _, size in storages)
-
-
-def _in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {memory.in_a_line(error)}"[:160]

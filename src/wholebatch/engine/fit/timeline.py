@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,52 +104,103 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        for tensor in _among(args):
-            self._ignore(tensor)
-        for tensor in _among(tuple(kwargs.values())):
-            self._ignore(tensor)
+        known = _ABOUT.get(func) or _about(func)
+        if known.views:
+            for tensor in (*_among(args), *_among(tuple(kwargs.values()))):
+                self._ignore(tensor)
         result = func(*args, **kwargs)
-        for tensor in _among((result,)):
-            self._see(tensor)
-        if _takes_more(func) or _narrow_product(func, args):
-            self.hidden.add(func._schema.name)  # type: ignore[attr-defined]
+        if known.makes:
+            if isinstance(result, Tensor):
+                if not any(result is each for each in args):
+                    self._see(result)
+            else:
+                for tensor in _among((result,)):
+                    if not any(tensor is each for each in args):
+                        self._see(tensor)
+        if known.hidden or (known.product and _is_narrow(args)):
+            self.hidden.add(known.name)
         return result
 
     def _ignore(self, tensor: Tensor) -> None:
         for part in _dense_parts(tensor):
             storage = part.untyped_storage()
-            key = id(storage)
-            if key not in self._live:
-                self._live[key] = weakref.ref(storage, partial(self._forget, key))
+            if id(storage) not in self._live:
+                self._live[id(storage)] = _Live(storage, self._forget)
 
-    def _forget(self, key: int, _: object) -> None:
-        self._live.pop(key, None)
+    def _forget(self, gone: "_Live") -> None:
+        self._live.pop(gone.key, None)
 
     def _see(self, tensor: Tensor) -> None:
         for part in _dense_parts(tensor):
             storage = part.untyped_storage()
-            size = -(-storage.nbytes() // self._rounding) * self._rounding
-            if id(storage) not in self._live and size and part.device.type == self._type:
-                self._take(storage, size)
+            if id(storage) in self._live:
+                continue
+            size = storage.nbytes()
+            if size and part.device.type == self._type:
+                self._take(storage, -(-size // self._rounding) * self._rounding)
 
     def _take(self, storage: Any, size: int) -> None:
-        key, number = id(storage), len(self._sizes)
+        number = len(self._sizes)
         self._sizes.append(size)
         self._kinds.append("temporary")
         self._events.append(number)
         self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-
-        def give_back(_: object) -> None:
-            self._live.pop(key, None)
-            self._number.pop(key, None)
-            self._events.append(~number)
-            self.live_bytes -= size
-
-        self._live[key] = weakref.ref(storage, give_back)
-        self._number[key] = number
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
+        live = self._live[id(storage)] = _Live(storage, self._give_back)
+        live.number = self._number[live.key] = number
         if self._limit is not None and self.live_bytes > self._limit:
             raise OverBudget(f"{self.live_bytes} bytes of {self._limit}")
+
+    def _give_back(self, gone: "_Live") -> None:
+        self._live.pop(gone.key, None)
+        self._number.pop(gone.key, None)
+        self._events.append(~gone.number)
+        self.live_bytes -= self._sizes[gone.number]
+
+
+class _Live(weakref.ref):  # type: ignore[type-arg]
+    """Memory that is there, and under which number it is counted."""
+
+    __slots__ = ("key", "number")
+    key: int
+    number: int
+
+    def __init__(self, storage: Any, gone: Callable[["_Live"], None]) -> None:
+        super().__init__(storage, gone)  # type: ignore[call-arg]
+        self.key = id(storage)
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What is known of an operation.
+
+    Attributes:
+        name: What it is called.
+        makes: Whether it returns more than views of what it was given, and what it was given.
+        views: Whether what it returns may be memory that it was given: a view, or nobody says so.
+        hidden: Whether it is known to take memory within itself.
+        product: Whether it does so in 16 bits.
+    """
+
+    name: str
+    makes: bool
+    views: bool
+    hidden: bool
+    product: bool
+
+
+_ABOUT: dict[Any, _About] = {}
+
+
+def _about(func: Any) -> _About:
+    schema = func._schema
+    foreign = not schema.name.startswith("aten::")
+    told = [each.alias_info for each in schema.returns]
+    makes = foreign or any(each is None for each in told)
+    views = foreign or any(each is not None and not each.is_write for each in told)
+    found = _ABOUT[func] = _About(schema.name, makes, views, _takes_more(schema.name), schema.name in _PRODUCTS)
+    return found
 
 
 _HIDDEN = {
@@ -176,21 +227,18 @@ _HIDDEN = {
 """Parts of the names of operations that are known to take memory within themselves."""
 
 
-@cache
-def _takes_more(func: Any) -> bool:
+def _takes_more(name: str) -> bool:
     """Whether an operation is known to take memory within itself."""
-    space, _, name = func._schema.name.partition("::")
+    space, _, name = name.partition("::")
     return space not in ("aten", "prims", "profiler") or bool(_HIDDEN.intersection(name.split("_")))
 
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
 
 
-def _narrow_product(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether it is a product in 16 bits, which a CPU computes from copies in another order."""
-    return func._schema.name in _PRODUCTS and any(
-        isinstance(each, Tensor) and each.element_size() == 2 and each.device.type == "cpu" for each in args
-    )
+def _is_narrow(args: tuple[Any, ...]) -> bool:
+    """Whether a product is one in 16 bits, which a CPU computes from copies in another order."""
+    return any(isinstance(each, Tensor) and each.element_size() == 2 and each.device.type == "cpu" for each in args)
 
 
 def _among(values: Any) -> Iterator[Tensor]:

@@ -4,18 +4,23 @@ from wholebatch.engine import memory
 from wholebatch.engine.fit.probe import Probe
 
 BRIEF = 0.03
-"""A window that takes less is not worth a look at the clock. Unit: seconds."""
+"""A window that takes less is not worth a second look at the clock. Unit: seconds."""
 
 SHORT = 0.02
-"""A pass that takes less is run twice. Unit: seconds."""
+"""A pass that takes less is run again before it decides anything. Unit: seconds."""
 
 NEARLY = 0.03
 """The largest size is taken whose speed is within this share of the best: the clock is not finer, and each micro-batch
 costs something beside its pass."""
 
+WORSE = 0.15
+"""Where a size is slower than the best by more than this share, smaller ones are not looked at."""
+
 
 def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
     """Return how many rows to take at once, and what the clock said.
+
+    The largest that fits is looked at first, then smaller ones as long as that does not look worse.
 
     Args:
         probe: Runs passes.
@@ -23,27 +28,44 @@ def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
         rows: Of the logical batch.
         row: Which row of the sample is run.
     """
-    sizes = sorted({max(1, most // part) for part in (16, 4, 2, 1)})
+    sizes = sorted({max(1, most // part) for part in (16, 4, 2, 1)}, reverse=True)
     if len(sizes) == 1:
         return most, ""
     each: dict[int, float] = {}
-    for place, size in enumerate(sizes):
-        try:
-            if place == 0:  # the first pass of all compiles and allocates
-                probe.seconds(size, row)
-            seconds = probe.seconds(size, row)
-            if seconds < SHORT:
-                seconds = min(seconds, probe.seconds(size, row))
-        except Exception as error:
-            if memory.is_out_of_memory(error):
-                break
-            continue  # a size that the model refuses, as batch norm does a single row
+    for size in sizes:
+        seconds = _seconds(probe, size, row)
+        if seconds is None:
+            continue
         each[size] = seconds / size
-        if seconds / size * rows < BRIEF:
+        if len(each) == 1 and seconds * rows / size < BRIEF:
             return most, ""
+        if each[size] > min(each.values()) * (1 + WORSE):
+            break
     if not each:
         return most, ""
-    best = min(each.values())
-    chosen = max(size for size, one in each.items() if one <= best * (1 + NEARLY))
-    said = ", ".join(f"{1 / one:,.4g} with {size}" for size, one in each.items() if one > 0)
+    chosen = _best(each)
+    if chosen != most and each[chosen] * chosen < SHORT:
+        for size in {max(each), chosen}:
+            again = _seconds(probe, size, row)
+            each[size] = min(each[size], again / size) if again is not None else each[size]
+        chosen = _best(each)
+    said = ", ".join(f"{1 / one:,.4g} with {size}" for size, one in sorted(each.items()) if one > 0)
     return chosen, f" (rows a second: {said})"
+
+
+def _best(each: dict[int, float]) -> int:
+    """The largest size that is about as fast as any."""
+    best = min(each.values())
+    return max(size for size, one in each.items() if one <= best * (1 + NEARLY))
+
+
+def _seconds(probe: Probe, size: int, row: int) -> float | None:
+    """How long a pass takes; None where memory ran out, or the model refuses it, as batch norm does a single row."""
+    try:
+        if probe.device.type != "cpu":  # it compiles and allocates at the first pass of each size
+            probe.seconds(size, row)
+        return probe.seconds(size, row)
+    except Exception as error:
+        if memory.is_out_of_memory(error):
+            memory.free_cached(probe.device)
+        return None
