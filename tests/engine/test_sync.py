@@ -527,9 +527,9 @@ def test_the_page_s_example_says_the_same_on_two_ranks_as_on_one(tmp_path):
         subprocess.run([sys.executable, str(program)], env=alone, capture_output=True, text=True, check=True).stdout
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    said += subprocess.run(launch, env=alone, capture_output=True, text=True, check=True).stdout.splitlines(
-        keepends=True
-    )
+    launched = subprocess.run(launch, env=alone, capture_output=True, text=True, check=False)
+    assert launched.returncode == 0, launched.stderr
+    said += launched.stdout.splitlines(keepends=True)
     assert len(said) == 3
     assert set(said) == {said[0]}
 
