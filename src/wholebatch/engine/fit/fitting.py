@@ -36,7 +36,7 @@ FAR, CLOSE = 0.1, 0.5
 it takes more than the second, not far below the size that will be run."""
 
 FEW = 16
-"""Of fewer rows than that, those that will be run are measured themselves: kernels go other ways for one row or two than
+"""Of fewer rows than that, those that will be run are measured themselves: kernels go other ways for one row than
 for five."""
 
 
