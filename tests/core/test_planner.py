@@ -142,6 +142,48 @@ def test_recomputing_is_chosen_only_where_one_row_does_not_fit(plans):
     assert plan.peak_bytes <= 200 * MIB
 
 
+def planned_by(seconds_of):
+    """A plan of 64 rows of which 16 fit as they are, and all if two blocks recompute; the clock is made up."""
+    asked = []
+
+    def clock(sizes, way):
+        asked.append(way.name)
+        return {rows: seconds_of(rows, way) for rows in sizes}
+
+    ladder = Ladder(2, lambda count: RECOMPUTING if count == 2 else None)
+    return Planner(Task(64, 57 * MIB), [AS_IS, RECOMPUTING], clock, ladder=ladder).plan(), asked
+
+
+def test_recomputing_is_chosen_where_larger_micro_batches_win_more_than_it_costs():
+    """A pass itself takes as long as a hundred rows: one long pass beats several short ones."""
+    plan, asked = planned_by(lambda rows, way: (1.0 + 0.01 * rows) * (1.1 if way.blocks else 1.0))
+    assert plan.checkpointing == RECOMPUTING.blocks
+    assert (plan.micro_batch, plan.micro_batches) == (Rows(64), 1)
+    assert asked[-1] == "checkpointing"
+    (said,) = [each for each in plan.reasons if "it pays" in each]
+    assert said.startswith("If blocks.0 and blocks.1 recompute their activations, 64 rows fit at once")
+    assert "35.48 rows a second instead of 13.79" in said
+
+
+@pytest.mark.parametrize(
+    "seconds_of",
+    [
+        lambda rows, way: 0.01 * rows * (4 / 3 if way.blocks else 1.0),  # a pass costs nothing by itself
+        lambda rows, way: (0.02 + 0.01 * rows) * (4 / 3 if way.blocks else 1.0),  # little, and less than is lost
+        lambda rows, way: (
+            (1.0 + 0.01 * rows) * (5.0 if way.blocks else 1.0)
+        ),  # it promised much, and the clock denied it
+    ],
+    ids=["nothing to win", "little to win", "denied by the clock"],
+)
+def test_recomputing_is_not_chosen_where_it_does_not_pay(seconds_of):
+    plan, _ = planned_by(seconds_of)
+    assert plan.fits
+    assert plan.checkpointing == ()
+    assert (plan.micro_batch, plan.micro_batches) in {(Rows(16), 4), (Rows(1), 64)}
+    assert not any("it pays" in each for each in plan.reasons)
+
+
 def test_what_does_not_fit_says_what_would_help(plans):
     assert not plans["one row does not fit"].fits
     assert "activations" in plans["one row does not fit"].reasons[0]

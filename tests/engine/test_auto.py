@@ -58,6 +58,50 @@ def test_a_budget_is_kept_and_used(budget, precision, monkeypatch):
     assert 0.8 * limit < before + peak.peak_bytes <= limit
 
 
+class UpAndDown(nn.Module):
+    """A small U-Net."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        block = lambda c, out: nn.Sequential(  # noqa: E731
+            nn.Conv2d(c, out, 3, padding=1, bias=False), nn.GroupNorm(4, out), nn.ReLU()
+        )
+        self.first, self.second, self.middle = block(3, 16), block(16, 32), block(32, 64)
+        self.up_two, self.up_one = nn.ConvTranspose2d(64, 32, 2, stride=2), nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.join_two, self.join_one = block(64, 32), block(32, 16)
+        self.out = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        one = self.first(x)
+        two = self.second(nn.functional.max_pool2d(one, 2))
+        middle = self.middle(nn.functional.max_pool2d(two, 2))
+        two = self.join_two(torch.cat([self.up_two(middle), two], 1))
+        return self.out(self.join_one(torch.cat([self.up_one(two), one], 1)))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 7, 11])
+def test_a_budget_for_a_few_rows_is_kept_where_kernels_take_memory_of_their_own(rows, monkeypatch):
+    """One row and two go through other kernels than five do: what they take says nothing of five."""
+    monkeypatch.setattr("wholebatch.engine.fit.fitting.fastest_of", lambda _probe, most, *_: (most, ""))
+    batch = torch.randn(32, 3, 32, 32)
+
+    def taken(model, accumulator):
+        for _ in range(2):
+            update = accumulator.step(batch)
+        before = resident(model, accumulator)
+        with memory.tensor_peak() as peak:
+            accumulator.step(batch)
+        return before + peak.peak_bytes, update
+
+    model = UpAndDown()
+    exact, _ = taken(model, accumulator_of(model, micro_batch=wb.Rows(rows)))
+    model, budget = UpAndDown(), round(1.02 * exact)
+    most, update = taken(model, accumulator_of(model, memory=budget))
+    assert 0.5 * budget < most <= budget
+    assert update.retries == 0
+
+
 def test_the_look_ahead_keeps_to_the_budget_as_well():
     model = network()
     accumulator = accumulator_of(model, memory="1500kB")

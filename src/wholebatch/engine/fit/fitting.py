@@ -35,6 +35,10 @@ FAR, CLOSE = 0.1, 0.5
 """Kernels with memory of their own are measured where a plan takes more than the first share of the budget, and where
 it takes more than the second, not far below the size that will be run."""
 
+FEW = 16
+"""Of fewer rows than that, those that will be run are measured themselves: kernels go other ways for one row than
+for five."""
+
 
 @dataclass
 class Fitting:
@@ -165,8 +169,14 @@ class Fitting:
         if most == 1:
             measured = probe.measure_one(row)
         else:
-            each = max(1, most // 4) if share > CLOSE else each
+            each = max(1, most // (2 if most < FEW else 4)) if share > CLOSE else each
             measured = probe.measure((each, 2 * each), row)
+        if measured is None:
+            return need
+        need = replace(need, measured=measured)
+        most = largest_rows(need, budget, rows)
+        if share > CLOSE and 2 * each < most < FEW:
+            measured = probe.measure((2 * each, most), row)
         return need if measured is None else replace(need, measured=measured)
 
     def _traces(

@@ -169,7 +169,8 @@ class Ways:
         most = largest_rows(need, budget, self._rows, longest)
         each = max(4, min(MEASURED, most // 4))  # kernels choose by size: not far below what will be run
         room = min(budget, available_bytes(probe.device) + need.resident_bytes)
-        while each > 1 and need.peak(2 * each, longest) > room / 2:
+        # Of a few rows twice as many may be nearly all that fit: kernels go other ways for one row than for five.
+        while each > 1 and need.peak(2 * each, longest) > (room / 2 if each > 4 else room):
             each //= 2
         row = self._rows_of[longest]
         if need.peak(1, longest) > room:
