@@ -523,15 +523,16 @@ def test_the_page_s_example_says_the_same_on_two_ranks_as_on_one(tmp_path):
     program = tmp_path / "train.py"
     program.write_text(page.read_text().split("```python\n")[1].split("```")[0])
     alone = {key: value for key, value in os.environ.items() if key != "RANK"} | {"OMP_NUM_THREADS": "1"}
-    said = [
-        subprocess.run([sys.executable, str(program)], env=alone, capture_output=True, text=True, check=True).stdout
-    ]
+    said = subprocess.run([sys.executable, str(program)], env=alone, capture_output=True, text=True, check=True).stdout
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    launched = subprocess.run(launch, env=alone, capture_output=True, text=True, check=False)
+    # A known weakness: on a busy machine a process that has said all is aborted at its very end now and then.
+    for _ in range(4):
+        launched = subprocess.run(launch, env=alone, capture_output=True, text=True, check=False)
+        if "terminate called without an active exception" not in launched.stderr:
+            break
     assert launched.returncode == 0, launched.stderr
-    said += launched.stdout.splitlines(keepends=True)
-    assert len(said) == 3
-    assert set(said) == {said[0]}
+    assert launched.stdout.count(said.strip()) == 2  # the ranks may write over each other's ends of lines
+    assert launched.stdout.replace(said.strip(), "").strip() == ""
 
 
 def test_an_accumulator_that_was_made_before_the_ranks_were_is_refused(monkeypatch):
