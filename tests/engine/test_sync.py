@@ -525,11 +525,7 @@ def test_the_page_s_example_says_the_same_on_two_ranks_as_on_one(tmp_path):
     alone = {key: value for key, value in os.environ.items() if key != "RANK"} | {"OMP_NUM_THREADS": "1"}
     said = subprocess.run([sys.executable, str(program)], env=alone, capture_output=True, text=True, check=True).stdout
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    # A known weakness: on a busy machine a process that has said all is aborted at its very end now and then.
-    for _ in range(4):
-        launched = subprocess.run(launch, env=alone, capture_output=True, text=True, check=False)
-        if "terminate called without an active exception" not in launched.stderr:
-            break
+    launched = subprocess.run(launch, env=alone, capture_output=True, text=True, check=False)
     assert launched.returncode == 0, launched.stderr
     assert launched.stdout.count(said.strip()) == 2  # the ranks may write over each other's ends of lines
     assert launched.stdout.replace(said.strip(), "").strip() == ""
