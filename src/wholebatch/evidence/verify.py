@@ -128,12 +128,12 @@ def verify(
     transaction = Transaction(model, device)
     found = [parameter.grad for parameter in model.parameters()]
     transaction.begin()
-    memory.release(device)
     cut_peak: int | None = None
     try:
         gradients: list[Tensor] = []
         roll_back = transaction.roll_back_buffers  # not the random state: other draws show what depends on them
         if step is None:
+            memory.release(device)
             form = {"micro_batch": micro_batch, "collate": collate, "whole": whole, "dims": dims}
             update, gradients = _cut_gradients(model, batch, rows, objective, cuts, roll_back, **form)
             cut_peak = update.peak_bytes
@@ -148,7 +148,6 @@ def verify(
             ok, causes, cuts_found = _judge(judge, cuts, gradients, rows.rows)
             errors = [judge.errors(gradient) for gradient in gradients]
         else:
-            memory.reset_peak(device)
             ok, causes, cuts_found, errors = _judge_step(step, judge, rows, cuts)
         causes = blame(causes, model, loss_fn, targets=targets, step=step)
         by_parameter = [max(each) for each in zip(*errors, strict=True)]
