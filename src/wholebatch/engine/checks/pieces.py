@@ -7,6 +7,7 @@ With g the gradient of the loss over some rows and g_k those over its parts, a l
 whatever the cut.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,7 +219,14 @@ def _entries(parameter: nn.Parameter, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def norm(entries: Tensor) -> float:
-    """Return the 2-norm, added up in float64: squares of a gradient in float32 can be too small or too large for it."""
+    """Return the 2-norm, added up in 64 bits where the squares may be too small or too large for fewer.
+
+    Args:
+        entries: Shape ``[entries]``.
+    """
+    found = float(torch.linalg.vector_norm(entries))
+    if 1e-12 < found < 1e15 or entries.dtype == torch.float64:
+        return found
     return float(torch.linalg.vector_norm(entries, dtype=torch.float64))
 
 
@@ -235,19 +243,19 @@ def errors(cut: Tensor, whole: Tensor, scale: Tensor, sizes: Sequence[int]) -> l
         For each parameter the 2-norm of the difference over that of the parts; a parameter with hardly any gradient is
         measured against 3 % of the average.
     """
-    return relative(cut - whole, floors(scale, sizes), sizes)
+    return relative(norms(cut - whole, sizes), norms(scale, sizes), sizes)
 
 
-def floors(scale: Tensor, sizes: Sequence[int]) -> list[float]:
-    """Return what the error of each parameter's gradient is measured against; arguments as for `errors`."""
-    average = norm(scale) / max(1, len(scale)) ** 0.5
-    return [max(norm(part), 0.03 * average * len(part) ** 0.5) for part in scale.split_with_sizes(list(sizes))]
+def norms(entries: Tensor, sizes: Sequence[int]) -> list[float]:
+    """Return the 2-norm of each parameter's part; arguments as for `errors`."""
+    return [norm(part) for part in entries.split_with_sizes(list(sizes))]
 
 
-def relative(difference: Tensor, floors: Sequence[float], sizes: Sequence[int]) -> list[float]:
-    """Return the 2-norm of a difference for each parameter, over its floor where that is more than zero."""
-    norms = [norm(part) for part in difference.split_with_sizes(list(sizes))]
-    return [error / floor if floor > 0 else error for error, floor in zip(norms, floors, strict=True)]
+def relative(differences: Sequence[float], scales: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    """Return differences over scales, as `errors` does, from the norms of both."""
+    average = math.hypot(*scales) / max(1, sum(sizes)) ** 0.5
+    floors = [max(scale, 0.03 * average * size**0.5) for scale, size in zip(scales, sizes, strict=True)]
+    return [error / floor if floor > 0 else error for error, floor in zip(differences, floors, strict=True)]
 
 
 def compare(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[float] | None:
