@@ -20,6 +20,7 @@ from wholebatch.engine.fit.cutting import Cutting, Place
 from wholebatch.engine.fit.fitting import Fitting
 from wholebatch.engine.fit.splitting import Splitting
 from wholebatch.engine.forward import Forward
+from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.loading import Loading
 from wholebatch.engine.making import Making
 from wholebatch.engine.meetings.company import OneByOne
@@ -170,6 +171,8 @@ class Accumulator:
         self._balancing = Balancing(wire, self._layout, micro_batch, say) if balance is not None and wire else None
         budget = parse_bytes(memory) if memory is not None else None
         self._setup.update.budgeted = budget is not None
+        if budget is None and self._setup.device.type == "cpu":
+            keep_freed_blocks()
         fitting = Fitting(
             self._setup, objective, self._precision, sum_in, budget, collate, self._layout.whole, self._layout.dims
         )
