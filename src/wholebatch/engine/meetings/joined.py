@@ -47,7 +47,7 @@ def run_joined(
     elif device.type == "cpu":
         keep_freed_blocks()
     results: list[Any] = [None] * len(runs)
-    minutes = Minutes()
+    minutes = Minutes(reach.ranks)
     passages = [Passage(device), Passage(device)]  # the meeting that they come from, and the one that they go to
 
     def meet(calls: Sequence[Call]) -> list[Any]:
@@ -69,6 +69,7 @@ def run_joined(
     in_lockstep(
         runs,
         reach.rows,
+        ranks=reach.ranks,
         device=device,
         before=go_on,
         meet=meet,
