@@ -25,6 +25,7 @@ from wholebatch.engine.loading import Loading
 from wholebatch.engine.making import Making
 from wholebatch.engine.meetings.company import OneByOne
 from wholebatch.engine.meetings.lockstep import Execution, Lockstep
+from wholebatch.engine.narrow import SumIn, check_sum_in
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
@@ -35,7 +36,6 @@ from wholebatch.engine.ranks.repeats import say_repeated_rows
 from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.steps.consuming import check_clip_norm
-from wholebatch.engine.sums import SumIn, check_sum_in
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.window import BatchNorm, Rules, Window
 
