@@ -57,9 +57,9 @@ def verify(
     the whole batch, so it must fit into memory: take a small one. Model, gradients, buffers and random state are left
     as they were. What a step changes elsewhere, such as a moving average of its own, is not undone.
 
-    When all is well, the batch is run four times: once undivided, and once for each cut. A step runs half a window more,
-    until the lack of memory, and one that is wrong some more, to find out why. Where a pass takes tens of milliseconds
-    this costs four to six undivided ones; there are some 5 ms beside, and the time to compare gradients.
+    When all is well, the batch is run four times: once undivided, and once for each cut. A step runs half a window
+    more, until the lack of memory, and one that is wrong some more, to find out why. Where a pass takes tens of
+    milliseconds this costs four to six undivided ones; there are some 5 ms beside, and the time to compare gradients.
 
     Args:
         model: The module, in the mode in which it trains.
