@@ -61,7 +61,7 @@ class Trace:
         changes: list[int] = []
         for end in (self.second, len(self.changes)):
             live = list(accumulate(self.changes[:end], initial=0))
-            at = max(range(len(live)), key=live.__getitem__)
+            at = live.index(max(live))
             held = dict.fromkeys(_KINDS, 0)
             for change, kind in zip(self.changes[:at], self.kinds, strict=False):
                 held[kind] += change
@@ -133,7 +133,7 @@ class Passes:
         if alone:
             changes = changes[: one.second]
         live = list(accumulate(changes, initial=0.0))
-        at = max(range(len(live)), key=live.__getitem__)
+        at = live.index(max(live))
         sums: dict[Kind, float] = {}
         for change, kind in zip(changes[:at], one.kinds, strict=False):
             sums[kind] = sums.get(kind, 0.0) + change
