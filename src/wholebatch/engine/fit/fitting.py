@@ -20,10 +20,10 @@ from wholebatch.engine.fit.rowsize import largest_row, row_size
 from wholebatch.engine.fit.timeline import OverBudget
 from wholebatch.engine.fit.timing import fastest_of
 from wholebatch.engine.meetings.exactnorm import exact_layers
+from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import Setup
-from wholebatch.engine.sums import SumIn
 
 Say: TypeAlias = Callable[[str, int], None]
 """Takes the reason of an automatic choice, and its level of logging."""

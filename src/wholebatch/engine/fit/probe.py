@@ -20,11 +20,12 @@ from wholebatch.engine.fit.blocks import Ledger
 from wholebatch.engine.fit.fakes import Fakes, state_bytes
 from wholebatch.engine.fit.optimizing import step_need
 from wholebatch.engine.fit.timeline import Timeline
+from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.steps.stepping import copy_bytes
-from wholebatch.engine.sums import GradientSum, SumIn
+from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.transaction import Transaction
 
 
