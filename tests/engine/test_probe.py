@@ -369,6 +369,24 @@ def test_the_second_micro_batch_is_told_from_the_first_where_only_gradients_are_
     assert found == peaks(build(), x)
 
 
+def test_gradients_that_arrive_count_as_temporary_and_do_not_grow_with_the_rows():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = wb.plan(model, optimizer, squares, torch.randn(4, 16), 512, "1GiB", timed=False)
+    weights = sum(each.nbytes for each in model.parameters())
+    kinds = [plan.need.by_kind(rows) for rows in (1, 8, 400)]
+    assert all(each["gradients"] == each["weights"] == weights for each in kinds)
+    trace = plan.need.passes.traces[8, 0]
+    assert max(trace.changes[at] for at in range(len(trace.changes)) if trace.kinds[at] == "arriving") == 96 * 16 * 4
+    assert "arriving" not in {kind for each in kinds for kind in each}
+    twice = trace.doubled()
+    assert all(
+        one == two
+        for one, two, kind in zip(trace.changes, twice.changes, trace.kinds, strict=True)
+        if kind == "arriving"
+    )
+
+
 def test_the_comparison_sees_gradients_that_are_not_let_go_of(monkeypatch):
     build, x = MODELS["mlp"]
     right = peaks(build(), x)

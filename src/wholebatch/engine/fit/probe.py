@@ -280,7 +280,7 @@ class Probe:
         sums = GradientSum(parameters, bystanders, self.sum_in)
         sums.start()
         arriving = ExitStack()
-        if timeline is not None and not sums.sums_apart:
+        if timeline is not None and not sums.narrow:
             for each in (*parameters, *bystanders):
                 if each.requires_grad:
                     arriving.callback(each.register_post_accumulate_grad_hook(timeline.arrived).remove)

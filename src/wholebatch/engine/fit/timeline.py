@@ -113,7 +113,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first, many = self._events[:], len(self._sizes)
         self.begin_second()
         self._sizes += self._sizes
-        self._kinds += self._kinds
+        self._kinds += ["arriving" if each == "gradients" else each for each in self._kinds]
         ended = 0
         for place, number in [*self._arrived, (len(first), None)]:
             self._events += [each + many if each >= 0 else each - many for each in first[ended:place]]
