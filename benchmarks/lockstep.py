@@ -1,11 +1,12 @@
 """What does it cost that micro-batches meet?
 
 CPU time and peak tensor memory of one update, on one thread, against the same window without meeting and against the
-undivided batch, for windows of several lengths. Two models: a two-tower one whose in-batch negatives are those of the
+undivided batch, for windows of several lengths. Three models: two towers whose in-batch negatives are those of the
 whole logical batch (replayed, joined, by GradCache where ``pip install gradcache`` was run, and by a loop written by
-hand), and a residual network whose batch norm is exact (joined, in memory and in a file in the folder for temporary
-files). All ways take turns, in a new order each round; a time is the median over the rounds of the ratio to the window
-without meeting of the same round.
+hand), once multilayer perceptrons, whose micro-batch takes some 8 ms, and once transformers, with some 100 ms, of which
+the fixed costs of a micro-batch are a smaller part; and a residual network whose batch norm is exact (joined, in memory
+and in a file in the folder for temporary files). All ways take turns, in a new order each round; a time is the median
+over the rounds of the ratio to the window without meeting of the same round.
 
 The loop written by hand is the floor of every replay: two forward passes and one backward pass, the loss once over all
 rows, and nothing else - no random state, buffers, gradient norm or record, of which GradCache keeps the first alone.
@@ -55,6 +56,7 @@ class Case:
     ways: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
     exact: bool = False
+    counts: tuple[int, ...] = COUNTS
     met_bytes: int = 0
     """What one row brings to the meetings. Unit: bytes."""
 
@@ -97,6 +99,17 @@ class Towers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.encoder(x), dim=1)
+
+
+class Encoders(nn.Module):
+    def __init__(self, width: int = 128, layers: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.encoder(self.embedding(x)).mean(1), dim=1)
 
 
 def two_sided(model: nn.Module, batch: Any) -> Tensor:
@@ -168,6 +181,8 @@ def classify(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch["x"]), batch["y"])
 
 
+CONTRASTIVE = (APART, REPLAY, JOINED, UNDIVIDED, FLOOR, *([CACHED] if gradcache.versions() else []))
+
 CASES = [
     Case(
         "two towers, in-batch negatives",
@@ -176,8 +191,19 @@ CASES = [
         lambda rows: {"a": torch.randn(rows, 512), "b": torch.randn(rows, 512)},
         two_sided,
         two_sided_apart,
-        (APART, REPLAY, JOINED, UNDIVIDED, FLOOR, *([CACHED] if gradcache.versions() else [])),
+        CONTRASTIVE,
         met_bytes=2 * 128 * 4,
+    ),
+    Case(
+        "two transformers, in-batch negatives",
+        32,
+        Encoders,
+        lambda rows: {"a": torch.randint(256, (rows, 32)), "b": torch.randint(256, (rows, 32))},
+        two_sided,
+        two_sided_apart,
+        CONTRASTIVE,
+        met_bytes=2 * 128 * 4,
+        counts=COUNTS[:-1],
     ),
     Case(
         "residual network, batch norm in 12 layers",
@@ -240,11 +266,10 @@ def main() -> int:
     parser = arguments(__doc__, "benchmarks/lockstep.py")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    counts = COUNTS[:2] if options.quick else COUNTS
     texts, found = [], []
     for case in CASES:
         rows = []
-        for count in counts:
+        for count in case.counts[:2] if options.quick else case.counts:
             more, ratios, peaks = measure(case, count, 3 if options.quick else 15)
             rows += more
             label = f"{case.name}, {count} micro-batches"

@@ -218,7 +218,7 @@ def test_the_choice_and_its_reason_are_kept():
         (said[name],) = accumulator.reasons
     assert all('lockstep="auto" replays' in said[name] for name in MEETING)
     assert "coupled.py:" in said["two-sided"]
-    assert "(wb.gather)" in said["two-sided"]
+    assert "(wb.losses.info_nce)" in said["two-sided"]
     for name in FEEDING:
         assert 'lockstep="auto" joins the graphs' in said[name]
         assert "needs the gradient of what met before" in said[name]

@@ -8,6 +8,8 @@ from torch import nn
 
 import wholebatch as wb
 from menagerie import CALM, DROPOUT
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.need import Passes
 from wholebatch.engine import memory
 from wholebatch.engine.fit import room
 from wholebatch.engine.fit.fakes import stand_in
@@ -309,6 +311,88 @@ def test_several_optimizers_are_added_up():
     plan = wb.plan(model, both, squares, torch.randn(4, 16), memory="1GiB", timed=False)
     one = wb.plan(model, torch.optim.AdamW(model.parameters()), squares, torch.randn(4, 16), memory="1GiB", timed=False)
     assert plan.memory["optimizer state"] == one.memory["optimizer state"]
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed last, as a memory between segments does."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.last = nn.Linear(16, 16), torch.zeros(1)
+
+    def forward(self, x):
+        self.last = self.mix(x).detach()
+        return self.mix(x + self.last)
+
+
+class Twice(nn.Module):
+    """Uses a weight twice and leaves one out."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.idle = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.mix(self.mix(x).tanh())
+
+
+def peaks(model, x):
+    """What windows of some sizes take, from traces of real passes."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = wb.Accumulator(model, optimizer, squares, memory="1GiB", check=None)
+    probe = accumulator._cutting._fitting.probe_of(LogicalBatch(x(8)))
+    traces, _ = probe.real_traces([(2, 0), (4, 0)], {0: 0})
+    found = Passes.of(traces)
+    assert found.exact
+    return [found.peak(rows, alone=alone) for rows in (1, 3, 20) for alone in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("build", "x", "told"),
+    [
+        *((*each, True) for each in MODELS.values()),
+        (Twice, lambda rows: torch.randn(rows, 16), True),
+        (Remembers, lambda rows: torch.randn(rows, 16), False),
+    ],
+)
+def test_the_second_micro_batch_is_told_from_the_first_where_only_gradients_are_left_of_it(build, x, told, monkeypatch):
+    said, repeat = [], Timeline.repeat
+
+    def watched(timeline):
+        said.append(repeat(timeline))
+        return said[-1]
+
+    monkeypatch.setattr(Timeline, "repeat", watched)
+    found = peaks(build(), x)
+    assert said == [told, told]
+    monkeypatch.setattr(Timeline, "repeat", lambda _: False)
+    assert found == peaks(build(), x)
+
+
+def test_gradients_that_arrive_count_as_temporary_and_do_not_grow_with_the_rows():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = wb.plan(model, optimizer, squares, torch.randn(4, 16), 512, "1GiB", timed=False)
+    weights = sum(each.nbytes for each in model.parameters())
+    kinds = [plan.need.by_kind(rows) for rows in (1, 8, 400)]
+    assert all(each["gradients"] == each["weights"] == weights for each in kinds)
+    trace = plan.need.passes.traces[8, 0]
+    assert max(trace.changes[at] for at in range(len(trace.changes)) if trace.kinds[at] == "arriving") == 96 * 16 * 4
+    assert "arriving" not in {kind for each in kinds for kind in each}
+    twice = trace.doubled()
+    assert all(
+        one == two
+        for one, two, kind in zip(trace.changes, twice.changes, trace.kinds, strict=True)
+        if kind == "arriving"
+    )
+
+
+def test_the_comparison_sees_gradients_that_are_not_let_go_of(monkeypatch):
+    build, x = MODELS["mlp"]
+    right = peaks(build(), x)
+    monkeypatch.setattr(Timeline, "arrived", lambda *_: None)
+    monkeypatch.setattr(Timeline, "repeat", lambda timeline: timeline.begin_second() or True)
+    assert peaks(build(), x) != right
 
 
 def test_a_timeline_ends_what_passes_its_limit():

@@ -92,7 +92,7 @@ if shortage == "stays":
 else:
     # When three pieces have moved, a neighbour takes all memory, again and again, and keeps it.
     updates = [accumulator.step(rows), accumulator.step(rows)]
-    plain, moved = stepping._Piece.step, []
+    plain, moved = stepping.Piece.step, []
 
     def counted(piece):
         if len(moved) > 2:
@@ -107,10 +107,10 @@ else:
         finally:
             limit(None)
 
-    stepping._Piece.step = counted
+    stepping.Piece.step = counted
     accumulator._setup.update.step = stepped
     updates.append(accumulator.step(rows))
-    stepping._Piece.step = plain
+    stepping.Piece.step = plain
     assert updates[2].retries == 0
     assert len(moved) > 2
 

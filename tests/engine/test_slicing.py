@@ -196,14 +196,14 @@ def test_an_update_that_has_begun_is_ended_where_only_the_reserve_is_left(option
         return state_of(model, optimizer)
 
     pieces = []
-    plain = stepping._Piece.step
+    plain = stepping.Piece.step
 
     def counted(piece):
         plain(piece)
         pieces.append(piece)
 
     clean = run([None] * 3)
-    monkeypatch.setattr(stepping._Piece, "step", counted)
+    monkeypatch.setattr(stepping.Piece, "step", counted)
     taken = Taken(lambda: len(pieces) > 0)
     assert run([None, taken, None]) == clean
     assert taken.refused > 0

@@ -351,14 +351,14 @@ def test_what_listens_is_called_once():
 def test_a_schedule_does_not_keep_an_optimizer_from_being_stepped_in_pieces():
     optimizer = optim.SGD(mlp().parameters(), lr=0.1)
     optim.lr_scheduler.StepLR(optimizer, 1)
-    assert stepping._moves_one_by_one(optimizer)
+    assert stepping.moves_one_by_one(optimizer)
     optimizer.step = lambda: None
-    assert not stepping._moves_one_by_one(optimizer)
+    assert not stepping.moves_one_by_one(optimizer)
     nameless = optim.SGD(mlp().parameters(), lr=0.1)
     nameless.register_step_post_hook(eval("lambda *_: None", {}))  # as from a notebook or a string: it has no module
-    assert not stepping._moves_one_by_one(nameless)
-    assert not stepping._moves_one_by_one(Half(mlp().parameters()))
-    assert not stepping._moves_one_by_one(type("Mine", (optim.SGD,), {})(mlp().parameters(), lr=0.1))
+    assert not stepping.moves_one_by_one(nameless)
+    assert not stepping.moves_one_by_one(Half(mlp().parameters()))
+    assert not stepping.moves_one_by_one(type("Mine", (optim.SGD,), {})(mlp().parameters(), lr=0.1))
 
 
 @pytest.mark.parametrize("at", [0, 3, 8])

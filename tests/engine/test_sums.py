@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 import wholebatch as wb
 from menagerie import CALM, mlp, numbers, whole_numbers
 from properties import flat, gradient_of, relative_error, sgd, stepped, undivided
-from wholebatch.engine.sums import _CompensatedSum, check_sum_in
+from wholebatch.engine.narrow import CompensatedSum, check_sum_in
 
 BF16_EPS = torch.finfo(torch.bfloat16).eps
 MICRO_BATCHES = 1024
@@ -106,7 +106,7 @@ def test_wider_weights_sum_in_their_own_dtype_whatever_is_asked_for(accumulate_i
 )
 def test_a_compensated_sum_keeps_24_bits_of_each_addition(values, specials):
     """Three bytes of a float32: the relative error of an addition is at most 2**-16 of what is added up so far."""
-    kept, exact, reached = _CompensatedSum(), 0.0, 0.0
+    kept, exact, reached = CompensatedSum(), 0.0, 0.0
     for value in [*values, *specials]:
         addend = torch.tensor([value]).bfloat16()
         kept.add(addend)

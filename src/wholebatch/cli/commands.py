@@ -16,7 +16,7 @@ import typer
 
 from wholebatch.cli import plan as _plan
 from wholebatch.cli.conformance import conformance
-from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, edge, say
+from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, check_file, edge, say
 from wholebatch.cli.launch import launch, require_launcher
 from wholebatch.core.errors import ConfigError
 from wholebatch.recipes.finding import BUILT_IN
@@ -263,10 +263,7 @@ def verify(
 
         given = {"recipe": recipe, "micro_batch": micro_batch or "auto", "seed": seed}
         stated = configure([Layer("on the command line", given, "--{}")])
-        if out is not None and (out.is_dir() or not out.parent.is_dir()):
-            raise ConfigError(
-                f"`--out` is {str(out)!r}, where no file can be written.", hint="name a file in a folder."
-            )
+        check_file("--out", out)
 
         _rest_while_waiting()
         from wholebatch.recipes.checking import check_recipe

@@ -20,10 +20,12 @@ from wholebatch.engine.fit.cutting import Cutting, Place
 from wholebatch.engine.fit.fitting import Fitting
 from wholebatch.engine.fit.splitting import Splitting
 from wholebatch.engine.forward import Forward
+from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.loading import Loading
 from wholebatch.engine.making import Making
 from wholebatch.engine.meetings.company import OneByOne
 from wholebatch.engine.meetings.lockstep import Execution, Lockstep
+from wholebatch.engine.narrow import SumIn, check_sum_in
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
@@ -34,7 +36,6 @@ from wholebatch.engine.ranks.repeats import say_repeated_rows
 from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.setup import OnNonFinite, Setup
 from wholebatch.engine.steps.consuming import check_clip_norm
-from wholebatch.engine.sums import SumIn, check_sum_in
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.window import BatchNorm, Rules, Window
 
@@ -170,6 +171,8 @@ class Accumulator:
         self._balancing = Balancing(wire, self._layout, micro_batch, say) if balance is not None and wire else None
         budget = parse_bytes(memory) if memory is not None else None
         self._setup.update.budgeted = budget is not None
+        if budget is None and self._setup.device.type == "cpu":
+            keep_freed_blocks()
         fitting = Fitting(
             self._setup, objective, self._precision, sum_in, budget, collate, self._layout.whole, self._layout.dims
         )

@@ -10,9 +10,10 @@ from torch import Tensor
 from wholebatch.core.errors import WindowError
 from wholebatch.core.weights import Count, check_count
 from wholebatch.engine.meetings.company import Company, OneByOne, Seat, leave, sit_down
+from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import plain_count
 from wholebatch.engine.setup import Setup
-from wholebatch.engine.sums import GradientSum, SumIn
+from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.window import Rules, Window
 
 

@@ -1,28 +1,25 @@
-"""Where does the running sum of a window's gradients live, and in which dtype?
+"""Where does the running sum of a window's gradients live?
 
 Autograd adds each micro-batch's gradient to ``parameter.grad``, in the dtype of the weights. That is right for 32 and
-64 bits. In 16 bits the sum stagnates: once it is 256 times as large as what is added, bfloat16 rounds the addend
-away. There a hook takes each gradient as soon as it has arrived and adds it to a sum of its own, so that never more
-than one parameter's gradient exists in 16 bits beside the sum.
+64 bits. In 16 bits a hook takes each gradient as soon as it has arrived and adds it to a sum of its own, so that never
+more than one parameter's gradient exists in 16 bits beside the sum.
 """
 
-import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from wholebatch.core.errors import WeightError, WindowError
+from wholebatch.core.errors import WindowError
+from wholebatch.engine import holding
+from wholebatch.engine.narrow import OwnSum, SumIn, own_sum
 from wholebatch.engine.ranks.shares import local_of, share_of
 from wholebatch.engine.steps.consuming import Consumption
-
-SumIn: TypeAlias = Literal["fp32", "compensated", "weights"]
-"""How gradients of 16-bit weights are summed: in 32 bits, in 24 (a 16-bit sum and the next 8 bits), or in 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +35,6 @@ class Mark:
     sums: list[Tensor | None]
     versions: list[int]
     stays: bool
-
-
-def check_sum_in(accumulate_in: str | None) -> SumIn:
-    """Return how 16-bit gradients are summed; None means in 32 bits.
-
-    Raises:
-        WeightError: There is no such sum.
-    """
-    if accumulate_in is None:
-        return "fp32"
-    if accumulate_in not in get_args(SumIn):
-        raise WeightError(
-            f"accumulate_in={accumulate_in!r} is no way to sum gradients.",
-            hint='pass "fp32" (the default for 16-bit weights), "compensated" (three bytes a weight) or "weights".',
-        )
-    return cast(SumIn, accumulate_in)
 
 
 class GradientSum:
@@ -86,7 +67,7 @@ class GradientSum:
         self._everything = [*parameters, *bystanders]
         self._found: list[Tensor | None] = []
         self._parked: list[Tensor | None] | None = None
-        self._own: dict[Tensor, _OwnSum] = {}
+        self._own: dict[Tensor, OwnSum] = {}
         self._totals: dict[Tensor, Tensor] = {}  # over all ranks, of 16-bit weights
         self._left_out: set[Tensor] = set()
         self._listening = False
@@ -95,13 +76,9 @@ class GradientSum:
         self._version = -1
         consumed = set(consumption.parameters if consumption is not None else ())
         for parameter in self.parameters:
-            if (
-                parameter not in consumed
-                and sum_in != "weights"
-                and parameter.is_floating_point()
-                and parameter.element_size() < 4
-            ):
-                self._own[parameter] = _Fp32Sum() if sum_in == "fp32" else _CompensatedSum()
+            is_narrow = parameter.is_floating_point() and parameter.element_size() < 4
+            if is_narrow and parameter not in consumed and (own := own_sum(sum_in)) is not None:
+                self._own[parameter] = own
         kinds = {(each.device, each.dtype) for each in parameters}
         self._uniform = len(kinds) == 1 and parameters[0].dtype in (torch.float32, torch.float64)
         hook = _hook(weakref.ref(self))
@@ -115,7 +92,7 @@ class GradientSum:
             scale: The loss scale, on the device, or None.
         """
         self._scale = scale
-        _hold(self)
+        holding.hold(self)
         self._found = [parameter.grad for parameter in self._everything]
         for parameter in self._everything:
             parameter.grad = None
@@ -225,8 +202,8 @@ class GradientSum:
         Raises:
             WindowError: Somebody zeroed, scaled or added to the gradients since the last micro-batch.
         """
-        if _held.sum is None or _held.sum() is not self:
-            _hold(self)
+        if not holding.holds(self):
+            holding.hold(self)
             return
         if self._watched is None:
             return
@@ -245,9 +222,14 @@ class GradientSum:
         return self._consumption is not None
 
     @property
-    def sums_apart(self) -> bool:
-        """Whether some weights are so narrow that their gradients are summed apart."""
-        return bool(self._own)
+    def narrow(self) -> Collection[nn.Parameter]:
+        """The weights whose gradients are summed apart, since their own 16 bits are too few."""
+        return cast(Collection[nn.Parameter], self._own.keys())
+
+    def receive(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add the gradient of one of these weights, inside a backward pass of the window."""
+        parameter.grad = gradient
+        self._take(parameter)
 
     @property
     def empty(self) -> bool:
@@ -347,7 +329,7 @@ class GradientSum:
         """End without one: ``.grad`` is what it was before the window."""
         if self._consumption is not None:
             self._consumption.roll_back()
-        _hold(self)
+        holding.hold(self)
         self._end(self._found[: len(self.parameters)])
 
     def _choose_watched(self) -> Tensor:
@@ -365,14 +347,14 @@ class GradientSum:
         self._found = []
         self._watched = self._grad = None
         self._parked = None
-        _release(self)
+        holding.release(self)
 
-    def _park(self) -> None:
+    def park(self) -> None:
         self._parked = [parameter.grad for parameter in self._everything]
         for parameter in self._everything:
             parameter.grad = None
 
-    def _unpark(self) -> None:
+    def unpark(self) -> None:
         if self._parked is not None:
             for parameter, grad in zip(self._everything, self._parked, strict=True):
                 parameter.grad = grad
@@ -389,110 +371,8 @@ class GradientSum:
                 self._consumption.take(parameter)
 
 
-class _Fp32Sum:
-    """Sums 16-bit gradients in 32 bits: four bytes a weight."""
-
-    bytes_each = 4
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-
-    @property
-    def holds(self) -> bool:
-        return self._sum is not None
-
-    @property
-    def held(self) -> Tensor | None:
-        return self._sum
-
-    def add(self, grad: Tensor) -> None:
-        if self._sum is None:
-            self._sum = grad.to(torch.float32)
-        else:
-            self._sum.add_(grad)
-
-    def total(self) -> Tensor:
-        assert self._sum is not None
-        return self._sum
-
-    def clear(self) -> None:
-        self._sum = None
-
-
-class _CompensatedSum:
-    """Sums 16-bit gradients in 24 bits: a bfloat16 and the 8 bits that follow it, three bytes a weight.
-
-    The error of one addition is 2**-17 of the sum, 256 times less than in bfloat16. A float32 is made of one
-    parameter at a time, and the three bytes are its upper ones.
-    """
-
-    bytes_each = 3
-
-    def __init__(self) -> None:
-        self._high: Tensor | None = None
-        self._low: Tensor | None = None
-
-    @property
-    def holds(self) -> bool:
-        return self._high is not None
-
-    @property
-    def held(self) -> Tensor | None:
-        return self._high
-
-    def add(self, grad: Tensor) -> None:
-        total = _dense(grad).to(torch.float32, copy=True)
-        if self._high is not None:
-            total.add_(self.total())
-        bits = total.view(torch.int32)
-        # Round to 24 bits, half to even, so that a sum of many does not drift; an infinity stays one.
-        odd = bits.bitwise_right_shift(8).bitwise_and_(1)
-        bits.add_(odd.add_(127).mul_(torch.isfinite(total)))
-        high = bits.bitwise_right_shift(16).to(torch.int16)
-        # Both or none, where memory runs out.
-        self._high, self._low = high, bits.bitwise_right_shift_(8).to(torch.uint8)
-
-    def total(self) -> Tensor:
-        assert self._high is not None
-        assert self._low is not None
-        bits = self._high.to(torch.int32).bitwise_left_shift_(16)
-        return bits.bitwise_or_(self._low.to(torch.int32).bitwise_left_shift_(8)).view(torch.float32)
-
-    def clear(self) -> None:
-        self._high = self._low = None
-
-
-_OwnSum: TypeAlias = _Fp32Sum | _CompensatedSum
-
-
 class _Enough(Exception):  # noqa: N818 - no error
     """Ends a backward pass that has brought all that is wanted."""
-
-
-class _Holder(threading.local):
-    """The sum that is in ``.grad`` now, in this thread."""
-
-    sum: "weakref.ref[GradientSum] | None" = None
-
-
-_held = _Holder()
-
-
-def _holder() -> GradientSum | None:
-    return _held.sum() if _held.sum is not None else None
-
-
-def _hold(gradient_sum: GradientSum) -> None:
-    before = _holder()
-    if before is not None and before is not gradient_sum:
-        before._park()
-    gradient_sum._unpark()
-    _held.sum = weakref.ref(gradient_sum)
-
-
-def _release(gradient_sum: GradientSum) -> None:
-    if _holder() is gradient_sum:
-        _held.sum = None
 
 
 def _hook(listener: "weakref.ref[GradientSum]") -> Callable[[nn.Parameter], None]:
@@ -528,7 +408,3 @@ def _values(grad: Tensor) -> Tensor:
 
 def _at_least_fp32(grad: Tensor) -> torch.dtype | None:
     return torch.float32 if grad.element_size() < 4 else None
-
-
-def _dense(grad: Tensor) -> Tensor:
-    return grad if grad.layout == torch.strided else grad.to_dense()

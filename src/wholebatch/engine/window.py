@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class Window:
     block, or rolls it back if an exception leaves the block.
 
     Attributes:
+        sums: The running sum of its gradients.
         row_by_row: Whether it is known that no layer computes over the rows of a part, or that this is wanted.
         steps_again: Whether a step for which memory ran out is tried a second time, since nobody makes the window
             again.
@@ -109,8 +110,8 @@ class Window:
         self._mark: Mark | None = None
         self._marked = 0  # the first mark is where the window began
         scale = rules.precision.scale()
-        self._sums = rules.sums
-        early = self._sums.consumes
+        self.sums = rules.sums
+        early = self.sums.consumes
         self._weighing = Weighing(
             targets=targets,
             micro_batches=micro_batches,
@@ -213,7 +214,7 @@ class Window:
         """
         self._state.require_open("roll back")
         self._rules.transaction.roll_back()
-        self._sums.roll_back()
+        self.sums.roll_back()
         self._end(Phase.ROLLED_BACK)
         self._rules.setup.group.withdraw(sys.exception())
 
@@ -254,9 +255,9 @@ class Window:
             part: Loss and targets.
         """
         losses = [each for each in (part.loss, part.once) if each is not None and each.requires_grad]
-        self._sums.open_backward()
+        self.sums.open_backward()
         run_backward(losses, [torch.zeros_like(each) for each in losses])
-        self._sums.close_backward()
+        self.sums.close_backward()
 
     def before_forward(self) -> None:
         """Refuse a second forward pass that a batch-dependent layer would spoil. Not needed once `row_by_row` holds.
@@ -292,9 +293,9 @@ class Window:
             if not self.row_by_row:
                 self.before_forward()
             losses, roots = self._weighing.weigh(part)
-            self._sums.open_backward()
+            self.sums.open_backward()
             run_backward(losses, roots)
-            self._sums.close_backward()
+            self.sums.close_backward()
             self._weighing.settle()
         except BaseException as error:
             if self._mark is None or not memory.is_out_of_memory(error):
@@ -307,7 +308,7 @@ class Window:
         """Let memory run out in the next micro-batch without the end of the window: `take_back` undoes it."""
         if self._marked:
             self._rules.transaction.mark()
-        self._mark, self._marked = self._sums.mark(self._mark), self._marked + 1
+        self._mark, self._marked = self.sums.mark(self._mark), self._marked + 1
 
     def take_back(self) -> list[nn.Parameter]:
         """Undo what happened since `mark`, but for gradients that were added to those of earlier micro-batches.
@@ -318,7 +319,7 @@ class Window:
         assert self._mark is not None
         mark, self._mark = self._mark, None
         self._go_back()
-        return self._sums.take_back(mark)
+        return self.sums.take_back(mark)
 
     def subtract(self, part: Part, parameters: Collection[nn.Parameter]) -> None:
         """Take a micro-batch's part out of the gradients of some parameters again, as after `take_back`.
@@ -329,7 +330,7 @@ class Window:
         """
         losses, roots = self._weighing.weigh(part)
         try:
-            self._sums.subtract(losses, [-root for root in roots], parameters)
+            self.sums.subtract(losses, [-root for root in roots], parameters)
         finally:
             self._go_back()
 
@@ -364,25 +365,15 @@ class Window:
                     losses.append(loss)
                     roots.append(root)
         if losses:
-            self._sums.open_backward()
+            self.sums.open_backward()
             run_backward(losses, roots)
-            self._sums.close_backward()
+            self.sums.close_backward()
         for part, rows in counted:
             targets = part.targets
             self._state.add(rows=rows, targets=widen(targets) if isinstance(targets, Tensor) else targets)
         for left_out, rows in parts:
             if left_out is None or not learns(left_out):
                 self._state.leave_out(rows=rows)
-
-    @property
-    def narrow(self) -> Collection[nn.Parameter]:
-        """The weights whose gradients are summed apart, since their own 16 bits are too few."""
-        return cast(Collection[nn.Parameter], self._sums._own.keys())
-
-    def receive(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Add the gradient of one of these weights, inside a backward pass of the window."""
-        parameter.grad = gradient
-        self._sums._take(parameter)
 
     @property
     def reference(self) -> Count:
@@ -396,8 +387,8 @@ class Window:
     def _close(self) -> Update:
         group = self._rules.setup.group
         self._mark = None  # or it would keep gradients that are used up one by one
-        self._sums.hold()
-        read = group.settle(self._sums, self._weighing, self._state)
+        self.sums.hold()
+        read = group.settle(self.sums, self._weighing, self._state)
         self._state.targets = int(read.targets) if read.targets % 1 == 0 else read.targets
         if not (math.isfinite(read.targets) and read.least >= 0):
             raise WeightError(
@@ -413,9 +404,9 @@ class Window:
         lr = self._rules.setup.lr
         with uninterrupted():
             with group.moving(), self._rules.precision.settling(read.scaled_norm):
-                group.deliver(self._sums, read.factor * clip)
+                group.deliver(self.sums, read.factor * clip)
                 late = self._step()
-            self._sums.commit()
+            self.sums.commit()
             self._end(Phase.CLOSED)
             self._update = self._record(loss=read.loss, norm=read.norm, lr=lr, skipped=None)
             self._rules.setup.schedule(read.loss)
@@ -456,7 +447,7 @@ class Window:
             rows=self._state.rows,
             micro_batches=self._state.micro_batches,
             padding=self._padding,
-            grad_norm=None if self._sums.consumes else norm,
+            grad_norm=None if self.sums.consumes else norm,
             lr=lr,
             skipped=skipped,
             peak_bytes=memory.peak_bytes(self._rules.setup.device),

@@ -25,12 +25,12 @@ from wholebatch.engine.fit.offloading import offloading
 from wholebatch.engine.fit.probe import Probe, Sample
 from wholebatch.engine.fit.rowsize import largest_row
 from wholebatch.engine.fit.ways import Ways
+from wholebatch.engine.narrow import SumIn, check_sum_in
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.precision import Format, Precision
 from wholebatch.engine.ranks.wrapping import by_itself
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.steps.consuming import takers
-from wholebatch.engine.sums import SumIn, check_sum_in
 
 PATIENCE = 20.0
 """No pass is timed that would take longer. Unit: seconds."""

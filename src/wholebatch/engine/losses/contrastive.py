@@ -1,14 +1,17 @@
 """Which of all rows is mine? Losses that compare the rows of a micro-batch with those of the whole logical batch."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from wholebatch.core.errors import LossError
-from wholebatch.engine.meetings.meeting import gather, own_rows
+from wholebatch.engine.losses.tiles import told_apart
+from wholebatch.engine.meetings.company import Order, here, meet
+from wholebatch.engine.meetings.meeting import gather, own_rows, rows_in_order
 
 
 def info_nce(
@@ -35,8 +38,8 @@ def info_nce(
         symmetric: Average with the other direction, in which keys look for their queries.
         negatives: Keys that match nobody, such as hard negatives of each row, as further candidates for the queries of
             all rows. Shape ``[rows, width]`` or ``[rows, several, width]``.
-        tile: Compare so many rows at a time with all others, and compute their similarities again in the backward pass:
-            memory of one tile in place of the whole matrix, for one product more. None: all at once. Unit: rows.
+        tile: Compare so many rows at a time with all others: similarities exist for these alone, and are computed again
+            in the backward pass. None: some 2 MiB of them on a CPU, 64 elsewhere. Unit: rows.
 
     Returns:
         The mean over the rows that are here; shape ``[]``.
@@ -60,48 +63,68 @@ def info_nce(
             f"queries {tuple(queries.shape)} and keys {tuple(keys.shape)} are not row by row the same.",
             hint="pass two tensors [rows, width], where row i of one belongs to row i of the other.",
         )
-    own = own_rows(queries)
-    candidates = gather(keys)
-    if negatives is not None:
-        if negatives.ndim not in (2, 3) or (len(negatives), negatives.shape[-1]) != tuple(keys.shape):
-            raise LossError(
-                f"negatives {tuple(negatives.shape)} do not go with keys {tuple(keys.shape)}.",
-                hint="pass one or several for each row: [rows, width] or [rows, several, width].",
-            )
-        candidates = torch.cat([candidates, gather(negatives).flatten(0, -2)])
+    if negatives is not None and (
+        negatives.ndim not in (2, 3) or (len(negatives), negatives.shape[-1]) != tuple(keys.shape)
+    ):
+        raise LossError(
+            f"negatives {tuple(negatives.shape)} do not go with keys {tuple(keys.shape)}.",
+            hint="pass one or several for each row: [rows, width] or [rows, several, width].",
+        )
     if tile is not None and tile < 1:
         raise LossError(f"A tile of {tile} rows holds nothing.", hint="pass a positive number of rows, or None.")
-    loss = _told_apart(queries, candidates, temperature, own, tile)
+    own = own_rows(queries)
+    # In 32 bits at least what the temperature divides: its gradient adds up all rows.
+    parts = [(_wide(queries) / temperature).unsqueeze(1), _wide(keys).unsqueeze(1)]
+    if negatives is not None:
+        parts.append(_wide(negatives).reshape(len(keys), -1, keys.shape[1]))
+    brought = torch.cat(parts, 1)
+    compare = partial(told_apart, tile=tile, multiply_in=_multiplied_in(queries, keys))
+    company = here()
+    if company is not None and company.ranks > 1:
+        return _of_own(brought, own, symmetric, compare).mean()
+    each = partial(_of_all, both_ways=symmetric, compare=compare)
+    if company is None:
+        return each([brought], [None], Order(None)).mean()
+    return meet("wb.losses.info_nce", brought, each).index_select(0, own).mean()  # type: ignore[no-any-return]
+
+
+def _of_all(
+    values: Sequence[Tensor], beside: Sequence[None], order: Order, *, both_ways: bool, compare: Callable[..., Tensor]
+) -> Tensor:
+    """Return the loss of all rows of the logical batch, once for all micro-batches.
+
+    Args:
+        values: Of each micro-batch: query, key, and further candidates of its rows; shape ``[rows, 2 or more, width]``.
+        beside: Nothing.
+        order: Where they stand in the logical batch.
+        both_ways: Whether keys look for their queries as well.
+        compare: As `told_apart`.
+    """
+    queries, keys, candidates = _parted(rows_in_order(values, beside, order))
+    return compare(queries, candidates, torch.arange(len(keys), device=keys.device), both_ways=both_ways)
+
+
+def _of_own(brought: Tensor, own: Tensor, symmetric: bool, compare: Callable[..., Tensor]) -> Tensor:
+    """Return the loss of the rows that are here. On several ranks each has its own to do, instead of all."""
+    mine, mine_as_keys, _ = _parted(brought)
+    queries, _, candidates = _parted(gather(brought))
+    loss = compare(mine, candidates, own, both_ways=False)
     if symmetric:
-        loss = (loss + _told_apart(keys, gather(queries), temperature, own, tile)) / 2
+        loss = (loss + compare(mine_as_keys, queries, own, both_ways=False)) / 2
     return loss
 
 
-def _told_apart(
-    anchors: Tensor, candidates: Tensor, temperature: float | Tensor, own: Tensor, tile: int | None
-) -> Tensor:
-    """The mean over the anchors of the cross entropy of their candidates, tile by tile."""
-    if tile is None or tile >= len(anchors):
-        return functional.cross_entropy(anchors @ candidates.T / temperature, own)
+def _parted(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys, and the candidates of all queries: the keys, and what else there is."""
+    parts = torch.split_with_sizes(rows, [1, 1, rows.shape[1] - 2], 1)  # one gradient for all of them
+    queries, keys, further = (each.flatten(0, 1) for each in parts)
+    return queries, keys, torch.cat([keys, further]) if len(further) else keys
 
-    def summed(some: Tensor, everyone: Tensor, temperature: float | Tensor, own: Tensor) -> Tensor:
-        return functional.cross_entropy(some @ everyone.T / temperature, own, reduction="sum")
 
-    tiles = [slice(start, start + tile) for start in range(0, len(anchors), tile)]
-    parts = [
-        checkpoint(
-            summed,
-            anchors[each],
-            candidates,
-            temperature,
-            own[each],
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for each in tiles
-    ]
-    total: Tensor = torch.stack(parts).sum()
-    return total / len(anchors)
+def _multiplied_in(one: Tensor, other: Tensor) -> torch.dtype:
+    """Return the dtype in which the two would be multiplied here, also under autocast."""
+    kind, dtype = one.device.type, torch.promote_types(one.dtype, other.dtype)
+    return torch.get_autocast_dtype(kind) if dtype == torch.float32 and torch.is_autocast_enabled(kind) else dtype
 
 
 def batch_hard_triplet(embeddings: Tensor, labels: Tensor, *, margin: float | Literal["soft"] = 0.2) -> Tensor:
@@ -139,10 +162,10 @@ def batch_hard_triplet(embeddings: Tensor, labels: Tensor, *, margin: float | Li
             f"embeddings {tuple(embeddings.shape)} and labels {tuple(labels.shape)} do not fit.",
             hint="pass embeddings [rows, width] and one label a row.",
         )
-    wide = embeddings.float() if embeddings.element_size() < 4 else embeddings
-    everyone, known = gather(wide), gather(labels)
+    embeddings = _wide(embeddings)
+    everyone, known = gather(embeddings), gather(labels)
     # The product form of the distance would lose its digits where rows are near, and only in large batches.
-    distance = torch.cdist(wide, everyone, compute_mode="donot_use_mm_for_euclid_dist")
+    distance = torch.cdist(embeddings, everyone, compute_mode="donot_use_mm_for_euclid_dist")
     same = labels.unsqueeze(1) == known
     other = ~same
     like = same.scatter(1, own_rows(labels).unsqueeze(1), False)
@@ -152,3 +175,8 @@ def batch_hard_triplet(embeddings: Tensor, labels: Tensor, *, margin: float | Li
     gap = torch.where(counts, farthest, 0.0) - torch.where(counts, nearest, 0.0)
     each = functional.softplus(gap) if margin == "soft" else functional.relu(gap + margin)
     return torch.where(counts, each, 0.0).mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return a tensor in 32 bits at least."""
+    return x.float() if x.element_size() < 4 else x

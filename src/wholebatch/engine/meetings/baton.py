@@ -37,6 +37,7 @@ def in_lockstep(
     runs: Sequence[Callable[[], Any]],
     rows: Sequence[Indices | None],
     *,
+    ranks: int,
     device: torch.device,
     before: Callable[[int], None],
     meet: Callable[[Sequence[Call]], Sequence[Any]],
@@ -48,6 +49,7 @@ def in_lockstep(
     Args:
         runs: One a micro-batch; what it calls meets the others through `wholebatch.engine.meetings.meeting`.
         rows: Where the rows of each stand in the logical batch; None: they are all.
+        ranks: How many processes have micro-batches that meet.
         device: Where the model is.
         before: Called with the number of a micro-batch before it goes on.
         meet: Called with what each micro-batch brings to a meeting; returns what each of them gets.
@@ -60,7 +62,7 @@ def in_lockstep(
     """
     surroundings = _Surroundings(device)
     back: queue.SimpleQueue[None] = queue.SimpleQueue()
-    micro_batches = [_MicroBatch(run, own, surroundings, back) for run, own in zip(runs, rows, strict=True)]
+    micro_batches = [_MicroBatch(run, own, ranks, surroundings, back) for run, own in zip(runs, rows, strict=True)]
     stack_size = min(MOST_STACK, max(LEAST_STACK, STACKS // len(micro_batches)))
     try:
         while True:
@@ -116,8 +118,14 @@ class _MicroBatch:
     """A micro-batch in a thread. It is the company of the code that runs in it."""
 
     def __init__(
-        self, run: Callable[[], Any], rows: Indices | None, surroundings: "_Surroundings", back: queue.SimpleQueue[None]
+        self,
+        run: Callable[[], Any],
+        rows: Indices | None,
+        ranks: int,
+        surroundings: "_Surroundings",
+        back: queue.SimpleQueue[None],
     ) -> None:
+        self.ranks = ranks
         self._run = run
         self._rows = rows
         self._surroundings = surroundings

@@ -134,7 +134,13 @@ def _meet(
 
 
 class Company(Protocol):
-    """Who else is there, for the micro-batch that runs in this thread."""
+    """Who else is there, for the micro-batch that runs in this thread.
+
+    Attributes:
+        ranks: How many processes have micro-batches that meet.
+    """
+
+    ranks: int
 
     def meet(self, call: Call) -> Any:
         """Return what a meeting makes of what this micro-batch and all others bring."""
@@ -182,6 +188,7 @@ class Alone:
     """Nobody else: the rows that are here are all. It is noted where somebody would have met."""
 
     met: list[Call] = field(default_factory=list)
+    ranks: int = 1
 
     def meet(self, call: Call) -> Any:
         self.met.append(call)
@@ -199,6 +206,7 @@ class Scout:
     """The first of several micro-batches that run as if they were alone: it ends where they would have to meet."""
 
     ended: Again | None = None
+    ranks: int = 1
 
     def meet(self, call: Call) -> Any:
         self.ended = Again(f"The micro-batches meet at {call}")

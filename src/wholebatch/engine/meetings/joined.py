@@ -5,13 +5,14 @@ become one, and a single backward pass runs it in the right order.
 """
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
+from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.meetings.baton import in_lockstep
 from wholebatch.engine.meetings.company import Call
 from wholebatch.engine.meetings.draws import Passage
@@ -44,9 +45,9 @@ def run_joined(
         weights = {each.untyped_storage().data_ptr() for each in kept}
         runs = [partial(_offloading, run, weights, device) for run in runs]
     elif device.type == "cpu":
-        _expect_large_blocks()
+        keep_freed_blocks()
     results: list[Any] = [None] * len(runs)
-    minutes = Minutes()
+    minutes = Minutes(reach.ranks)
     passages = [Passage(device), Passage(device)]  # the meeting that they come from, and the one that they go to
 
     def meet(calls: Sequence[Call]) -> list[Any]:
@@ -68,6 +69,7 @@ def run_joined(
     in_lockstep(
         runs,
         reach.rows,
+        ranks=reach.ranks,
         device=device,
         before=go_on,
         meet=meet,
@@ -104,20 +106,6 @@ class _Narrow(torch.autograd.Function):
     def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].float(), None
 
-
-@cache
-def _expect_large_blocks() -> None:
-    """Let the C library see a large block come and go, once in a process.
-
-    From then on glibc does not give freed blocks of up to this size back to the system at once, as it would have learnt
-    from the first large tensor. What a joined graph holds is freed in every window and needed in the next one, and
-    fresh pages cost a tenth of its time. Nothing writes to the block, so it takes no memory.
-    """
-    torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
-
-
-_LARGE_BLOCK = (32 << 20) - (64 << 10)
-"""The largest block from which glibc learns, less its own needs. Unit: bytes."""
 
 _OFFLOADING = {"cuda", "xpu"}
 """Devices with a memory of their own, between which and the host's copies run beside the computation."""

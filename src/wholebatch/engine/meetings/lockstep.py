@@ -160,7 +160,7 @@ class Lockstep:
         reach: Reach,
         before: Callable[[int], None],
     ) -> None:
-        taps = Taps(self._model, window.narrow, window.receive)
+        taps = Taps(self._model, window.sums.narrow, window.sums.receive)
 
         def take_turn(number: int) -> None:
             before(number)

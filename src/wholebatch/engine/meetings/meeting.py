@@ -46,7 +46,7 @@ def gather(x: Tensor) -> Tensor:
         >>> accumulator.step(torch.randn(6, 3)).micro_batches
         3
     """
-    return meet("wb.gather", x, _rows_in_order)  # type: ignore[no-any-return]
+    return meet("wb.gather", x, rows_in_order)  # type: ignore[no-any-return]
 
 
 def sum_over_batch(x: Summed) -> Summed:
@@ -102,7 +102,8 @@ def own_rows(x: Tensor) -> Tensor:
     return torch.tensor(own, device=x.device)
 
 
-def _rows_in_order(values: Sequence[Any], _beside: Sequence[Any], order: Order) -> Tensor:
+def rows_in_order(values: Sequence[Any], _beside: Sequence[Any], order: Order) -> Tensor:
+    """Return the rows of all micro-batches in the order of the logical batch: what `gather` comes to."""
     first = values[0]
     if not isinstance(first, Tensor) or first.ndim == 0:
         found = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"type {type(first).__name__}"

@@ -48,6 +48,11 @@ class Reach(Protocol):
     order: Order
     rows: Sequence[Indices | None]
 
+    @property
+    def ranks(self) -> int:
+        """How many processes have micro-batches that meet."""
+        ...
+
     def open(self) -> None:
         """Begin."""
         ...
@@ -95,6 +100,8 @@ class Near:
         cut: Where their rows stand in the logical batch; None: nobody knows.
         micro_batches: How many there are.
     """
+
+    ranks = 1
 
     def __init__(self, cut: Sequence[Indices] | None, micro_batches: int) -> None:
         self.order = Order(cut)
@@ -158,6 +165,10 @@ class Far:
         self.order = Order(None)
         self.rows: Sequence[Indices | None] = []
         self.is_over = False
+
+    @property
+    def ranks(self) -> int:
+        return self._wire.ranks
 
     def open(self) -> None:
         """Say that this rank begins; without a micro-batch, take part in all that the others do."""

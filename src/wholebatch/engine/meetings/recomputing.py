@@ -16,9 +16,13 @@ class Minutes:
 
     Every micro-batch got the same from a meeting, so it only has to be found out which meeting it was: by the layer, by
     the line if the recomputation comes by it, and, where several are left, by what was brought.
+
+    Args:
+        ranks: How many processes have micro-batches that meet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
         self._held: dict[tuple[str, int], list[tuple[Sequence[Call], Callable[[Call], Any], Passage]]] = {}
         self._results: list[tuple[Call, Tensor, int]] = []
 

@@ -86,7 +86,7 @@ def run_replayed(
     reach.close()
     for number, run in enumerate(runs):
         before(number)
-        part, replay = _second_pass(run, meetings, moments, number, reach.rows[number])
+        part, replay = _second_pass(run, meetings, moments, number, reach)
         with recomputing_with(replay.minutes):
             window.add_together([(part, rows[number])], replay.values, replay.gradients)
         del part, replay
@@ -131,7 +131,7 @@ def _first_pass(
         leaves = [(meeting, leaf) for meeting in meetings if (leaf := meeting.take_leaf(number)) is not None]
         if not entering or not leaves:
             return
-        minutes = Minutes()
+        minutes = Minutes(reach.ranks)
         for meeting, leaf in leaves:
             minutes.take(meeting.calls, None, partial(_given, leaf), meeting.passage.of(number))
         with recomputing_with(minutes):
@@ -149,6 +149,7 @@ def _first_pass(
         in_lockstep(
             without_graph,
             reach.rows,
+            ranks=reach.ranks,
             device=device,
             before=go,
             meet=meet,
@@ -168,7 +169,7 @@ def _first_pass(
 
 
 def _second_pass(
-    run: Run, meetings: Sequence["_Meeting"], moments: Moments, number: int, rows: Indices | None
+    run: Run, meetings: Sequence["_Meeting"], moments: Moments, number: int, reach: Reach
 ) -> tuple[Part | None, "_Replay"]:
     """Run a micro-batch a second time, and return what it adds and where gradients enter besides.
 
@@ -176,7 +177,7 @@ def _second_pass(
     differentiates by it itself, or hangs a hook on it, is run again and gets it with a graph.
     """
     while True:
-        replay = _Replay(meetings, moments, number, rows)
+        replay = _Replay(meetings, moments, number, reach)
         moments.restore(number, 0)
         try:
             with among(replay):
@@ -213,7 +214,7 @@ class _Meeting:
         self.calls = [_without_graph(call) for call in calls]
         self.key = calls[0].key
         self.alike = calls[0].kind, id(calls[0].of)
-        self.minutes = Minutes()
+        self.minutes = Minutes(reach.ranks)
         self._leaves = [call.value for call in self.calls]
         differentiable = _is_differentiable(self._leaves[0])
         if differentiable:
@@ -269,7 +270,7 @@ class _Meeting:
         self._given.clear()
         if unique:
             self.calls = [without_value(call) for call in self.calls]
-        self.minutes = Minutes()
+        self.minutes = Minutes(reach.ranks)
         self.minutes.take(self.calls, self.result, lambda _: self.result, self.passage)
 
     def entering(self, number: int) -> Tensor | None:
@@ -287,13 +288,14 @@ class _Meeting:
 class _Replay:
     """The company of a micro-batch in the second pass: everybody has been here before."""
 
-    def __init__(self, meetings: Sequence[_Meeting], moments: Moments, number: int, rows: Indices | None) -> None:
+    def __init__(self, meetings: Sequence[_Meeting], moments: Moments, number: int, reach: Reach) -> None:
         self._meetings = meetings
         self._moments = moments
         self._number = number
-        self._rows = rows
+        self._rows = reach.rows[number]
         self._place = 0
-        self.minutes = Minutes()
+        self.ranks = reach.ranks
+        self.minutes = Minutes(reach.ranks)
         self.values: list[Tensor] = []
         self._versions: list[int] = []
         self.gradients: list[Tensor] = []

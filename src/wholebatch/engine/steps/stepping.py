@@ -11,19 +11,17 @@ away as well, a reserve suffices for the rest in slices (`slicing.py`). What can
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
 from torch.optim import Optimizer
-from torch.optim import optimizer as of_torch
 
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.engine import memory
 from wholebatch.engine.steps.consuming import takers
-from wholebatch.engine.steps.slicing import FEWER, NUMBERS, RESERVE, Reserve, Slices, can_be_sliced
+from wholebatch.engine.steps.known import Proof, kind_of, moves_one_by_one
+from wholebatch.engine.steps.pieces import Piece, cut, lacks_state, moved_bytes, sorted_out, stepped
+from wholebatch.engine.steps.slicing import FEWER, NUMBERS, RESERVE, Reserve, Slices
 from wholebatch.engine.steps.undo import SMALL, Away, Beside, Undo, nbytes_of
 
 WHOLE = 4 << 20
@@ -37,16 +35,6 @@ BESIDE = 64 << 20
 
 WAITS = (0.0, 0.1, 1.0, 4.0)
 """Seconds before each further attempt at the slices of a parameter, after other pieces have moved."""
-
-ONE_BY_ONE = frozenset(
-    getattr(optim, name)
-    for name in (
-        *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax"),
-        *("Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam"),
-    )
-    if hasattr(optim, name)
-)
-"""PyTorch's optimizers whose step moves each parameter on its own. Another class, or a subclass, may do anything."""
 
 
 class Stepping:
@@ -69,7 +57,7 @@ class Stepping:
         self._reserve = Reserve(device)
         self.budgeted = False
         self._tight = False
-        self._proven: list[_Proof] = []
+        self._proven: list[Proof] = []
 
     def step(self) -> BaseException | None:
         """Step every optimizer once.
@@ -91,22 +79,22 @@ class Stepping:
             self._reserve.give_back()
 
     def _step(self) -> BaseException | None:
-        if not all(map(_moves_one_by_one, self._optimizers)):
+        if not all(map(moves_one_by_one, self._optimizers)):
             self._step_or_undo(self._undo_of_all(), None)
             return None
-        whole = [_Piece(each, _stepped(each)) for each in self._optimizers]
+        whole = [Piece(each, stepped(each)) for each in self._optimizers]
         nbytes = sum(piece.nbytes for piece in whole)
         if nbytes <= WHOLE:
             near, far = self._rooms(nbytes <= WHOLE)
-            self._step_or_undo(_undo_of(whole, near, far), _cut(whole, nbytes // PIECES) if self._tight else None)
+            self._step_or_undo(_undo_of(whole, near, far), cut(whole, nbytes // PIECES) if self._tight else None)
             return None
-        pieces = _cut(whole, nbytes // PIECES)
-        proof = [_Proof(each.param_groups, _kind(each)) for each in self._optimizers]
+        pieces = cut(whole, nbytes // PIECES)
+        proof = [Proof(each.param_groups, kind_of(each)) for each in self._optimizers]
         known = len(self._proven) == len(proof) and all(
             new.is_that_of(old) for new, old in zip(proof, self._proven, strict=True)
         )
-        if known and not any(map(_lacks_state, whole)):
-            return self._step_in_pieces(*_sorted_out(whole, nbytes // PIECES))
+        if known and not any(map(lacks_state, whole)):
+            return self._step_in_pieces(*sorted_out(whole, nbytes // PIECES))
         # What a step cannot digest, such as a sparse gradient or a state of the wrong shape, shows the first time.
         self._step_or_undo(_undo_of(whole, self._away, self._beside), pieces if self._tight else None)
         self._proven = proof
@@ -114,7 +102,7 @@ class Stepping:
 
     def _undo_of_all(self) -> Undo:
         """Copy all that optimizers of which nothing is known may move."""
-        nbytes = sum(_moved_bytes(each, p) for each in self._optimizers for g in each.param_groups for p in g["params"])
+        nbytes = sum(moved_bytes(each, p) for each in self._optimizers for g in each.param_groups for p in g["params"])
         near, far = self._rooms(nbytes <= BESIDE)
         return Undo(self._optimizers, near, other=far)
 
@@ -122,7 +110,7 @@ class Stepping:
         """Where a copy of everything goes, and where if that is full."""
         return (self._beside, self._away) if small and not self.budgeted else (self._away, self._beside)
 
-    def _step_or_undo(self, undo: Undo, pieces: "list[_Piece] | None") -> None:
+    def _step_or_undo(self, undo: Undo, pieces: list[Piece] | None) -> None:
         """Step as the optimizers are, or in pieces, with a copy of everything."""
         try:
             if pieces is None:
@@ -136,10 +124,10 @@ class Stepping:
             self._tight = self._tight or memory.is_out_of_memory(error)
             raise
 
-    def _step_in_pieces(self, first: "list[_Piece]", pieces: "list[_Piece]") -> BaseException | None:
+    def _step_in_pieces(self, first: list[Piece], pieces: list[Piece]) -> BaseException | None:
         """Step what cannot be sliced as one piece, and then the rest, each with a copy. Once one has moved, all do."""
         self._reserve.take()
-        done = list[_Piece]()
+        done = list[Piece]()
         if first:
             near, far = self._rooms(not self.budgeted)
             self._step_or_undo(_undo_of(first, near, far), first)
@@ -175,14 +163,14 @@ class Stepping:
                 done.append(piece)
         return late
 
-    def _make_room(self, done: "list[_Piece]") -> None:
+    def _make_room(self, done: list[Piece]) -> None:
         """Free what is used up."""
         for piece in done:
             for parameter in piece.parameters:
                 parameter.grad = None
         memory.free_cached(self._device)
 
-    def _finish(self, piece: "_Piece") -> None:
+    def _finish(self, piece: Piece) -> None:
         """Step a piece out of the reserve, where memory has run out and others have moved."""
         for parameter in piece.parameters:
             slices = Slices(piece.optimizer, parameter, self._reserve)
@@ -212,7 +200,7 @@ class Stepping:
             return str(error) or type(error).__name__
         return None
 
-    def _undo_of_piece(self, piece: "_Piece") -> Undo | None:
+    def _undo_of_piece(self, piece: Piece) -> Undo | None:
         """Copy what a piece moves; None if there is no memory for that."""
         try:
             return _undo_of([piece], self._beside)
@@ -221,7 +209,7 @@ class Stepping:
                 raise
         return None
 
-    def _move(self, piece: "_Piece", undo: Undo) -> None:
+    def _move(self, piece: Piece, undo: Undo) -> None:
         """Step a piece wholly or not at all; in smaller pieces where memory runs out."""
         ahead = deque([piece])
         while ahead:
@@ -230,7 +218,7 @@ class Stepping:
                 memory.free_cached(self._device)
                 ahead.extendleft(reversed(part.halves()))
 
-    def _moves_at_once(self, part: "_Piece", piece: "_Piece", undo: Undo) -> bool:
+    def _moves_at_once(self, part: Piece, piece: Piece, undo: Undo) -> bool:
         """Step a part of a piece; undo it where smaller ones may help, undo the piece and raise elsewhere."""
         try:
             part.step()
@@ -257,136 +245,12 @@ def copy_bytes(optimizers: Sequence[Optimizer], state_bytes: int) -> int:
         return 0
     a_weight = 1 + state_bytes / sum(weights)
     moved = sum(weights) * a_weight
-    if moved > WHOLE and all(map(_moves_one_by_one, optimizers)):
+    if moved > WHOLE and all(map(moves_one_by_one, optimizers)):
         return int(max(max(weights) * a_weight, moved / PIECES)) + RESERVE
     return int(sum(each for each in weights if each <= SMALL) * a_weight)
 
 
-class _Piece:
-    """Parameters of one optimizer that are stepped together."""
-
-    def __init__(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        self.optimizer = optimizer
-        self.parameters = parameters
-        self.nbytes = sum(_moved_bytes(optimizer, parameter) for parameter in parameters)
-
-    def halves(self) -> "list[_Piece]":
-        middle = len(self.parameters) // 2
-        return [_Piece(self.optimizer, part) for part in (self.parameters[:middle], self.parameters[middle:])]
-
-    def step(self) -> None:
-        """Call ``optimizer.step()`` on these parameters alone."""
-        optimizer, chosen = self.optimizer, set(map(id, self.parameters))
-        groups, held = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
-        try:
-            for group, parameters in zip(groups, held, strict=True):
-                group["params"] = [parameter for parameter in parameters if id(parameter) in chosen]
-            optimizer.param_groups = [group for group in groups if group["params"]]
-            optimizer.step()
-        finally:
-            optimizer.param_groups = groups
-            for group, parameters in zip(groups, held, strict=True):
-                group["params"] = parameters
-
-
-@dataclass(frozen=True, slots=True)
-class _Proof:
-    """That an optimizer has completed a step with such groups, options and gradients."""
-
-    groups: list[dict[str, Any]]
-    kind: list[Any]
-
-    def is_that_of(self, other: "_Proof") -> bool:
-        """Whether nothing has been loaded since, and no kind of option or gradient is new."""
-        return self.groups is other.groups and self.kind == other.kind
-
-
-def _kind(optimizer: Optimizer) -> list[Any]:
-    """What decides which lines of a step run, for each group: options, and the kinds of gradients."""
-    return [
-        (
-            {name: _kind_of_option(value) for name, value in group.items() if name != "params"},
-            {(each.grad.layout, each.grad.dtype, each.dtype) for each in group["params"] if each.grad is not None},
-        )
-        for group in optimizer.param_groups
-    ]
-
-
-def _kind_of_option(value: Any) -> Any:
-    """What decides which lines run: also whether a number, such as a momentum, is 0."""
-    if isinstance(value, bool | str | None):
-        return value
-    return (type(value), value == 0) if isinstance(value, int | float) else type(value)
-
-
-def _lacks_state(piece: "_Piece") -> bool:
-    """Whether an optimizer keeps a state for some parameters and not yet for others, as where an expert slept."""
-    return len({bool(piece.optimizer.state.get(each)) for each in piece.parameters}) > 1
-
-
-def _moves_one_by_one(optimizer: Optimizer) -> bool:
-    """Whether a step on some of the parameters is their part of a step on all, and nobody listens."""
-    kind = type(optimizer)
-    if kind not in ONE_BY_ONE or not kind.step.__module__.startswith("torch."):
-        return False
-    own = optimizer.__dict__.get("step")  # a schedule puts one there that counts, and calls that of the class
-    if own is not None and not (hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is kind.step):
-        return False
-    hooks = chain(
-        optimizer._optimizer_step_pre_hooks.values(),
-        optimizer._optimizer_step_post_hooks.values(),
-        of_torch._global_optimizer_pre_hooks.values(),
-        of_torch._global_optimizer_post_hooks.values(),
-    )
-    if not all((getattr(hook, "__module__", None) or "").startswith("wholebatch.") for hook in hooks):
-        return False
-    return not any(group.get("differentiable", False) for group in optimizer.param_groups)
-
-
-def _stepped(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
-
-
-def _moved_bytes(optimizer: Optimizer, parameter: nn.Parameter) -> int:
-    state = optimizer.state.get(parameter)
-    if not state:
-        return nbytes_of(parameter)
-    return nbytes_of(parameter) + sum(nbytes_of(value) for value in state.values() if isinstance(value, Tensor))
-
-
-def _sorted_out(whole: "Sequence[_Piece]", nbytes: int) -> "tuple[list[_Piece], list[_Piece]]":
-    """Return what cannot be sliced, a piece an optimizer, and pieces of the rest as `_cut` makes them."""
-    first, rest = list[_Piece](), list[_Piece]()
-    for piece in whole:
-        apart = [each for each in piece.parameters if not can_be_sliced(piece.optimizer, each)]
-        if not apart:
-            rest.append(piece)
-            continue
-        first.append(_Piece(piece.optimizer, apart))
-        known = set(map(id, apart))
-        rest.append(_Piece(piece.optimizer, [each for each in piece.parameters if id(each) not in known]))
-    return first, _cut(rest, nbytes)
-
-
-def _cut(whole: Sequence[_Piece], nbytes: int) -> list[_Piece]:
-    """Cut pieces into some of at most so many bytes, or of one parameter; the largest first, as it needs most."""
-    pieces: list[_Piece] = []
-    for large in whole:
-        part: list[nn.Parameter] = []
-        room = nbytes
-        for parameter in sorted(large.parameters, key=lambda each: _moved_bytes(large.optimizer, each), reverse=True):
-            needs = _moved_bytes(large.optimizer, parameter)
-            if part and needs > room:
-                pieces.append(_Piece(large.optimizer, part))
-                part, room = [], nbytes
-            part.append(parameter)
-            room -= needs
-        if part:
-            pieces.append(_Piece(large.optimizer, part))
-    return sorted(pieces, key=lambda piece: piece.nbytes, reverse=True)
-
-
-def _undo_of(pieces: Sequence[_Piece], room: Beside | Away, other: Beside | Away | None = None) -> Undo:
+def _undo_of(pieces: Sequence[Piece], room: Beside | Away, other: Beside | Away | None = None) -> Undo:
     """Copy what a step on some pieces moves."""
     roots: list[Any] = []
     forgetting: list[tuple[Any, Any]] = []
