@@ -338,6 +338,18 @@ def test_a_plan_says_what_fits_and_ends_with_0(folder, capsys):
     assert "\n- " in out
 
 
+def test_a_plan_is_drawn(folder, capsys):
+    assert run("plan", "my_file.py:recipe", "--no-time", "--plot", "memory.svg") == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("It fits")
+    assert captured.err == "The picture is in memory.svg.\n"
+    assert "rows in a micro-batch" in (folder / "memory.svg").read_text(encoding="utf-8")
+    assert run("plan", "my_file.py:recipe", "--plot", "nowhere/memory.svg") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "`--plot` is 'nowhere/memory.svg', where no file can be written." in captured.err
+
+
 def test_a_plan_that_does_not_fit_ends_with_1_and_can_be_read_by_programs(folder, capsys):
     assert run("plan", "my_file.py:recipe", "--memory", "1kB", "--no-time", "--json") == 1
     found = json.loads(capsys.readouterr().out)

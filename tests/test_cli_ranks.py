@@ -166,10 +166,10 @@ def test_torchrun_starts_the_same_job(folder):
     assert out.splitlines()[0].startswith("6 updates of 16 rows on 2 ranks")
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_a_wrapped_model_is_trained_as_by_one_process(folder, wrapper):
+@pytest.mark.parametrize(("wrapper", "communication"), [("ddp", "once"), ("fsdp2", "once"), ("fsdp2", "each")])
+def test_a_wrapped_model_is_trained_as_by_one_process(folder, wrapper, communication):
     """Said in the file; what is validated and compared is the plain model with all of its weights."""
-    Path("job.toml").write_text(f'wrapper = "{wrapper}"\n')
+    Path("job.toml").write_text(f'wrapper = "{wrapper}"\ncommunication = "{communication}"\n')
     code, out, talk = train("mine.py:Exact", "--config", "job.toml", "--nproc", "2", "--out", "two")
     assert code == 0, talk
     assert main_ends_with_0("mine.py:Exact", "--out", "one")

@@ -359,6 +359,19 @@ def test_looking_ahead_costs_less_than_two_windows():
     assert sum(seen) < 3 * 256
 
 
+@pytest.mark.parametrize("budget", ["20MB", None])
+def test_a_batch_that_fits_by_far_costs_a_pass_of_four_rows(budget):
+    seen = []
+
+    def loss_fn(model, x):
+        seen.append(len(x))
+        return squares(model, x)
+
+    accumulator = accumulator_of(network(), loss_fn, memory=budget)
+    assert accumulator.step(torch.randn(256, 16)).micro_batches == 1
+    assert seen == [4, 256]
+
+
 def normed():
     return wb.exact_batch_norm(nn.Sequential(nn.Linear(16, 256), nn.BatchNorm1d(256), nn.Tanh(), nn.Linear(256, 16)))
 

@@ -1,6 +1,7 @@
 """What a model takes is known before it is trained, and finding it out leaves no trace."""
 
 import copy
+import logging.handlers
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 import wholebatch as wb
 from menagerie import CALM, DROPOUT
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.need import Passes
 from wholebatch.engine import memory
 from wholebatch.engine.fit import room
 from wholebatch.engine.fit.fakes import stand_in
@@ -311,6 +314,88 @@ def test_several_optimizers_are_added_up():
     assert plan.memory["optimizer state"] == one.memory["optimizer state"]
 
 
+class Remembers(nn.Module):
+    """Keeps what it computed last, as a memory between segments does."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.last = nn.Linear(16, 16), torch.zeros(1)
+
+    def forward(self, x):
+        self.last = self.mix(x).detach()
+        return self.mix(x + self.last)
+
+
+class Twice(nn.Module):
+    """Uses a weight twice and leaves one out."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.idle = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.mix(self.mix(x).tanh())
+
+
+def peaks(model, x):
+    """What windows of some sizes take, from traces of real passes."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = wb.Accumulator(model, optimizer, squares, memory="1GiB", check=None)
+    probe = accumulator._cutting._fitting.probe_of(LogicalBatch(x(8)))
+    traces, _ = probe.real_traces([(2, 0), (4, 0)], {0: 0})
+    found = Passes.of(traces)
+    assert found.exact
+    return [found.peak(rows, alone=alone) for rows in (1, 3, 20) for alone in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("build", "x", "told"),
+    [
+        *((*each, True) for each in MODELS.values()),
+        (Twice, lambda rows: torch.randn(rows, 16), True),
+        (Remembers, lambda rows: torch.randn(rows, 16), False),
+    ],
+)
+def test_the_second_micro_batch_is_told_from_the_first_where_only_gradients_are_left_of_it(build, x, told, monkeypatch):
+    said, repeat = [], Timeline.repeat
+
+    def watched(timeline):
+        said.append(repeat(timeline))
+        return said[-1]
+
+    monkeypatch.setattr(Timeline, "repeat", watched)
+    found = peaks(build(), x)
+    assert said == [told, told]
+    monkeypatch.setattr(Timeline, "repeat", lambda _: False)
+    assert found == peaks(build(), x)
+
+
+def test_gradients_that_arrive_count_as_temporary_and_do_not_grow_with_the_rows():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = wb.plan(model, optimizer, squares, torch.randn(4, 16), 512, "1GiB", timed=False)
+    weights = sum(each.nbytes for each in model.parameters())
+    kinds = [plan.need.by_kind(rows) for rows in (1, 8, 400)]
+    assert all(each["gradients"] == each["weights"] == weights for each in kinds)
+    trace = plan.need.passes.traces[8, 0]
+    assert max(trace.changes[at] for at in range(len(trace.changes)) if trace.kinds[at] == "arriving") == 96 * 16 * 4
+    assert "arriving" not in {kind for each in kinds for kind in each}
+    twice = trace.doubled()
+    assert all(
+        one == two
+        for one, two, kind in zip(trace.changes, twice.changes, trace.kinds, strict=True)
+        if kind == "arriving"
+    )
+
+
+def test_the_comparison_sees_gradients_that_are_not_let_go_of(monkeypatch):
+    build, x = MODELS["mlp"]
+    right = peaks(build(), x)
+    monkeypatch.setattr(Timeline, "arrived", lambda *_: None)
+    monkeypatch.setattr(Timeline, "repeat", lambda timeline: timeline.begin_second() or True)
+    assert peaks(build(), x) != right
+
+
 def test_a_timeline_ends_what_passes_its_limit():
     with Timeline(CPU, limit=1000):
         torch.zeros(100)
@@ -548,6 +633,56 @@ def test_a_way_that_cannot_be_followed_is_not_offered():
     model = mlp()
     plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), only_as_it_is, torch.randn(4, 16), timed=False)
     assert [each.name for each in plan.alternatives] == ["AdamA"]
+
+
+class Caching(nn.Module):
+    """Writes down its keys, as decoders do for later tokens; if it is run twice, twice as many."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+
+    def forward(self, x, keys):
+        keys.append(self.mix(x))
+        return (x + torch.cat(keys, 1)).sigmoid()
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Caching(), Caching()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, [])
+        return x
+
+
+def test_a_way_that_cannot_be_followed_is_left_out_with_its_reason_and_without_a_traceback():
+    log, heard = logging.getLogger("torch._subclasses.fake_tensor"), logging.handlers.BufferingHandler(100)
+    log.addHandler(heard)
+    model = Decoder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        plan = wb.plan(model, optimizer, squares, torch.randn(8, 5, 16), 64, "1GiB", timed=False)
+    finally:
+        log.removeHandler(heard)
+    assert "checkpointing" not in {each.name for each in plan.alternatives}
+    (said,) = [each for each in plan.reasons if each.startswith("checkpointing is not offered: ")]
+    assert "Error" in said
+    assert not heard.buffer
+    assert not log.disabled
+
+
+@pytest.mark.parametrize(("budget", "said"), [("1kB", "for a single row"), ("60kB", "for a micro-batch of 32 rows")])
+def test_what_does_not_fit_is_called_what_it_is(budget, said):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    micro_batch = wb.Rows(32) if "32" in said else "auto"
+    options = {"micro_batch": micro_batch, "timed": False}
+    plan = wb.plan(model, optimizer, squares, torch.randn(8, 16), 64, budget, **options)
+    assert f"{said}.\n" in str(plan)
+    assert "0 rows" not in str(plan)
 
 
 def test_a_loss_without_a_graph_is_refused():

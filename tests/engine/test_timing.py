@@ -13,6 +13,7 @@ class Clocked:
         self._seconds = seconds
         self.device = torch.device(device)
         self.asked = []
+        self.row_seconds = None
 
     def seconds(self, rows, row):
         assert row == 3
@@ -39,6 +40,13 @@ def test_a_brief_window_is_not_worth_the_clock():
     clocked = Clocked(lambda rows: 1e-5 * rows)
     assert fastest_of(clocked, 64, 256, 3) == (64, "")
     assert clocked.asked == [64]
+
+
+def test_a_window_that_was_brief_when_it_was_traced_is_not_timed():
+    clocked = Clocked(lambda rows: 0.01 * rows)
+    clocked.row_seconds = 1e-4
+    assert fastest_of(clocked, 64, 256, 3) == (64, "")
+    assert clocked.asked == []
 
 
 def test_smaller_sizes_are_not_run_once_they_are_slower():

@@ -16,7 +16,7 @@ import typer
 
 from wholebatch.cli import plan as _plan
 from wholebatch.cli.conformance import conformance
-from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, edge, say
+from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, check_file, edge, say
 from wholebatch.cli.launch import launch, require_launcher
 from wholebatch.core.errors import ConfigError
 from wholebatch.recipes.finding import BUILT_IN
@@ -84,6 +84,7 @@ def train(
     precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
     accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
     wrapper: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["wrapper"].help)] = None,
+    communication: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["communication"].help)] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["seed"].help)] = None,
     out: Annotated[str | None, typer.Option(metavar="FOLDER", help=OPTIONS["out"].help)] = None,
     sink: Annotated[list[str] | None, typer.Option(metavar="NAME", help=OPTIONS["sink"].help)] = None,
@@ -138,6 +139,7 @@ def train(
         "precision": precision,
         "accumulate_in": accumulate_in,
         "wrapper": wrapper,
+        "communication": communication,
         "seed": seed,
         "out": out,
         "sink": sink or None,
@@ -261,10 +263,7 @@ def verify(
 
         given = {"recipe": recipe, "micro_batch": micro_batch or "auto", "seed": seed}
         stated = configure([Layer("on the command line", given, "--{}")])
-        if out is not None and (out.is_dir() or not out.parent.is_dir()):
-            raise ConfigError(
-                f"`--out` is {str(out)!r}, where no file can be written.", hint="name a file in a folder."
-            )
+        check_file("--out", out)
 
         _rest_while_waiting()
         from wholebatch.recipes.checking import check_recipe

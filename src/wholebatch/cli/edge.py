@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from wholebatch.core.errors import (
     BatchNormError,
@@ -28,6 +29,16 @@ _EXTRAS = {"torch": "torch", "numpy": "torch", "rich": "cli", "pydantic": "cli",
 def say(text: str) -> None:
     """Talk to the person at the terminal; what others may read goes to stdout."""
     print(text, file=sys.stderr, flush=True)
+
+
+def check_file(flag: str, file: Path | None) -> None:
+    """Say that a file cannot be written where it was asked for, before anything takes time.
+
+    Raises:
+        ConfigError: It is a folder, or lies in none.
+    """
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise ConfigError(f"`{flag}` is {str(file)!r}, where no file can be written.", hint="name a file in a folder.")
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from wholebatch.cli.edge import DONE, FAILED, edge
+from wholebatch.cli.edge import DONE, FAILED, check_file, edge, say
 from wholebatch.core.spread import Spread
 from wholebatch.recipes.finding import BUILT_IN
 from wholebatch.recipes.options import OPTIONS
@@ -33,6 +34,10 @@ def plan(
     ] = "0s",
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time a few passes, to choose the fastest.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw memory against the micro-batch into this SVG file."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Say whether a recipe fits into memory, where that goes, and how its logical batch is best cut.
@@ -47,6 +52,7 @@ def plan(
       wholebatch plan images --memory 64MiB --no-time
       wholebatch plan my_file.py:recipe --memory 8GiB --precision bf16
       wholebatch plan my_file.py:recipe --memory 8GiB --json | jq .reasons
+      wholebatch plan images --memory 64MiB --plot memory.svg
       wholebatch plan text --ranks 8 --bandwidth 25GB/s --latency 20us
     """
     flags = {
@@ -62,6 +68,7 @@ def plan(
         from wholebatch.recipes.config import Layer, configure, defaults_of
 
         layer = Layer("on the command line", {key: value for key, value in flags.items() if value is not None}, "--{}")
+        check_file("--plot", plot)
         configure([layer])  # a wrong value is said before anything slow is loaded
 
         Spread.of(ranks, ranks, bandwidth, latency)
@@ -79,4 +86,7 @@ def plan(
             latency=latency,
         )
         print(json.dumps(made.to_dict(), indent=2) if as_json else made)
+        if plot is not None:
+            plot.write_text(made.to_svg(), encoding="utf-8")
+            say(f"The picture is in {plot}.")
         sys.exit(DONE if made.fits else FAILED)

@@ -77,3 +77,13 @@ def say_rows(rows: int) -> str:
         ('1 row', '1,200 rows')
     """
     return f"{rows:,} row" if rows == 1 else f"{rows:,} rows"
+
+
+def say_rate(value: float) -> str:
+    """Return a speed to three digits.
+
+    Example:
+        >>> say_rate(15_234.5), say_rate(0.51234)
+        ('15,200', '0.512')
+    """
+    return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 100 else f"{value:.3g}"

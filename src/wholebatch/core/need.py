@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
-Kind: TypeAlias = Literal["data", "activations", "gradients", "running sum", "temporary", "scratch"]
-"""What a piece of memory is there for, while a window runs."""
+Kind: TypeAlias = Literal["data", "activations", "gradients", "running sum", "temporary", "scratch", "arriving"]
+"""What a piece of memory is there for, while a window runs. Gradients that will be added to those of an earlier
+micro-batch are arriving; to a reader of plans they are temporary."""
 
 PADDED = 4
 """Between two numbers of rows that were measured, kernels are taken to pad rows to a multiple of this. Unit: rows."""
@@ -46,7 +47,7 @@ class Trace:
 
     def doubled(self) -> "Trace":
         """Return what twice the rows would take at most: all but what is there once, twice."""
-        once = ("gradients", "running sum")
+        once = ("gradients", "running sum", "arriving")
         pairs = zip(self.changes, self.kinds, strict=True)
         return Trace(tuple(each if kind in once else 2 * each for each, kind in pairs), self.kinds, self.second)
 
@@ -61,7 +62,7 @@ class Trace:
         changes: list[int] = []
         for end in (self.second, len(self.changes)):
             live = list(accumulate(self.changes[:end], initial=0))
-            at = max(range(len(live)), key=live.__getitem__)
+            at = live.index(max(live))
             held = dict.fromkeys(_KINDS, 0)
             for change, kind in zip(self.changes[:at], self.kinds, strict=False):
                 held[kind] += change
@@ -70,7 +71,7 @@ class Trace:
         return Trace(tuple(changes), _KINDS * 4, 2 * len(_KINDS))
 
 
-_KINDS: tuple[Kind, ...] = ("data", "activations", "gradients", "running sum", "temporary", "scratch")
+_KINDS: tuple[Kind, ...] = ("data", "activations", "gradients", "running sum", "temporary", "scratch", "arriving")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ class Passes:
         if alone:
             changes = changes[: one.second]
         live = list(accumulate(changes, initial=0.0))
-        at = max(range(len(live)), key=live.__getitem__)
+        at = live.index(max(live))
         sums: dict[Kind, float] = {}
         for change, kind in zip(changes[:at], one.kinds, strict=False):
             sums[kind] = sums.get(kind, 0.0) + change
@@ -228,6 +229,7 @@ class Need:
         kinds: dict[str, int] = dict(self.resident)
         if sum(held.values()) + scratch >= self.step_bytes:
             kinds |= {kind: held.get(kind, 0) for kind in _KINDS}
+            kinds["temporary"] += kinds.pop("arriving")
             kinds["scratch"] += max(0, scratch)
             for kind in ("temporary", "activations"):  # kernels may also take less than their operations say
                 saved = min(kinds[kind], -min(0, scratch))

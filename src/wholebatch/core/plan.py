@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wholebatch.core.applied import Applied
-from wholebatch.core.budget import say_bytes, say_rows
+from wholebatch.core.budget import say_bytes, say_rate, say_rows
 from wholebatch.core.communication import Ranks
 from wholebatch.core.errors import ConfigError, OutOfMemoryError
 from wholebatch.core.need import Need
+from wholebatch.core.picture import Picture
 from wholebatch.core.split import Rows, Tokens
 
 
@@ -227,14 +228,16 @@ class Plan:
 
     def _headline(self) -> str:
         if not self.fits:
-            return f"It does not fit: {say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)} for a single row."
+            single = self.micro_batch == Rows(1)
+            what = "a single row" if single else f"a micro-batch of {_amount(self.micro_batch)}"
+            return f"It does not fit: {say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)} for {what}."
         parts = (
             "nothing is cut"
             if self.micro_batches == 1
             else f"{self.micro_batches} micro-batches of {_amount(self.micro_batch)}"
         )
         ranks = f"{self.share} on each of {self.ranks.ranks} ranks, " if self.ranks is not None else ""
-        speed = f", {self.rows_per_second:,.3g} rows a second" if self.rows_per_second else ""
+        speed = f", {say_rate(self.rows_per_second)} rows a second" if self.rows_per_second else ""
         return (
             f"It fits: {self.logical_batch} rows, {ranks}{parts}, {self.precision}{self._beside()}, "
             f"{say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)}{speed}."
@@ -268,41 +271,19 @@ class Plan:
             f"{self.to_svg()}<ul>{reasons}</ul></div>"
         )
 
-    def to_svg(self) -> str:
-        """Return a picture of memory against the micro-batch, with the budget as a line."""
-        width, height, left, bottom = 480, 220, 70, 30
+    def to_svg(self, measured: Mapping[int, int] | None = None) -> str:
+        """Return a picture of memory against the micro-batch, kind upon kind, with the budget as a line.
+
+        Args:
+            measured: Peaks that were measured, by the rows of a micro-batch; they are marked. Unit: bytes.
+        """
+
+        def kinds(rows: int) -> Mapping[str, int]:
+            return self.need.by_kind(rows, self.longest, alone=rows >= self.share)
+
         most = max(2, min(self.share, 2 * max(1, self.largest())))
-        sizes = sorted({max(1, round(most * step / 24)) for step in range(25)})
-        peaks = [self.peak_at(rows) for rows in sizes]
-        top = 1.1 * max(*peaks, self.budget_bytes if self.budget_bytes < 4 * max(peaks) else 0)
-
-        def place(rows: float, size: float) -> str:
-            x = left + (width - left - 10) * (rows - sizes[0]) / max(1, sizes[-1] - sizes[0])
-            return f"{x:.1f},{(height - bottom) * (1 - size / top) + 5:.1f}"
-
-        curve = " ".join(place(rows, size) for rows, size in zip(sizes, peaks, strict=True))
-        parts = [
-            f'<polyline points="{curve}" fill="none" stroke="#00796b" stroke-width="2"/>',
-            _text(left, height - 8, f"{sizes[0]} row"),
-            _text(width - 70, height - 8, f"{sizes[-1]} rows"),
-            _text(2, 15, say_bytes(top)),
-            _text(2, height - bottom + 5, "0"),
-        ]
-        if self.budget_bytes <= top:
-            ends = place(sizes[0], self.budget_bytes), place(sizes[-1], self.budget_bytes)
-            parts.append(f'<polyline points="{ends[0]} {ends[1]}" stroke="#c62828" stroke-dasharray="6 4"/>')
-            parts.append(_text(left + 5, float(ends[0].split(",")[1]) - 4, f"budget {say_bytes(self.budget_bytes)}"))
-        if isinstance(self.micro_batch, Rows) and self.micro_batch.rows <= sizes[-1]:
-            x, y = place(self.micro_batch.rows, self.peak_at(self.micro_batch.rows)).split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="#00796b"/>')
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-            f'height="{height}" role="img" aria-label="memory against the micro-batch">{"".join(parts)}</svg>'
-        )
-
-
-def _text(x: float, y: float, said: str) -> str:
-    return f'<text x="{x:g}" y="{y:.1f}" font-size="11" font-family="sans-serif">{html.escape(said)}</text>'
+        chosen = self.micro_batch.rows if self.fits and isinstance(self.micro_batch, Rows) else None
+        return Picture(kinds, most, self.budget_bytes, chosen, self.longest, measured or {}).svg()
 
 
 def _count(number: int, what: str) -> str:

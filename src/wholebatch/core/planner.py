@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from wholebatch.core.budget import say_bytes, say_rows
+from wholebatch.core.budget import say_bytes, say_rate, say_rows
 from wholebatch.core.need import Need
 from wholebatch.core.plan import Alternative, Plan
 from wholebatch.core.sizes import candidates, evened, fastest, largest_rows, largest_tokens, line
@@ -142,7 +142,8 @@ class Planner:
                 return way.need.peak(micro_batch.rows, task.longest, alone=micro_batch.rows >= task.rows)
             return self._cut(micro_batch, way.need)[1]
 
-        said = [f"At most {say_rows(self._most(self.ways[0]))} would fit."]
+        most = self._most(self.ways[0])
+        said = [f"At most {say_rows(most)} would fit." if most else "Not even one row would fit."]
         way = self.ladder.fewest(lambda each: takes(each) <= task.budget)
         said += [f"It would, if {_recomputed(way.blocks)}."] if way is not None else []
         return " ".join(said)
@@ -225,7 +226,8 @@ class Planner:
             return way, rows, seconds
         self._say(
             f"If {_recomputed(other.blocks)}, {say_rows(size)} fit at once, and it pays: "
-            f"{size / found[size]:,.4g} rows a second instead of {task.rows / now:,.4g}. plan.apply(model) lets them."
+            f"{say_rate(size / found[size])} rows a second instead of {say_rate(task.rows / now)}. "
+            "plan.apply(model) lets them."
         )
         self._say(other.why)
         return other, size, found
@@ -234,7 +236,7 @@ class Planner:
         if len(seconds) < 2:
             return rows
         chosen = fastest(seconds)
-        speeds = ", ".join(f"{size / time:,.4g} with {size}" for size, time in sorted(seconds.items()) if time > 0)
+        speeds = ", ".join(f"{say_rate(size / time)} with {size}" for size, time in sorted(seconds.items()) if time > 0)
         if chosen < rows:
             self._say(f"A micro-batch of {say_rows(chosen)} is as fast as any that fits (rows a second: {speeds}).")
         else:

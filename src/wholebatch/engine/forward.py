@@ -1,6 +1,6 @@
 """How does a micro-batch go through the model? Moved to where it is, in the precision that was asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +59,43 @@ class Forward:
         else:
             window.add(part, rows=rows)
 
+    def agree(self, window: Window, passes: int, candidates: Iterable[Any]) -> None:
+        """Agree with other ranks on how many passes all make in a window, where that has to be the same.
+
+        Args:
+            window: Open and empty.
+            passes: Of this rank.
+            candidates: Small micro-batches for passes of weight zero; none where this rank has no rows.
+        """
+        group = self.setup.group
+        if not group.in_step:
+            return
+        spare, learns = self._with_targets(candidates)
+        if spare is not None:
+            self._rehearse(window, spare)
+        group.agree_on_passes(passes, spare, learns=learns)
+        if group.passes:
+            self._rehearse(window, group.spare)
+
+    def _with_targets(self, candidates: Iterable[Any]) -> tuple[Any, bool]:
+        """Return the first that has targets, since a mean over none is not a number, not even at weight zero."""
+        first = None
+        for each in candidates:
+            count = self.objective.count(each, 1)
+            if isinstance(count, Tensor) or count != 0:
+                return each, True
+            first = each if first is None else first
+        return first, False
+
+    def _rehearse(self, window: Window, spare: Any) -> None:
+        """Make a pass that leaves no trace, for a group of ranks that has to know what one sends."""
+        group = self.setup.group
+        if group.rehearses:
+            window.mark()
+            with group.rehearsing():
+                window.rehearse(self._of_nothing(spare))
+            window.take_back()
+
     def fill(self, window: Window) -> None:
         """Make passes of weight zero for as long as other ranks make more.
 
@@ -66,15 +103,17 @@ class Forward:
             window: Open; all micro-batches of this rank are in it.
         """
         while window.lacks_passes:
-            spare = self.setup.group.spare
-            part = self.meeting(lambda spare=spare: spare, None, 1)  # type: ignore[misc]
-            if part is None:
-                raise RankError(
-                    "The loss function returned None for a micro-batch that stands in where this rank has fewer than "
-                    "others.",
-                    hint='with communication="each" every pass has to make a loss.',
-                )
-            window.add_nothing(part)
+            window.add_nothing(self._of_nothing(self.setup.group.spare))
+
+    def _of_nothing(self, spare: Any) -> Part:
+        part = self.meeting(lambda: spare, None, 1)
+        if part is None:
+            raise RankError(
+                "The loss function returned None for a micro-batch that stands in where this rank has fewer than "
+                "others.",
+                hint='with communication="each" every pass has to make a loss.',
+            )
+        return part
 
     def meeting(
         self, take: Callable[[], Any], rows: int | None, count: Count | None, *, graph: bool = True

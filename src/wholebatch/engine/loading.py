@@ -1,6 +1,6 @@
 """How does a loader that already yields micro-batches become updates? One window after the other, with its tail."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -104,7 +104,8 @@ class Loading:
             for micro_batch, closes in stream:
                 if window is None and held is None:
                     window = self._windows.open(micro_batches=micro_batches)
-                    ranks.agree_on_passes(0 if ranks.streams.idle else micro_batches, _taking(micro_batch))
+                    passes = 0 if ranks.streams.idle else micro_batches
+                    self._forward.agree(window, passes, [] if micro_batch is None else [micro_batch])
                     window.steps_again = True
                 if micro_batch is not None:
                     if several:
@@ -198,10 +199,6 @@ class Loading:
         self._lockstep.learn(again)
         if not again.heard:
             self._windows.rules.setup.group.report_meeting(again.why)
-
-
-def _taking(micro_batch: Any) -> Callable[[], Any] | None:
-    return None if micro_batch is None else lambda: micro_batch
 
 
 def _known_length(loader: Any) -> int | None:

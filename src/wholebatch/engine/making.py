@@ -83,8 +83,7 @@ class Making:
         if not self._lockstep.meets or (len(cut) < 2 and ranks == 1):
 
             def pass_each(window: Window) -> None:
-                group = self._windows.rules.setup.group
-                group.agree_on_passes(len(cut), (lambda: rows.take(cut[0][:1])) if cut else None)
+                self._forward.agree(window, len(cut), (rows.take([row]) for part in cut for row in part))
                 for number, (part, count) in enumerate(zip(cut, counts, strict=True), 1):
                     place.rows = len(part)
                     if number == len(cut):

@@ -245,11 +245,19 @@ class Window:
         Args:
             part: Loss and targets.
         """
+        self.rehearse(part)
+        self._fillers += 1
+
+    def rehearse(self, part: Part) -> None:
+        """Run such a backward pass that no other rank waits for.
+
+        Args:
+            part: Loss and targets.
+        """
         losses = [each for each in (part.loss, part.once) if each is not None and each.requires_grad]
         self.sums.open_backward()
         run_backward(losses, [torch.zeros_like(each) for each in losses])
         self.sums.close_backward()
-        self._fillers += 1
 
     def before_forward(self) -> None:
         """Refuse a second forward pass that a batch-dependent layer would spoil. Not needed once `row_by_row` holds.

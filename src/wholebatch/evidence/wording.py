@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from wholebatch.core.budget import say_bytes as say_bytes
+from wholebatch.core.budget import say_rate as say_rate
 
 Event: TypeAlias = Mapping[str, Any]
 
@@ -57,16 +58,6 @@ def say_count(value: float, thing: str) -> str:
         ('1 update', '12,000 rows')
     """
     return f"{value:,.0f} {thing}" if value == 1 else f"{value:,.0f} {thing}s"
-
-
-def say_rate(value: float) -> str:
-    """Return a speed to three digits.
-
-    Example:
-        >>> say_rate(15_234.5), say_rate(0.51234)
-        ('15,200', '0.512')
-    """
-    return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def say_seconds(value: float) -> str:

@@ -17,6 +17,8 @@ from wholebatch.recipes.protocol import Recipe
 
 BatchNormChoice: TypeAlias = Literal["refuse", "exact", "group", "frozen", "per_micro_batch"]
 Wrapper: TypeAlias = Literal["none", "ddp", "fsdp2"]
+
+Communication: TypeAlias = Literal["once", "each"]
 SinkName = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -61,6 +63,7 @@ class TrainConfig(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate_in: Literal["fp32", "compensated", "weights"] | None = None
     wrapper: Wrapper = "none"
+    communication: Communication = "once"
     seed: int = Field(default=0, ge=0, lt=2**32)
     out: str | None = None
     sink: Annotated[tuple[SinkName, ...], PlainValidator(_parse_sinks)] = ()

@@ -138,7 +138,7 @@ class _Run:
         rows, held_out = rows_of(self.recipe, "train"), rows_of(self.recipe, "validation")
         model = model_of(self.recipe, self.config.batch_norm)
         self.device = input_device(model)
-        wrapped = Wrapped(model, self.recipe, self.config.wrapper, self.place.ranks)
+        wrapped = Wrapped(model, self.recipe, self.config.wrapper, self.config.communication, self.place.ranks)
         accumulator = Accumulator(
             wrapped.trained,
             optimizer_of(self.recipe, model, self.config.lr),
@@ -151,6 +151,7 @@ class _Run:
             precision=self.config.precision,
             accumulate_in=self.config.accumulate_in,
             clip_norm=self.config.clip_norm or None,
+            communication=self.config.communication,
             batch_norm="per_micro_batch" if self.config.batch_norm == "per_micro_batch" else "refuse",
         )
         self.reasons = accumulator.reasons

@@ -50,6 +50,10 @@ OPTIONS: dict[str, Option] = {
     "wrapper": Option(
         "In what the model is wrapped on several ranks", "'none' (the default), 'ddp' or 'fsdp2' (fully_shard)"
     ),
+    "communication": Option(
+        "How often ranks gather weights and reduce gradients that fully_shard has spread",
+        "'once' a window (the default), or with 'each' pass, which holds less and sends more",
+    ),
     "seed": Option("Of weights, order and dropout", "a whole number of at least 0"),
     "out": Option(
         "Where log and report go", "a folder, in which an earlier run is replaced; left out, a new one in runs/"

@@ -9,7 +9,7 @@ from torch import nn
 
 from wholebatch.core.errors import ConfigError
 from wholebatch.engine.ranks.sharding import Sharding, sharded_modules
-from wholebatch.recipes.config import Wrapper
+from wholebatch.recipes.config import Communication, Wrapper
 from wholebatch.recipes.protocol import Recipe
 
 _log = logging.getLogger("wholebatch")
@@ -25,6 +25,8 @@ class Wrapped:
         model: As the recipe makes it, on its device. `fully_shard` changes it in place.
         recipe: Whose.
         wrapper: What goes around it.
+        communication: How often ranks speak where weights are spread; with each pass, the items of `nn.ModuleList` and
+            `nn.Sequential` are sharded one by one, so that a rank holds all weights of no more than one or two.
         ranks: How many there are; a process that trains alone wraps nothing.
 
     Attributes:
@@ -34,12 +36,20 @@ class Wrapped:
     Example:
         >>> from wholebatch.recipes.finding import find_recipe
         >>> model = nn.Linear(1, 1)
-        >>> wrapped = Wrapped(model, find_recipe("text"), "ddp", ranks=1)
+        >>> wrapped = Wrapped(model, find_recipe("text"), "ddp", "once", ranks=1)
         >>> wrapped.trained is wrapped.plain is model
         True
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, wrapper: Wrapper, ranks: int) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, wrapper: Wrapper, communication: Communication, ranks: int
+    ) -> None:
+        if communication == "each" and wrapper != "fsdp2":
+            raise ConfigError(
+                f"communication='each' is for weights that ranks share, and with wrapper={wrapper!r} they are "
+                "whole on each.",
+                hint="pass wrapper='fsdp2' as well, or leave communication out: gradients are added up once a window.",
+            )
         self.plain = self.trained = model
         self._recipe = recipe
         self._sharding: Sharding | None = None
@@ -51,6 +61,8 @@ class Wrapped:
         elif wrapper == "fsdp2":
             from torch.distributed.fsdp import fully_shard
 
+            for layer in _layers(model) if communication == "each" else ():
+                fully_shard(layer)
             fully_shard(model)
             self._sharding = Sharding(model, sharded_modules(model))
 
@@ -100,3 +112,10 @@ class Wrapped:
         model = make()
         model.load_state_dict(weights)
         return model
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The items of lists of modules that have weights, outside of each other."""
+    if isinstance(model, nn.ModuleList | nn.Sequential):
+        return [item for item in model if any(True for _ in item.parameters())]
+    return [layer for module in model.children() for layer in _layers(module)]

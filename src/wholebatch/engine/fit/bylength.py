@@ -136,7 +136,7 @@ def plan_by_length(
             made.tokens, why = chosen * longest, f", of which {say_rows(chosen)} are faster{said}"
     if whole:
         say(
-            f'micro_batch="auto": the whole batch of {rows.rows} rows, padded to {longest}, takes '
+            f'micro_batch="auto": the whole batch of {rows.rows} rows, padded to {longest}, takes at most '
             f"{say_bytes(need.peak(rows.rows, longest, alone=True))} of the {say_bytes(budget)} {whose}, so it is not "
             "cut.",
             logging.INFO,

@@ -11,7 +11,7 @@ from torch import Tensor
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.errors import OutOfMemoryError
-from wholebatch.core.need import Need, Passes, Trace
+from wholebatch.core.need import Need, Passes, Size, Trace
 from wholebatch.core.sizes import evened, largest_rows, usable
 from wholebatch.core.tree import flatten
 from wholebatch.engine.fit.probe import Probe, Sample
@@ -105,7 +105,7 @@ class Fitting:
             say(reason, logging.INFO)
         if most >= rows.rows:
             say(
-                f'micro_batch="auto": the whole batch of {rows.rows} rows takes '
+                f'micro_batch="auto": the whole batch of {rows.rows} rows takes at most '
                 f"{say_bytes(need.peak(rows.rows, alone=True))} of the {say_bytes(budget)} {whose}, so it is not cut.",
                 logging.INFO,
             )
@@ -154,8 +154,13 @@ class Fitting:
         room = None if budget is None else budget - sum(resident.values())
         if room is not None and room < 0:
             raise OverBudget
-        each = max(1, min(LOOK, rows // 8))
-        traces, hidden = self._traces(probe, each, row, room)
+        each, traces, hidden = self._first_trace(probe, rows, row, room)
+        if budget is not None:  # what so few rows take, as often as there are rows, is at least what these take
+            need = Need(resident, Passes.of({**traces, (2 * each, 0): traces[each, 0].doubled()}), step)
+            share = need.peak(rows, alone=True) / max(1, usable(need, budget))
+            if share <= (FAR if hidden or self.budget is None else 1):
+                return need
+        traces |= self._second_trace(probe, each, row, room, traces[each, 0])
         need = Need(resident, Passes.of(traces), step)
         if budget is None or not hidden:
             return need
@@ -179,18 +184,30 @@ class Fitting:
             measured = probe.measure((2 * each, most), row)
         return need if measured is None else replace(need, measured=measured)
 
-    def _traces(
-        self, probe: Probe, each: int, row: int, room: int | None
-    ) -> tuple[dict[tuple[int, int], Trace], set[str]]:
-        """What came and went with some rows and with twice as many, as many as stay within what there is."""
-        for rows in sorted({each, min(each, 2), 1}, reverse=True):
+    def _first_trace(
+        self, probe: Probe, rows: int, row: int, room: int | None
+    ) -> tuple[int, dict[Size, Trace], set[str]]:
+        """What came and went with a few rows, as many as stay within what there is, and how many these are.
+
+        Raises:
+            OverBudget: Not even one does.
+        """
+        each = max(1, min(LOOK, rows // 8))
+        for fewer in sorted({each, min(each, 2)} - {1}, reverse=True):
             try:
-                return probe.real_traces([(rows, 0), (2 * rows, 0)], {0: row}, limit=room)
+                return fewer, *probe.real_traces([(fewer, 0)], {0: row}, limit=room)
             except OverBudget:
                 continue
-        traces, hidden = probe.real_traces([(1, 0)], {0: row}, limit=room)
-        traces[2, 0] = traces[1, 0].doubled()
-        return traces, hidden
+        return 1, *probe.real_traces([(1, 0)], {0: row}, limit=room)
+
+    def _second_trace(self, probe: Probe, each: int, row: int, room: int | None, first: Trace) -> dict[Size, Trace]:
+        """The same with twice the rows, with half of them where that is too much, or what two would take at most."""
+        for rows in (2 * each, each // 2) if each > 1 else (2,):
+            try:
+                return probe.real_traces([(rows, 0)], {0: row}, limit=room)[0]
+            except OverBudget:
+                continue
+        return {(2, 0): first.doubled()}
 
     def _fits_whole(self, probe: Probe, rows: int, row: int, room: int) -> bool:
         """Whether the batch fits as its only micro-batch, which meets no gradient of an earlier one; tried for real."""

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,8 @@ class Probe:
         sum_in: How 16-bit gradients are summed.
         sample: Rows to look with.
         reasons: What could not be looked at as it should, and why.
+        row_seconds: What the last traced pass took for each of its rows, tracing included; None: there was none.
+            Unit: seconds.
     """
 
     setup: Setup
@@ -76,6 +78,7 @@ class Probe:
     sum_in: SumIn
     sample: Sample
     reasons: list[str] = field(default_factory=list)
+    row_seconds: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -133,8 +136,10 @@ class Probe:
                 batch = self.sample.repeat(rows_of[length], micro_batches * rows)
                 timeline = Timeline(self.device, limit)
                 timeline.ignore(list(_tensors_of(self.setup.model)))
+                start = self._now()
                 with timeline:
                     self._passes(self._micro_batches(batch, rows), self.setup.parameters, timeline)
+                self.row_seconds = (self._now() - start) / rows
                 traces[rows, length] = timeline.trace()
                 hidden |= timeline.hidden
         return traces, hidden
@@ -207,8 +212,6 @@ class Probe:
     def seconds(self, rows: int, row: int = 0, *, times: int = 1) -> float:
         """Return the time of a forward and a backward pass, the shortest of some. Unit: seconds."""
         best = float("inf")
-        # One thread's own time is the same on a busy machine; that of several adds up, and tells nothing.
-        now = time.process_time if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         with self._untouched():
             batch = self.sample.repeat(row, rows)
             sums = GradientSum(self.setup.parameters, self.setup.bystanders, self.sum_in)
@@ -216,16 +219,22 @@ class Probe:
             try:
                 for _ in range(times):
                     memory.synchronize(self.device)
-                    start = now()
+                    start = self._now()
                     (micro_batch,) = self._micro_batches(batch, rows)
                     sums.open_backward()
                     torch.autograd.backward(self._loss(micro_batch()))
                     sums.close_backward()
                     memory.synchronize(self.device)
-                    best = min(best, now() - start)
+                    best = min(best, self._now() - start)
             finally:
                 sums.roll_back()
         return best
+
+    def _now(self) -> float:
+        """Read the clock. One thread's own time is the same on a busy machine; that of several adds up, and tells
+        nothing."""
+        one = self.device.type == "cpu" and torch.get_num_threads() == 1
+        return time.process_time() if one else time.perf_counter()
 
     def watch(self, rows: int, row: int, ledger: Ledger) -> float:
         """Let a ledger look at a forward pass, and return how long that takes for each row. Unit: seconds.
@@ -270,9 +279,16 @@ class Probe:
         bystanders = [each for each in self.setup.model.parameters() if id(each) not in held]
         sums = GradientSum(parameters, bystanders, self.sum_in)
         sums.start()
+        arriving = ExitStack()
+        if timeline is not None and not sums.narrow:
+            for each in (*parameters, *bystanders):
+                if each.requires_grad:
+                    arriving.callback(each.register_post_accumulate_grad_hook(timeline.arrived).remove)
         try:
             for place, make in enumerate(micro_batches):
                 if place:
+                    if timeline is not None and timeline.repeat():
+                        break
                     if timeline is not None:
                         timeline.begin_second()
                     if between is not None:
@@ -292,6 +308,7 @@ class Probe:
                     timeline.mark([each.grad for each in (*parameters, *bystanders)], "gradients")
                     timeline.mark(sums.own_tensors(), "running sum")
         finally:
+            arriving.close()
             sums.roll_back()
 
     def _loss(self, micro_batch: Any) -> Tensor:

@@ -1,9 +1,9 @@
 """Which tensors are live when? Every storage that an operation makes, from its first tensor to its last."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes: list[int] = []
         self._kinds: list[Kind] = []
         self._events: list[int] = []
+        self._arrived: list[tuple[int, int | None]] = []
         self._second: int | None = None
         self.live_bytes = 0
         self.peak_bytes = 0
@@ -90,6 +91,36 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Say that the second micro-batch begins."""
         self._second = len(self._events)
 
+    def arrived(self, parameter: Tensor) -> None:
+        """Say that a gradient has just been added to that of a parameter, or has become it."""
+        storage = parameter.grad.untyped_storage() if _is_dense(parameter.grad) else None
+        self._arrived.append((len(self._events), self._number.get(id(storage))))
+
+    def repeat(self) -> bool:
+        """Add a second micro-batch that does what the first did, but finds the gradients of the first there.
+
+        Each of its gradients is let go of where that of the first arrived: it is added to that one.
+
+        Returns:
+            False where the second cannot be told from the first, since more than gradients is left of it, or a gradient
+            came in parts. Then nothing was added.
+        """
+        gradients = [number for _, number in self._arrived]
+        if sorted(self._number.values()) != sorted(each for each in gradients if each is not None):
+            return False
+        if None in gradients or any(self._kinds[each] != "gradients" for each in self._number.values()):
+            return False
+        first, many = self._events[:], len(self._sizes)
+        self.begin_second()
+        self._sizes += self._sizes
+        self._kinds += ["arriving" if each == "gradients" else each for each in self._kinds]
+        ended = 0
+        for place, number in [*self._arrived, (len(first), None)]:
+            self._events += [each + many if each >= 0 else each - many for each in first[ended:place]]
+            self._events += [~(number + many)] if number is not None else []
+            ended = place
+        return True
+
     def trace(self) -> Trace:
         """Return what came and went."""
         changes = tuple(self._sizes[each] if each >= 0 else -self._sizes[~each] for each in self._events)
@@ -106,8 +137,11 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         known = _ABOUT.get(func) or _about(func)
         if known.views:
-            for tensor in (*_among(args), *_among(tuple(kwargs.values()))):
+            for tensor in _among(args):
                 self._ignore(tensor)
+            if kwargs:
+                for tensor in _among(kwargs.values()):
+                    self._ignore(tensor)
         result = func(*args, **kwargs)
         if known.makes:
             if isinstance(result, Tensor):
@@ -125,7 +159,8 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for part in _dense_parts(tensor):
             storage = part.untyped_storage()
             if id(storage) not in self._live:
-                self._live[id(storage)] = _Live(storage, self._forget)
+                live = self._live[id(storage)] = _Live(storage, self._forget)
+                live.key = id(storage)
 
     def _forget(self, gone: "_Live") -> None:
         self._live.pop(gone.key, None)
@@ -148,6 +183,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
         live = self._live[id(storage)] = _Live(storage, self._give_back)
+        live.key = id(storage)
         live.number = self._number[live.key] = number
         if self._limit is not None and self.live_bytes > self._limit:
             raise OverBudget(f"{self.live_bytes} bytes of {self._limit}")
@@ -165,10 +201,6 @@ class _Live(weakref.ref):  # type: ignore[type-arg]
     __slots__ = ("key", "number")
     key: int
     number: int
-
-    def __init__(self, storage: Any, gone: Callable[["_Live"], None]) -> None:
-        super().__init__(storage, gone)  # type: ignore[call-arg]
-        self.key = id(storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,23 +273,29 @@ def _is_narrow(args: tuple[Any, ...]) -> bool:
     return any(isinstance(each, Tensor) and each.element_size() == 2 and each.device.type == "cpu" for each in args)
 
 
-def _among(values: Any) -> Iterator[Tensor]:
+def _among(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among the arguments of an operation: themselves, or in a list."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from _among(value)
+            found += _among(value)
+    return found
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for _, leaf, _ in flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-def _dense_parts(tensor: Tensor) -> list[Tensor]:
+def _is_dense(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return tensor is not None and tensor.layout == torch.strided
+
+
+def _dense_parts(tensor: Tensor) -> Sequence[Tensor]:
     """The tensors whose memory a tensor is made of: itself, or the parts of a sparse one."""
     if tensor.layout == torch.strided:
-        return [tensor]
+        return (tensor,)
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     return []

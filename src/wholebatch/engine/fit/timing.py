@@ -1,5 +1,6 @@
 """Which of the sizes that fit is the fastest? A few passes tell, where a window is long enough to be worth them."""
 
+from wholebatch.core.budget import say_rate
 from wholebatch.engine import memory
 from wholebatch.engine.fit.probe import Probe
 
@@ -29,7 +30,7 @@ def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
         row: Which row of the sample is run.
     """
     sizes = sorted({max(1, most // part) for part in (16, 4, 2, 1)}, reverse=True)
-    if len(sizes) == 1:
+    if len(sizes) == 1 or (probe.row_seconds is not None and probe.row_seconds * rows < BRIEF):
         return most, ""
     each: dict[int, float] = {}
     for size in sizes:
@@ -49,7 +50,7 @@ def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
             again = _seconds(probe, size, row)
             each[size] = min(each[size], again / size) if again is not None else each[size]
         chosen = _best(each)
-    said = ", ".join(f"{1 / one:,.4g} with {size}" for size, one in sorted(each.items()) if one > 0)
+    said = ", ".join(f"{say_rate(1 / one)} with {size}" for size, one in sorted(each.items()) if one > 0)
     return chosen, f" (rows a second: {said})"
 
 

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 TILE = 2 << 20
-"""Similarities that exist at a time where nobody says how many; they stay in a processor's cache. Unit: bytes."""
+"""Similarities that exist at a time on a CPU where nobody says how many; they stay in its cache. Unit: bytes."""
+
+LARGE_TILE = 64 << 20
+"""The same on other devices, where each tile costs some dozen kernels. Unit: bytes."""
+
+FEWEST = 32
+"""Rows of a tile at the least where nobody says how many; a product of fewer is slow. Unit: rows."""
 
 
 def told_apart(
@@ -21,14 +27,15 @@ def told_apart(
         own: Which candidate is the anchor's own; shape ``[rows]``.
         both_ways: Average with how hard it is to tell that anchor from the other anchors for its candidate. Then the
             first candidates are those of the anchors, in their order.
-        tile: Anchors that are compared at a time; None: as many as `TILE` holds. Unit: rows.
+        tile: Anchors that are compared at a time; None: as many as is good. Unit: rows.
         multiply_in: The dtype of the products.
 
     Returns:
         Shape ``[rows]``, in 32 bits at least.
     """
     if tile is None:
-        tile = max(1, TILE // (4 * max(1, len(candidates))))
+        nbytes = TILE if anchors.device.type == "cpu" else LARGE_TILE
+        tile = max(FEWEST, nbytes // (4 * max(1, len(candidates))))
     with torch.autocast(anchors.device.type, enabled=False):
         return _ToldApart.apply(anchors, candidates, own, both_ways, tile, multiply_in)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -33,7 +33,7 @@ class One:
     ranks = 1
     wire = None
     has_met = False
-    in_step, passes, spare = False, 0, None
+    in_step, rehearses, passes, spare = False, False, 0, None
     reference: float | None = None
 
     def __init__(self, *, alone: bool = True) -> None:
@@ -59,8 +59,11 @@ class One:
     def keep_from_sending(self) -> bool:
         return True
 
-    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
+    def agree_on_passes(self, passes: int, spare: Any, *, learns: bool) -> None:
         pass
+
+    def rehearsing(self) -> AbstractContextManager[object]:
+        raise AssertionError
 
     def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
         if state.micro_batches == 0:

@@ -26,6 +26,7 @@ class Group(Protocol):
         has_met: Whether one of several has found out that micro-batches meet.
         passes: How many all ranks make in this window at least.
         spare: A small micro-batch, for those of weight zero.
+        rehearses: Whether this rank has yet to find out what a pass sends.
         in_step: Whether all ranks have to make equally many passes.
         reference: What losses are divided by in the next window, where that has to be the same on all ranks. Unit:
             targets.
@@ -70,13 +71,21 @@ class Group(Protocol):
         """Send nothing before the close of the window, and return whether nothing has been sent."""
         ...
 
-    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
+    def agree_on_passes(self, passes: int, spare: Any, *, learns: bool) -> None:
         """Let all ranks make as many passes as the one with most, where they have to.
 
         Args:
             passes: Of this rank.
-            take: Returns a small micro-batch for passes of weight zero; None where this rank has no rows.
+            spare: A small micro-batch for passes of weight zero; None where this rank has no rows.
+            learns: Whether it has targets.
         """
+        ...
+
+    @property
+    def rehearses(self) -> bool: ...
+
+    def rehearsing(self) -> AbstractContextManager[object]:
+        """Return the context of a pass of weight zero in which it does; nobody else takes part."""
         ...
 
     def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:

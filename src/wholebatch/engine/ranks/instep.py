@@ -1,13 +1,14 @@
 """How do ranks train weights that no rank can hold? In step: all make equally many passes, and send with each of them.
 
 Each pass gathers the weights of one layer after the other and adds up its gradient over all ranks, so that no rank ever
-has all of either. A rank with fewer micro-batches makes passes of weight zero. One that stops in the middle of a pass
-leaves the others waiting, so nothing is undone together here: they end when its process does, or at the time-out.
+has all of either. A rank with fewer micro-batches makes passes of weight zero. One that fails in the middle of a pass
+sends zeros for the rest of the window (see `wholebatch.engine.ranks.traffic`), and says so at its end; then no rank
+moves, and only then are the reasons exchanged.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from wholebatch.core.weights import gradient_factor
 from wholebatch.core.window import WindowState
 from wholebatch.engine import memory
 from wholebatch.engine.meetings.reach import Reach
-from wholebatch.engine.ranks.message import Heard, anywhere, common_of, no_gradient, told, words
+from wholebatch.engine.ranks.message import Heard, anywhere, common_of, no_gradient, say_failed, told, words
+from wholebatch.engine.ranks.outcomes import Outcome, Outcomes
 from wholebatch.engine.ranks.streams import Streams
+from wholebatch.engine.ranks.traffic import Traffic
 from wholebatch.engine.ranks.wire import Wire
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.weighing import Reading, Weighing
@@ -44,33 +47,46 @@ class InStep:
         self.reference: float | None = 1.0
         self.passes = 0
         self.spare: Any = None
+        self._learns = False  # whether the spare micro-batch has targets
         self._present: set[Tensor] = set()
         self._awaited = False  # whether the others wait to hear of this rank's passes
+        self._passing = False  # whether they wait for those passes, and for what came of them
+        self._supervised = False
+        self._traffic = Traffic(sharded)
+        self._outcomes = Outcomes(wire)
         self._sharded = list(sharded)
         self.wire = wire
         self._introduce: Callable[[], None] | None = introduce
 
     @contextmanager
     def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:
-        """The context of a logical batch: after an exception in it this rank is out of step."""
+        """The context of a logical batch: an exception in it is told to the other ranks."""
         self.open(sums)
+        self._supervised = True
         try:
             yield
         except RankError:
             raise
         except Exception as error:
-            if self._awaited:
-                self._exchange(0, lacking=False, failed=words(error))
-                raise
-            self.wire.lost = f"it left a window in the middle ({words(error)})."
             if isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_THE_NETWORK):
                 raise self.wire.unanswered(error) from error
             if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+                self._tell(error)
                 raise
-            said = memory.in_a_line(error)
+            said = memory.in_a_line(error)  # only words leave this block: the traceback holds the tensors of the pass
+        except BaseException as stop:  # such as Ctrl-C, which waits for nobody
+            self.wire.lost = f"it was stopped inside a window ({words(stop)})."
+            raise
         else:
             return
-        raise _no_way_back(said, "let the loader yield smaller ones")
+        finally:
+            self._supervised = False
+        short = OutOfMemoryError(
+            f'Memory ran out ({said}), and with communication="each" a micro-batch of a loader cannot be taken back.',
+            hint="let the loader make smaller ones, or hand accumulator.step a logical batch; weights are as before.",
+        )
+        self._tell(short)
+        raise short
 
     def open(self, sums: Callable[[], GradientSum]) -> None:
         """Begin a window."""
@@ -87,7 +103,7 @@ class InStep:
                         getattr(each, option)(True)
         self.passes = 0
         self._present.clear()
-        self._awaited = True
+        self._awaited, self._passing = True, False
 
     def end(self) -> None:
         pass
@@ -99,19 +115,36 @@ class InStep:
         """Return that there is no keeping from it: every pass sends."""
         return False
 
-    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
+    def agree_on_passes(self, passes: int, spare: Any, *, learns: bool) -> None:
         """Let all ranks make as many passes as the one with most.
 
         Args:
             passes: Of this rank.
-            take: Returns a small micro-batch for passes of weight zero; None where this rank has no rows.
+            spare: A small micro-batch for passes of weight zero; None where this rank has no rows.
+            learns: Whether it has targets.
         """
-        if take is not None:
-            self.spare = take()
-        self.passes, any_lacking = self._exchange(passes, lacking=self.spare is None)
+        if learns or not self._learns:
+            self.spare, self._learns = (spare if spare is not None else self.spare), learns
+        self.passes, any_lacking = self._exchange(passes, lacking=not self._learns)
         if any_lacking and self.passes:
-            given = self.wire.gather(self.spare)
-            self.spare = self.spare if self.spare is not None else next(each for each in given if each is not None)
+            given = self.wire.gather((self.spare, self._learns))
+            if not self._learns:
+                known = sorted((each for each in given if each[0] is not None), key=lambda each: not each[1])
+                self.spare, self._learns = known[0]
+        self._passing = True
+        self._traffic.begin()
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether this rank has yet to find out what a pass sends."""
+        return self._traffic.can_go_back and not self._traffic.known
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """The context of a pass of weight zero in which it does; nobody else takes part."""
+        with self._traffic.rehearsing():
+            yield
+        self._present.clear()
 
     def _exchange(self, passes: int, *, lacking: bool, failed: str | None = None) -> tuple[int, bool]:
         """Say how many passes this rank has to make, or why it makes none; return what holds for all.
@@ -137,9 +170,12 @@ class InStep:
         ending = self.streams.ending
         square = _square(sums)
         heard = Heard.of(self.wire, weighing, state, presence, ending, extra=square, device=self._device)
+        self._passing = False
         self.streams.hear(heard)
         if heard.failed:
-            return Reading(math.nan, math.nan, 0.0, math.nan, math.nan, -1.0)
+            return self._outcomes.hear_why(weighing, state)
+        if self.passes:
+            self._traffic.confirm(self.passes)
         if heard.differ:
             presence = anywhere(self.wire, presence, self._device)
         if heard.targets and not any(presence):
@@ -169,21 +205,32 @@ class InStep:
         """Put the sum times `factor` where the optimizer looks for it."""
         sums.deliver(factor)
 
-    def moving(self) -> AbstractContextManager[object]:
-        """The context in which the update happens."""
-        return nullcontext()
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """The context in which all ranks have agreed to move: a rank that fails here cannot go on with the others."""
+        try:
+            yield
+        except BaseException as error:
+            self.wire.lost = f"it failed when all had agreed on an update ({words(error)})."
+            raise
 
     def withdraw(self, why: BaseException | None) -> None:
-        """Note that this rank left a window in the middle; nobody hears of it."""
-        if why is not None and not self._awaited and not isinstance(why, RankError):
+        """Note that this rank has left a window of its own in the middle; nobody hears of it."""
+        if why is not None and not self._supervised and not self._awaited and not isinstance(why, RankError):
             self.wire.lost = f"it left a window in the middle ({words(why)})."
 
     def report_shortage(self, said: str, finer: Size) -> list[Size]:
-        """Refuse to cut finer: the others are in the middle of a pass."""
-        raise _no_way_back(said, f"such as {finer[1]} {finer[0]}")
+        """Tell the others that memory ran out, and return to which sizes ranks have to go."""
+        if not self._passing or not self._leave(said):
+            raise _no_way_back(said, finer)
+        self._outcomes.judge(self._outcomes.exchange(Outcome("short", said, finer)))
+        return self.take_shortages()
 
     def take_shortages(self) -> list[Size]:
-        return []
+        """Return to which sizes ranks had to go, when that alone has undone the last window."""
+        shortages = self._outcomes.take_shortages()
+        self._awaited = self._awaited or bool(shortages)
+        return shortages
 
     def expect_meeting(self, meets: bool) -> None:
         """Refuse micro-batches that meet: they run in another order than that in which ranks make their passes."""
@@ -202,6 +249,31 @@ class InStep:
 
     def give_up(self) -> None:
         raise AssertionError
+
+    def _tell(self, error: Exception) -> None:
+        """Tell the others why this rank has failed."""
+        try:
+            if self._awaited:
+                self._exchange(0, lacking=False, failed=words(error))
+            elif self._passing and self._leave(words(error)):
+                self._outcomes.exchange(Outcome("failed", words(error)))
+        except RankError as lost:
+            error.add_note(f"The other ranks could not be told: {lost.found}")
+
+    def _leave(self, said: str) -> bool:
+        """Take part in what is left of a window, without a gradient; return whether that was possible."""
+        self._passing = False
+        try:
+            with self.wire.watching():
+                left = self._traffic.leave(self.passes)
+        except BaseException as error:
+            self.wire.lost = f"it left a window in the middle ({said}; then {words(error)})."
+            raise
+        if left:
+            say_failed(self.wire, self._device)
+        else:
+            self.wire.lost = f"it left a window in the middle ({said})."
+        return left
 
     def _watch(self) -> None:
         """Note from now on which weights receive a gradient on this rank. Gathers one layer after the other."""
@@ -222,10 +294,11 @@ class InStep:
 _OF_THE_NETWORK = ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")
 
 
-def _no_way_back(said: str, finer: str) -> OutOfMemoryError:
+def _no_way_back(said: str, finer: Size) -> OutOfMemoryError:
     return OutOfMemoryError(
-        f'Memory ran out ({said}), and with communication="each" ranks cannot go back together.',
-        hint=f"start all ranks again with smaller micro-batches: {finer}.",
+        f'Memory ran out ({said}), and with communication="each" ranks cannot go back together here.',
+        hint=f"start all ranks again with smaller micro-batches, such as {finer[1]} {finer[0]}. To go back takes a "
+        "PyTorch whose FSDPModule has reset_iter_state, and passes that all send the same.",
     )
 
 

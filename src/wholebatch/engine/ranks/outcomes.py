@@ -1,12 +1,16 @@
 """Why has a window come to nothing, on which ranks? They tell each other once all of them are out of it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from wholebatch.core.split import Size
-from wholebatch.engine.ranks.message import told
+from wholebatch.core.window import WindowState
+from wholebatch.engine.meetings.company import Again
+from wholebatch.engine.ranks.message import spoilt, told
 from wholebatch.engine.ranks.wire import Wire
+from wholebatch.engine.weighing import Reading, Weighing, widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,24 @@ class Outcomes:
         outcomes: list[Outcome] = self._wire.gather(outcome)
         self.meet = self.meet or any(each.kind == "meets" for each in outcomes)
         return outcomes
+
+    def hear_why(self, weighing: Weighing, state: WindowState) -> Reading:
+        """Raise what keeps the ranks from moving; on a rank whose own targets do, return them.
+
+        Raises:
+            RankError: A rank failed.
+            Again: Nothing is wrong but that micro-batches meet.
+        """
+        targets, least = float(widen(state.targets)), float(weighing.least)
+        wrong = bool(spoilt(weighing, state))
+        said = f"its targets add up to {targets}, and a micro-batch holds {least}"
+        outcomes = self.exchange(Outcome("failed", said) if wrong else Outcome())
+        if wrong:
+            return Reading(math.nan, math.nan, 0.0, math.nan, targets, least)
+        meets = next((each.said for each in outcomes if each.kind == "meets"), None)
+        self.judge(outcomes, always=meets is None)
+        assert meets is not None
+        raise Again(meets, heard=True)
 
     def judge(self, outcomes: Sequence[Outcome], *, always: bool = False) -> None:
         """Raise if a rank failed; keep the shortages of memory, if there is nothing else.

@@ -67,7 +67,7 @@ class Sharding:
             each.set_reshard_after_forward(False, recurse=False)
             each.set_reshard_after_backward(False, recurse=False)
             each.unshard()
-            for group in _groups_of(each):
+            for group in groups_of(each):
                 group.reshard = _stay
         self._gathered = True
         leaves = dict(self._model.named_parameters())
@@ -90,7 +90,7 @@ class Sharding:
             each.set_reshard_after_backward(True, recurse=False)
             # Also after a pass that was broken off: without this a module in the middle of one would stay as it is.
             each.set_reshard_after_forward(True, recurse=False)
-            for group in _groups_of(each):
+            for group in groups_of(each):
                 group.__dict__.pop("reshard", None)
             each.reshard()
         self._gathered = False
@@ -132,7 +132,7 @@ def _require_to_keep_gradients(sharded: Sequence[Any]) -> None:
                 )
 
 
-def _groups_of(module: Any) -> list[Any]:
+def groups_of(module: Any) -> list[Any]:
     """What `fully_shard` keeps the weights of a module in."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)

@@ -8,7 +8,7 @@ are the reasons exchanged.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from wholebatch.engine.ranks.message import (
     common_of,
     no_gradient,
     say_failed,
-    spoilt,
     words,
 )
 from wholebatch.engine.ranks.outcomes import Outcome, Outcomes
@@ -36,7 +35,7 @@ from wholebatch.engine.ranks.streams import Streams
 from wholebatch.engine.ranks.wire import Wire
 from wholebatch.engine.ranks.wrapping import Wrapping, sparse_parameters
 from wholebatch.engine.sums import GradientSum
-from wholebatch.engine.weighing import Reading, Weighing, widen
+from wholebatch.engine.weighing import Reading, Weighing
 
 
 class Many:
@@ -51,7 +50,7 @@ class Many:
 
     def __init__(self, model: nn.Module, wire: Wire, introduce: Callable[[], None], dtype: torch.dtype | None) -> None:
         self.ranks = wire.ranks
-        self.in_step, self.passes, self.spare = False, 0, None
+        self.in_step, self.rehearses, self.passes, self.spare = False, False, 0, None
         self.reference: float | None = None
         self.streams = Streams(several=True)
         self.wire = wire
@@ -124,8 +123,11 @@ class Many:
         self._started.stop_listening()
         return not self._started.begun
 
-    def agree_on_passes(self, passes: int, take: Callable[[], Any] | None) -> None:
+    def agree_on_passes(self, passes: int, spare: Any, *, learns: bool) -> None:
         """Let each rank make as many passes as it has micro-batches."""
+
+    def rehearsing(self) -> AbstractContextManager[object]:
+        raise AssertionError
 
     def settle(self, sums: GradientSum, weighing: Weighing, state: WindowState) -> Reading:
         """Return what the window came to, over all ranks, and let `sums` hold the sum over all of them."""
@@ -263,19 +265,12 @@ class Many:
         )
 
     def _hear_why(self, weighing: Weighing, state: WindowState) -> Reading:
-        """Raise what keeps the ranks from moving; on a rank whose own targets do, return them."""
-        targets, least = float(widen(state.targets)), float(weighing.least)
-        wrong = bool(spoilt(weighing, state))
-        said = f"its targets add up to {targets}, and a micro-batch holds {least}"
-        outcomes = self._outcomes.exchange(Outcome("failed", said) if wrong else Outcome())
         self._started.start()  # which frees what was reduced
-        if wrong:
-            return Reading(math.nan, math.nan, 0.0, math.nan, targets, least)
-        meets = next((each.said for each in outcomes if each.kind == "meets"), None)
-        self._outcomes.judge(outcomes, always=meets is None)
-        assert meets is not None
-        self._meets = True
-        raise Again(meets, heard=True)
+        try:
+            return self._outcomes.hear_why(weighing, state)
+        except Again:
+            self._meets = True
+            raise
 
     def _tell(self, error: Exception) -> None:
         """Tell the others why this rank has failed."""

@@ -24,9 +24,10 @@ def in_batch_negatives(model: nn.Module, points: Tensor, _labels: Tensor) -> Ten
         model: Has the temperature.
         points: Of each row and of its partner; shape ``[rows, 2, width]``.
     """
-    assert isinstance(model, Encoder)
+    encoder = getattr(model, "module", model)  # what is around it on several ranks
+    assert isinstance(encoder, Encoder)
     queries, keys = points.unbind(dim=1)
-    logits = queries @ keys.T / model.log_temperature.exp()
+    logits = queries @ keys.T / encoder.log_temperature.exp()
     own = torch.arange(len(points))
     return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
 
@@ -78,10 +79,13 @@ def _pairs(**options: object) -> Task:
     return Task(make, texts(2), compares=in_batch_negatives, loss_form="mean")
 
 
-def _labelled_texts() -> list[MicroBatch]:
+def _labelled_texts(micro_batches: int = 4) -> list[MicroBatch]:
     """Micro-batches in which each position has a class."""
     draw = torch.Generator().manual_seed(4)
-    return [{**part, "labels": torch.randint(VOCABULARY, part["input_ids"].shape, generator=draw)} for part in texts()]
+    return [
+        {**part, "labels": torch.randint(VOCABULARY, part["input_ids"].shape, generator=draw)}
+        for part in texts(micro_batches=micro_batches)
+    ]
 
 
 COUPLED: tuple[tuple[str, str, Task], ...] = (
@@ -101,3 +105,19 @@ COUPLED: tuple[tuple[str, str, Task], ...] = (
     ("T8-batch-norm", "the same with batch norm in the encoder, over the logical batch as well", _pairs(norm=True)),
 )
 """Name, what is right, and the task of each scene of trap 8 in one process."""
+
+OVER_RANKS: tuple[tuple[str, str, Task], ...] = (
+    (
+        "T8x2-in-batch-negatives",
+        "each row is compared with all rows of the logical batch, on whichever rank they are",
+        Task(
+            partial(seeded, Encoder), texts(2, micro_batches=8), compares=in_batch_negatives, loss_form="mean", ranks=2
+        ),
+    ),
+    (
+        "T8x2-standardised",
+        "a layer that standardises sees the rows of both ranks",
+        Task(partial(seeded, StandardisedTagger), _labelled_texts(8), meets=True, ranks=2),
+    ),
+)
+"""The same over two ranks."""

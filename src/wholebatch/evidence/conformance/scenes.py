@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wholebatch.evidence.conformance.coupled import COUPLED
+from wholebatch.evidence.conformance.coupled import COUPLED, OVER_RANKS
 from wholebatch.evidence.conformance.models import (
     EXPERTS,
     IGNORED,
@@ -336,5 +336,6 @@ SCENES: tuple[Scene, ...] = (
         "ranks with 5 and 4 micro-batches make the update of all 9",
         Task(TAGGER, labelled([10] * 9), ranks=2, window=5),
     ),
+    *(Scene(*each) for each in OVER_RANKS),
 )
 """The suite, in the order of the traps; those over two ranks at the end."""

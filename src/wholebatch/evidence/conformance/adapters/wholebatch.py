@@ -55,10 +55,12 @@ def train_fsdp2(task: Task | PairTask) -> Trained:
 def _train_on_ranks(task: Task, wrap: Callable[[nn.Module], nn.Module]) -> Trained:
     if not distributed.is_initialized():
         distributed.init_process_group("gloo")
-    plain = task.make_model()
+    plain = meeting(task.make_model())
     model = wrap(plain)
 
-    def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def loss_fn(model: nn.Module, micro_batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
+        if task.compares is not None:
+            return compared(task, model, micro_batch)
         return task.loss_sum(model, micro_batch), task.targets(micro_batch)
 
     accumulator = Accumulator(model, SGD(model.parameters(), lr=task.lr), loss_fn)
@@ -126,9 +128,10 @@ def compared(task: Task, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
     """Return the loss of a scene in which rows are compared, from `wb.losses`; shape ``[]``."""
     points = model(micro_batch["input_ids"])
     if task.compares is in_batch_negatives:
-        assert isinstance(model, encoders.Encoder)
+        encoder = getattr(model, "module", model)
+        assert isinstance(encoder, encoders.Encoder)
         queries, keys = points.unbind(dim=1)
-        return info_nce(queries, keys, temperature=model.log_temperature.exp(), symmetric=True)
+        return info_nce(queries, keys, temperature=encoder.log_temperature.exp(), symmetric=True)
     assert task.compares is hard_triplets
     return batch_hard_triplet(points, micro_batch["labels"], margin=MARGIN)
 
@@ -218,7 +221,7 @@ wholebatch_ddp = System(
     name="wholebatch-ddp",
     title="wholebatch, in DistributedDataParallel",
     train=train_ddp,
-    expresses=frozenset({"ranks"}),
+    expresses=frozenset({"ranks", "coupled"}),
     requires=frozenset({"ranks"}),
     distributions=("wholebatch", "torch"),
     install="pip install 'wholebatch[torch]'",
@@ -228,7 +231,7 @@ wholebatch_fsdp2 = System(
     name="wholebatch-fsdp2",
     title="wholebatch, sharded by FSDP2",
     train=train_fsdp2,
-    expresses=frozenset({"ranks"}),
+    expresses=frozenset({"ranks", "coupled"}),
     requires=frozenset({"ranks"}),
     distributions=("wholebatch", "torch"),
     install="pip install 'wholebatch[torch]'",
