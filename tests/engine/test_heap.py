@@ -24,15 +24,17 @@ accumulator = wb.Accumulator(
 )
 for length in (512, 384, 512):
     accumulator.step(torch.ones(length, 64))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+faults = []
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     accumulator.step(torch.ones(512, 64))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
 """
 
 
 def faults(memory: str | None) -> int:
-    """Return the pages that the kernel had to give to a child process in four updates."""
+    """Return the pages that the kernel has to give to a child process in an update, at the least."""
     done = subprocess.run(
         [sys.executable, "-c", FAULTS.format(memory=memory)], capture_output=True, text=True, check=True, timeout=60
     )
@@ -41,5 +43,5 @@ def faults(memory: str | None) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide otherwise")
 def test_freed_memory_is_kept_for_the_next_micro_batch_unless_there_is_a_budget() -> None:
-    assert faults(None) < 200
-    assert faults("8GiB") > 1000
+    assert faults(None) < 20
+    assert faults("8GiB") > 200
