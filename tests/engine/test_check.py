@@ -28,7 +28,7 @@ from menagerie import (
 from properties import assert_leaves_no_trace, flat, sgd, state_of
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.checks.causes import diagnose
-from wholebatch.engine.checks.pieces import Probe
+from wholebatch.engine.checks.pieces import Probe, flat_gradient, norm
 from wholebatch.engine.objective import Objective
 
 
@@ -402,3 +402,31 @@ def test_a_steep_loss_in_float64_is_rounding():
     animal = Animal(mlp, regression, lambda model, batch: cross_entropy(model(batch["x"]) / 1e-4, batch["y"].argmax(1)))
     accumulator = accumulator_of(animal, animal.model())
     assert accumulator.step(animal.batch(64, torch.float64)).applied
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e18, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_norm_is_right_where_squares_are_beyond_the_dtype(dtype, size):
+    entries = torch.full((10_000,), size, dtype=dtype)
+    assert norm(entries) == pytest.approx(100 * size, rel=1e-5)
+
+
+def test_the_bound_sees_a_norm_that_adds_up_in_32_bits():
+    assert float(torch.linalg.vector_norm(torch.full((10_000,), 1e-30))) == 0
+    assert float(torch.linalg.vector_norm(torch.full((10_000,), 1e30))) == float("inf")
+
+
+def test_a_flat_gradient_is_as_wide_as_the_widest_and_a_copy():
+    narrow, complex_one = nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), nn.Parameter(torch.ones(1) * 1j)
+    narrow.grad, complex_one.grad = torch.full((2,), 3.0, dtype=torch.bfloat16), torch.full((1,), 1 + 2j)
+    flat = flat_gradient([narrow, complex_one])
+    assert flat.dtype == torch.float32
+    assert flat.tolist() == [3, 3, 1, 2]
+    wide = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    assert flat_gradient([narrow, wide]).tolist() == [3, 3, 0]
+    assert flat_gradient([narrow, wide]).dtype == torch.float64
+    alone = nn.Parameter(torch.ones(2))
+    alone.grad = torch.ones(2)
+    kept = flat_gradient([alone])
+    alone.grad.zero_()
+    assert kept.tolist() == [1, 1]

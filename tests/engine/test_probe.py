@@ -1,6 +1,7 @@
 """What a model takes is known before it is trained, and finding it out leaves no trace."""
 
 import copy
+import logging.handlers
 
 import pytest
 import torch
@@ -632,6 +633,56 @@ def test_a_way_that_cannot_be_followed_is_not_offered():
     model = mlp()
     plan = wb.plan(model, torch.optim.SGD(model.parameters(), lr=0.1), only_as_it_is, torch.randn(4, 16), timed=False)
     assert [each.name for each in plan.alternatives] == ["AdamA"]
+
+
+class Caching(nn.Module):
+    """Writes down its keys, as decoders do for later tokens; if it is run twice, twice as many."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+
+    def forward(self, x, keys):
+        keys.append(self.mix(x))
+        return (x + torch.cat(keys, 1)).sigmoid()
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Caching(), Caching()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, [])
+        return x
+
+
+def test_a_way_that_cannot_be_followed_is_left_out_with_its_reason_and_without_a_traceback():
+    log, heard = logging.getLogger("torch._subclasses.fake_tensor"), logging.handlers.BufferingHandler(100)
+    log.addHandler(heard)
+    model = Decoder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        plan = wb.plan(model, optimizer, squares, torch.randn(8, 5, 16), 64, "1GiB", timed=False)
+    finally:
+        log.removeHandler(heard)
+    assert "checkpointing" not in {each.name for each in plan.alternatives}
+    (said,) = [each for each in plan.reasons if each.startswith("checkpointing is not offered: ")]
+    assert "Error" in said
+    assert not heard.buffer
+    assert not log.disabled
+
+
+@pytest.mark.parametrize(("budget", "said"), [("1kB", "for a single row"), ("60kB", "for a micro-batch of 32 rows")])
+def test_what_does_not_fit_is_called_what_it_is(budget, said):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    micro_batch = wb.Rows(32) if "32" in said else "auto"
+    options = {"micro_batch": micro_batch, "timed": False}
+    plan = wb.plan(model, optimizer, squares, torch.randn(8, 16), 64, budget, **options)
+    assert f"{said}.\n" in str(plan)
+    assert "0 rows" not in str(plan)
 
 
 def test_a_loss_without_a_graph_is_refused():

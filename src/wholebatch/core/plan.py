@@ -228,7 +228,9 @@ class Plan:
 
     def _headline(self) -> str:
         if not self.fits:
-            return f"It does not fit: {say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)} for a single row."
+            single = self.micro_batch == Rows(1)
+            what = "a single row" if single else f"a micro-batch of {_amount(self.micro_batch)}"
+            return f"It does not fit: {say_bytes(self.peak_bytes)} of {say_bytes(self.budget_bytes)} for {what}."
         parts = (
             "nothing is cut"
             if self.micro_batches == 1

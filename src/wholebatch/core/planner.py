@@ -142,7 +142,8 @@ class Planner:
                 return way.need.peak(micro_batch.rows, task.longest, alone=micro_batch.rows >= task.rows)
             return self._cut(micro_batch, way.need)[1]
 
-        said = [f"At most {say_rows(self._most(self.ways[0]))} would fit."]
+        most = self._most(self.ways[0])
+        said = [f"At most {say_rows(most)} would fit." if most else "Not even one row would fit."]
         way = self.ladder.fewest(lambda each: takes(each) <= task.budget)
         said += [f"It would, if {_recomputed(way.blocks)}."] if way is not None else []
         return " ".join(said)

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
+from readings import BY_NAME, FIRST_TRAPS, verdict_of
 from torch.optim import SGD
 
 from wholebatch.evidence.conformance.adapters import accelerate as page
 from wholebatch.evidence.conformance.judge import change_error, compare, expected, judge
-from wholebatch.evidence.conformance.scenes import SCENES
-from wholebatch.evidence.conformance.second_reading import second_reading
 from wholebatch.evidence.conformance.task import Trained
 
 peer = pytest.importorskip("accelerate")
@@ -29,13 +28,6 @@ OFF = {
 """How far off they are, their updates, and why."""
 
 SYSTEMS = [page.accelerate, page.accelerate_long]
-BY_NAME = {scene.name: scene for scene in SCENES}
-FIRST_TRAPS = [scene for scene in SCENES if scene.trap in ("T1", "T2", "T3", "T4")]
-
-
-def verdict_of(system, scene):
-    """Return what the second judge says."""
-    return compare(system.name, scene, system.train(scene.task), second_reading(scene.task))
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)

@@ -103,6 +103,7 @@ WHERE = {
     "the optimizer steps after each micro-batch": "T2-mean",
     "what a window had gathered when it was given up joins the next": "T7-exception",
     "the schedule goes on although the update was skipped": "T10-overflow",
+    "only the micro-batch that overflows is skipped, and the next takes its place": "T10-overflow",
     "the sum of the gradients stagnates in the dtype of the weights": "T10-sums-in-16-bits",
     "micro-batches come twice, so that all ranks have equally many": "T10x2-uneven-ranks",
     "an evaluation zeroes what the window had gathered": "T7-evaluation",

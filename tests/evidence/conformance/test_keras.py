@@ -14,7 +14,7 @@ from wholebatch.evidence.conformance.adapters.keras import keras_jax, keras_torc
 from wholebatch.evidence.conformance.judge import Verdict, compare, judge
 from wholebatch.evidence.conformance.scenes import SCENES
 from wholebatch.evidence.conformance.second_reading import second_reading
-from wholebatch.evidence.conformance.task import Task, Trained
+from wholebatch.evidence.conformance.task import Task, Trained, flat
 
 pytestmark = pytest.mark.skipif(
     find_spec("keras") is None,  # to import it here would choose a backend for all tests
@@ -69,6 +69,24 @@ def test_the_verdicts_stand_a_second_reading(system, tmp_path):
     assert {scene: found[scene].outcome for scene in RIGHT} == dict.fromkeys(RIGHT, "pass")
 
 
+@pytest.mark.parametrize("system", [keras_torch, keras_jax], ids=lambda system: system.name)
+def test_of_a_window_that_overflows_only_one_micro_batch_is_skipped(system, tmp_path):
+    """The next one takes its place, so that the only update is that of micro-batches of two windows."""
+    (scene,) = (scene for scene in SCENES if scene.name == "T10-overflow")
+    weights, updates = trained(system, tmp_path, [scene.name])[scene.name]
+    assert updates == 1
+    start = flat(scene.task.make_model())
+    model = scene.task.make_model()
+    model.load_state_dict(weights)
+    change = flat(model) - start
+    for places, is_it in (((0, 2, 3, 4), True), ((4, 5, 6, 7), False)):
+        model = scene.task.make_model()
+        sum(scene.task.loss(model, scene.task.epoch[place]) for place in places).backward()
+        wanted = torch.cat([-scene.task.lr / 4 * weight.grad.double().flatten() for weight in model.parameters()])
+        error = float((change - wanted).norm() / wanted.norm())
+        assert (error <= scene.tolerance) == is_it, (places, error)
+
+
 def test_a_planted_mistake_is_found(tmp_path):
     """A loss that is summed instead of averaged, where Keras as it is passes."""
     verdict = verdicts(keras_torch, tmp_path, ["T2-mean"], planted="sum")["T2-mean"]
@@ -84,12 +102,7 @@ def test_there_is_no_way_to_say_that_a_micro_batch_is_none(system):
 
 def verdicts(system, folder: Path, names: list[str], planted: str = "nothing") -> dict[str, Verdict]:
     """Return what the second judge says about some scenes."""
-    file = folder / "trained.pt"
-    command = [sys.executable, "-c", RUN, system.name, str(file), planted, *names]
-    environment = {**os.environ, **system.environment, "KERAS_HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(file)
+    found = trained(system, folder, names, planted)
     said = {}
     for scene in SCENES:
         if scene.name in names:
@@ -100,3 +113,13 @@ def verdicts(system, folder: Path, names: list[str], planted: str = "nothing") -
             near = replace(scene, tolerance=ROUNDING)
             said[scene.name] = compare(system.name, near, Trained(model, updates), second_reading(scene.task))
     return said
+
+
+def trained(system, folder: Path, names: list[str], planted: str = "nothing") -> dict[str, tuple[dict, int]]:
+    """Return the weights of some scenes, trained in a process of its own, and the number of updates."""
+    file = folder / "trained.pt"
+    command = [sys.executable, "-c", RUN, system.name, str(file), planted, *names]
+    environment = {**os.environ, **system.environment, "KERAS_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return torch.load(file)

@@ -5,12 +5,11 @@ import warnings
 
 import pytest
 import torch
+from readings import BY_NAME, FIRST_TRAPS, verdict_of
 from torch.optim import SGD
 
 from wholebatch.evidence.conformance.adapters import lightning as page
-from wholebatch.evidence.conformance.judge import change_error, compare, judge
-from wholebatch.evidence.conformance.scenes import SCENES
-from wholebatch.evidence.conformance.second_reading import second_reading
+from wholebatch.evidence.conformance.judge import change_error, judge
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say about themselves when they are loaded
@@ -41,13 +40,6 @@ OFF = {
 """How far off they are, their updates, and why."""
 
 SYSTEMS = [page.lightning, page.lightning_manual]
-BY_NAME = {scene.name: scene for scene in SCENES}
-FIRST_TRAPS = [scene for scene in SCENES if scene.trap in ("T1", "T2", "T3", "T4")]
-
-
-def verdict_of(system, scene):
-    """Return what the second judge says."""
-    return compare(system.name, scene, system.train(scene.task), second_reading(scene.task))
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)

@@ -6,12 +6,11 @@ import warnings
 
 import pytest
 import torch
+from readings import BY_NAME, FIRST_TRAPS, verdict_of
 from torch.optim import SGD
 
 from wholebatch.evidence.conformance.adapters import transformers as page
-from wholebatch.evidence.conformance.judge import change_error, compare, judge
-from wholebatch.evidence.conformance.scenes import SCENES
-from wholebatch.evidence.conformance.second_reading import second_reading
+from wholebatch.evidence.conformance.judge import change_error, judge
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say about themselves when they are loaded
@@ -36,18 +35,12 @@ OFF = {
 """How far off they are, and their updates: means of means, divided by nothing, a tail that is carried, 0 / 0."""
 
 SYSTEMS = [page.transformers, page.transformers_loss_func]
-BY_NAME = {scene.name: scene for scene in SCENES}
-FIRST_TRAPS = [scene for scene in SCENES if scene.trap in ("T1", "T2", "T3", "T4") and scene.name != "T4-none"]
-
-
-def verdict_of(system, scene):
-    """Return what the second judge says."""
-    return compare(system.name, scene, system.train(scene.task), second_reading(scene.task))
+EXPRESSED = [scene for scene in FIRST_TRAPS if scene.name != "T4-none"]
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 def test_the_verdicts_stand_a_second_reading(system):
-    found = {scene.name: verdict_of(system, scene) for scene in FIRST_TRAPS}
+    found = {scene.name: verdict_of(system, scene) for scene in EXPRESSED}
     off = OFF[system.name]
     assert {name for name, verdict in found.items() if verdict.outcome == "fail"} == set(off)
     assert {verdict.outcome for name, verdict in found.items() if name not in off} == {"pass"}

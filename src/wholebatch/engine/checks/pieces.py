@@ -7,10 +7,11 @@ With g the gradient of the loss over some rows and g_k those over its parts, a l
 whatever the cut.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +69,14 @@ class Probe:
         self.names = [name for name, _ in named]
         self.sizes = [_num_entries(parameter, sample) for parameter in self.parameters]
         self.meets = bool(exact_layers(model))
+        self._weights_eps = max(torch.finfo(each.dtype).eps for each in self.parameters)
         self._seen_eps = 0.0
 
     @property
     def eps(self) -> float:
         """The rounding unit of the coarsest weights or, where it was seen, arithmetic; with TF32, that of TF32."""
-        eps = max(*(torch.finfo(each.dtype).eps for each in self.parameters), self._precision.eps, self._seen_eps)
-        tf32 = input_device(self.model).type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        eps = max(self._weights_eps, self._precision.eps, self._seen_eps)
+        tf32 = torch.backends.cuda.matmul.allow_tf32 and input_device(self.model).type == "cuda"
         return max(eps, 2.0**-10) if tf32 else eps
 
     @property
@@ -169,7 +171,7 @@ class Probe:
         sums.start()
         try:
             torch.autograd.backward(losses, weights)
-            return flat_gradient(self.parameters, self._sample)
+            return flat_gradient(self.parameters, self._sample).double()
         finally:
             sums.roll_back()
 
@@ -184,16 +186,22 @@ def _entering(part: Part, weight: float) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def flat_gradient(parameters: Iterable[nn.Parameter], sample: int | None = None) -> Tensor:
-    """Return the gradients of some parameters, one after the other, in float64 on the CPU.
+    """Return the gradients of some parameters, one after the other, on the CPU.
+
+    They keep the precision that they have, and have 32 bits at least: to widen all of a large model's would take longer
+    than to compute them.
 
     Args:
         parameters: Whose ``.grad`` is taken; None is zero.
         sample: At most so many entries of each, evenly spaced; None: all.
 
     Returns:
-        Shape ``[entries]``; a complex entry counts as two.
+        A copy. Shape ``[entries]``; a complex entry counts as two.
     """
-    return torch.cat([_entries(parameter, _num_entries(parameter, sample)) for parameter in parameters])
+    parameters = list(parameters)
+    dtypes = (parameter.dtype.to_real() for parameter in parameters)
+    widest = reduce(torch.promote_types, dtypes, torch.float32)
+    return torch.cat([_entries(parameter, _num_entries(parameter, sample), widest) for parameter in parameters])
 
 
 def _num_entries(parameter: nn.Parameter, sample: int | None) -> int:
@@ -201,13 +209,25 @@ def _num_entries(parameter: nn.Parameter, sample: int | None) -> int:
     return min(entries, sample) if sample is not None else entries
 
 
-def _entries(parameter: nn.Parameter, size: int) -> Tensor:
+def _entries(parameter: nn.Parameter, size: int, dtype: torch.dtype) -> Tensor:
     if parameter.grad is None:
-        return torch.zeros(size, dtype=torch.float64)
+        return torch.zeros(size, dtype=dtype)
     grad = parameter.grad.detach()
     grad = grad if grad.layout == torch.strided else grad.to_dense()
     flat = (torch.view_as_real(grad) if grad.is_complex() else grad).flatten()
-    return flat[:: max(1, flat.numel() // max(1, size))][:size].to("cpu", torch.float64)
+    return flat[:: max(1, flat.numel() // max(1, size))][:size].to("cpu", dtype)
+
+
+def norm(entries: Tensor) -> float:
+    """Return the 2-norm, added up in 64 bits where the squares may be too small or too large for fewer.
+
+    Args:
+        entries: Shape ``[entries]``.
+    """
+    found = float(torch.linalg.vector_norm(entries))
+    if 1e-12 < found < 1e15 or entries.dtype == torch.float64:
+        return found
+    return float(torch.linalg.vector_norm(entries, dtype=torch.float64))
 
 
 def errors(cut: Tensor, whole: Tensor, scale: Tensor, sizes: Sequence[int]) -> list[float]:
@@ -223,15 +243,19 @@ def errors(cut: Tensor, whole: Tensor, scale: Tensor, sizes: Sequence[int]) -> l
         For each parameter the 2-norm of the difference over that of the parts; a parameter with hardly any gradient is
         measured against 3 % of the average.
     """
-    average = float(scale.norm()) / max(1, len(scale)) ** 0.5
-    result = []
-    for difference, size in zip(
-        (cut - whole).split_with_sizes(list(sizes)), scale.split_with_sizes(list(sizes)), strict=True
-    ):
-        floor = max(float(size.norm()), 0.03 * average * len(size) ** 0.5)
-        error = float(difference.norm())
-        result.append(error / floor if floor > 0 else error)
-    return result
+    return relative(norms(cut - whole, sizes), norms(scale, sizes), sizes)
+
+
+def norms(entries: Tensor, sizes: Sequence[int]) -> list[float]:
+    """Return the 2-norm of each parameter's part; arguments as for `errors`."""
+    return [norm(part) for part in entries.split_with_sizes(list(sizes))]
+
+
+def relative(differences: Sequence[float], scales: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    """Return differences over scales, as `errors` does, from the norms of both."""
+    average = math.hypot(*scales) / max(1, sum(sizes)) ** 0.5
+    floors = [max(scale, 0.03 * average * size**0.5) for scale, size in zip(scales, sizes, strict=True)]
+    return [error / floor if floor > 0 else error for error, floor in zip(differences, floors, strict=True)]
 
 
 def compare(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[float] | None:

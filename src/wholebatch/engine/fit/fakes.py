@@ -1,5 +1,6 @@
 """What would happen without doing it? A model and its optimizer on tensors that have a shape and no memory."""
 
+import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class Fakes:
             model: The module itself, since a loss function may hold on to it.
         """
         kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        unheard, log.disabled = log.disabled, True  # it tells of an error that whoever looks ahead deals with
         try:
             for module in modules(model):
                 for names in held(module):
@@ -63,6 +66,7 @@ class Fakes:
                             names[name] = [self.of(each) for each in value]  # recurrent layers list their weights
             yield
         finally:
+            log.disabled = unheard
             for names, before in kept:
                 names.clear()
                 names.update(before)

@@ -107,13 +107,22 @@ class Ways:
         with self._as_in(way):
             try:
                 need = self._look(probe)
-            except Exception:  # a way that cannot be followed is not offered
+            except Exception as error:
+                self._leave_out(way, f"it cannot be followed ({memory.kind_in_a_line(error)}).")
                 return None
             if not need.passes.exact:
+                why = probe.reasons[-1] if probe.reasons else "It takes other turns with other numbers of rows."
+                self._leave_out(way, f"what it takes does not follow from a few rows. {why}")
                 return None
             if self._scratch is not False:
                 need = self._measured(probe, need)
         return replace(way, need=need, notes=tuple(probe.reasons))
+
+    def _leave_out(self, way: Way, why: str) -> None:
+        """Say once why a way is left out."""
+        said = f"{way.name} is not offered: {why}"
+        if said not in self._probe.reasons:
+            self._probe.reasons.append(said)
 
     @contextmanager
     def _as_in(self, way: Way) -> Iterator[None]:
@@ -193,8 +202,11 @@ class Ways:
         if not single and made.scratch(each, longest) > SMALL * made.peak(each, longest):
             made = replace(made, smaller=self._smaller(probe, each, found))
         top = 1 if single else 2 * each
-        off = made.scratch(top, longest) / max(1, made.peak(top, longest))
-        told = "agree with it to the byte" if off == 0 else f"took {100 * off:+.2g} % of it, which is added"
+        more = made.scratch(top, longest)
+        share = 100 * abs(more) / max(1, made.peak(top, longest))
+        told = "agree with it to the byte"
+        if more:
+            told = f"took {say_bytes(abs(more))} {'more' if more > 0 else 'less'} ({share:.2g} %), which is counted"
         probe.reasons.append(
             f"The model was followed tensor by tensor, and real runs with "
             f"{say_rows(1) if single else f'{each} and {2 * each} rows'} {told}."

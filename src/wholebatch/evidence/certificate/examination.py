@@ -124,8 +124,8 @@ class _Examination:
             for run in trial.runs
         ]
         for each in windows:
-            each.found.gradient /= trial.soft
-        measured = Measured(self._probe, judge.whole, windows, self._here)
+            each.found.gradient = each.found.gradient.double() / trial.soft
+        measured = Measured(self._probe, judge.whole.double(), windows, self._here)
         causes = miscounts(measured)
         if any(len(each.found.steps) != 1 for each in windows):
             return causes

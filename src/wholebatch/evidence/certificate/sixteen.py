@@ -23,7 +23,7 @@ def summed_in_16_bits(found: Rehearsal) -> bool:
     """
     if found.in_16_bits is None or found.rounded_once is None or found.passes < 3 or len(found.steps) != 1:
         return False
-    given, exact = found.gradient, found.incoming
+    given, exact = found.gradient.double(), found.incoming
     factor = torch.dot(given, exact) / torch.dot(exact, exact).clamp(min=1e-300)
     near = float((given - factor * found.in_16_bits).norm())
     return near < 0.8 * float((given - factor * found.rounded_once).norm())

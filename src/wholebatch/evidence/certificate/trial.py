@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ SOFT, LOUD = 2.0**-20, 2.0**20
 """What gradients are multiplied by: so small that no clip acts, and so large that every clip does."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
     """A window that the step has seen.
 
@@ -35,10 +36,10 @@ class Run:
     fail_at: int | None = None
     clipped: Tensor | None = None
 
-    @property
+    @cached_property
     def gradient(self) -> Tensor:
         """What the optimizer was given, as loud as it would have been. Shape ``[entries]``."""
-        return self.found.gradient / self.loud
+        return self.found.gradient / self.loud if self.loud != 1.0 else self.found.gradient
 
     def error(self, judge: Judge) -> float:
         """Return how far it is from what it should be, relative."""
@@ -110,7 +111,7 @@ class _Attempt:
         trial = Trial(False, runs, soft)
         if self.once(trial) and self.linear(trial):
             *_, last = runs
-            if not self._judge.same(last.gradient, self._judge.whole):
+            if not self._judge.is_whole(last.gradient):
                 runs[-1] = last = replace(last, clipped=self._clip(last, soft))
             trial.ok = last.clipped is not None or self._judge.right(last.gradient)
         return trial
@@ -177,7 +178,7 @@ class _Attempt:
 
         That it is a clip, and no other divisor, shows in other rows that are as loud: they come to the same size.
         """
-        found, whole = last.found.gradient, self._judge.whole
+        found, whole = last.found.gradient.double(), self._judge.whole.double()
         if last.loud == 1.0:
             return None
         size, largest = float(found.norm()), float(found.abs().max())

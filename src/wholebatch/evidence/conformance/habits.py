@@ -25,8 +25,8 @@ class Habit:
         step: Whether the optimizer steps once a window, or after each micro-batch.
         unscaled: Whether the gradient of a second optimizer is divided by the loss scale once, or twice.
         given_up: What is left of a window that was given up: nothing, or its gradients until then.
-        skipped: Whether a window that overflows is no update, counts as one for the schedule, or is one for the second
-            of two optimizers.
+        skipped: Whether a window that overflows is no update, counts as one for the schedule, is one for the second of
+            two optimizers, or is filled up again where only its micro-batch that overflows is skipped.
         sum_in: Whether gradients are added up exactly, or in the dtype of the weights.
         evaluated: What an evaluation leaves of the window in which it begins: all, or nothing.
         schedule: Whether the learning rate goes by updates, or by micro-batches.
@@ -45,7 +45,7 @@ class Habit:
     step: Literal["window", "micro-batch"] = "window"
     unscaled: Literal["once", "twice"] = "once"
     given_up: Literal["nothing", "gradients"] = "nothing"
-    skipped: Literal["nothing", "counts", "second steps"] = "nothing"
+    skipped: Literal["nothing", "counts", "second steps", "micro-batch"] = "nothing"
     sum_in: Literal["exact", "weights"] = "exact"
     evaluated: Literal["all", "nothing"] = "all"
     schedule: Literal["updates", "micro-batches"] = "updates"
@@ -95,6 +95,9 @@ HABITS: dict[str, tuple[Habit, ...]] = {
     "what a window had gathered when it was given up joins the next": (Habit("window", given_up="gradients"),),
     "the schedule goes on although the update was skipped": (Habit("window", skipped="counts"),),
     "one optimizer steps although the gradient of the other overflows": (Habit("window", skipped="second steps"),),
+    "only the micro-batch that overflows is skipped, and the next takes its place": (
+        Habit("window", tail="run on", skipped="micro-batch"),
+    ),
     "the schedule goes on with each micro-batch": (Habit(schedule="micro-batches"),),
     "the moving average follows each micro-batch": (Habit(follow="micro-batch"),),
     "micro-batches come twice, so that all ranks have equally many": (

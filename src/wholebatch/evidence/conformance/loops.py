@@ -28,6 +28,8 @@ def train(task: Task, habit: Habit) -> nn.Module:
         for place, micro_batch in enumerate(task.epoch, epoch * len(task.epoch)):
             if loop.gives_up(place) or (habit.repeats and loop.updates == due):
                 continue
+            if habit.skipped == "micro-batch" and loop.overflows(micro_batch):
+                continue
             loop.add(micro_batch)
             if habit.evaluated == "nothing" and place in task.evaluates_after:
                 loop.forget()
@@ -81,6 +83,14 @@ class _Loop:
         self.places = 0
         return True
 
+    def overflows(self, micro_batch: MicroBatch | None) -> bool:
+        """Whether what the model makes of a micro-batch is beyond what float16 can hold."""
+        if micro_batch is None or not self._task.overflows:
+            return False
+        with torch.no_grad():
+            logits = self._model(micro_batch["input_ids"])
+        return float(logits.abs().max()) > torch.finfo(torch.float16).max
+
     def add(self, micro_batch: MicroBatch | None) -> None:
         """Add the gradient of a micro-batch to the window."""
         self.places += 1
@@ -127,7 +137,7 @@ class _Loop:
     def update(self) -> None:
         """Step with the gradient of the window, if it holds a target and does not overflow."""
         number, self._windows = self._windows, self._windows + 1
-        if number in self._task.overflows:
+        if number in self._task.overflows and self._habit.skipped != "micro-batch":
             self.updates += self._habit.skipped == "counts"
             if self._habit.skipped == "second steps":
                 self._step(

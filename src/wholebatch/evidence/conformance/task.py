@@ -19,6 +19,22 @@ TERMS = frozenset({"term", "term of rows", "batch norm", "coupled"})
 """What `Task.asks` of a system in which the user writes model and loss in PyTorch: no more than to run them."""
 
 
+LOOP = TERMS | {
+    "unsized",
+    "None",
+    "slices",
+    "clipping",
+    "schedule",
+    "follows",
+    "zero first",
+    "evaluation",
+    "bf16",
+    "two players",
+    "two windows",
+}
+"""What it asks, on one rank and without a loss scale, of a system in which the user also writes the loop."""
+
+
 class NotExpressible(Exception):  # noqa: N818 - a finding, not an error
     """A system has no documented way to do what a scene asks for; its message says what is missing."""
 

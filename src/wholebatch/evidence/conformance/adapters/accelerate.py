@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence.conformance.adapters.loaders import data_loader
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import TERMS, PairTask, Task, Trained, steps_of
+from wholebatch.evidence.conformance.task import LOOP, TERMS, PairTask, Task, Trained, steps_of
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -143,23 +143,7 @@ accelerate = System(
     name="accelerate",
     title="Accelerate",
     train=train,
-    expresses=frozenset(
-        {
-            "ranks",
-            "unsized",
-            "None",
-            "slices",
-            "clipping",
-            "schedule",
-            *TERMS,
-            "follows",
-            "zero first",
-            "evaluation",
-            "bf16",
-            "two players",
-            "two windows",
-        }
-    ),
+    expresses=LOOP | {"ranks"},
     lacks=_LACKS,
     distributions=("accelerate", "torch"),
     install="pip install 'wholebatch[accelerate]'",

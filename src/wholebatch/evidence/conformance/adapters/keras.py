@@ -2,9 +2,10 @@
 
 As in the docstrings of `keras.optimizers.Optimizer` (``gradient_accumulation_steps``: the average of the gradients
 since the last update; schedules count micro-batches) and of `SparseCategoricalCrossentropy` (``ignore_class``), and in
-the guide "Training & evaluation with the built-in methods". What ``fit`` reports is a mean over the epoch so far, so no
-update has a loss. Its own moving average (``use_ema``) does not begin at the first weights, so the scene is not
-put to it.
+the guide "Training & evaluation with the built-in methods". In float16 the policy is ``mixed_float16``, under which
+`compile` scales the loss with a `LossScaleOptimizer` around the optimizer, as the guide "Mixed precision" has it. What
+``fit`` reports is a mean over the epoch so far, so no update has a loss. Its own moving average (``use_ema``) does not
+begin at the first weights, so the scene is not put to it.
 """
 
 from functools import partial
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from wholebatch.evidence.conformance.adapters.loaders import dataset
-from wholebatch.evidence.conformance.models import IGNORED, TIME, VOCABULARY, WIDTH
+from wholebatch.evidence.conformance.models import IGNORED, TIME, VOCABULARY, WIDTH, Overflowing
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import PairTask, Task, Trained
 
@@ -34,7 +35,7 @@ def train(task: Task | PairTask, *, backend: str) -> Trained:
     dtype = str(next(plain.parameters()).dtype).removeprefix("torch.")
     # losses and learning rates are in floatx, whatever the policy; the documentation advises against 16 bits for it
     keras.config.set_floatx("float64" if dtype == "float64" else "float32")
-    keras.config.set_dtype_policy(dtype)
+    keras.config.set_dtype_policy("mixed_float16" if task.precision == "fp16" else dtype)
     model = _build(task, plain)
     optimizer = keras.optimizers.SGD(
         learning_rate=_schedule(task) if task.lr_factor else task.lr,
@@ -61,15 +62,15 @@ def _build(task: Task, plain: nn.Module) -> Any:
     import keras
 
     penalty = keras.regularizers.L2(task.penalty) if task.penalty is not None else None
-    model = keras.Sequential(
-        [
-            keras.Input((TIME,), dtype="int64"),
-            keras.layers.Embedding(VOCABULARY, WIDTH, embeddings_regularizer=penalty),
-            keras.layers.Activation("tanh"),
-            keras.layers.Dense(VOCABULARY, kernel_regularizer=penalty, bias_regularizer=penalty),
-        ]
-    )
-    embedding, _, dense = model.layers
+    embedding = keras.layers.Embedding(VOCABULARY, WIDTH, embeddings_regularizer=penalty, name="embedding")
+    dense = keras.layers.Dense(VOCABULARY, kernel_regularizer=penalty, bias_regularizer=penalty, name="head")
+    input_ids = keras.Input((TIME,), dtype="int64")
+    hidden = keras.layers.Activation("tanh")(embedding(input_ids))
+    if isinstance(plain, Overflowing):
+        gain = keras.layers.Embedding(VOCABULARY, 1, trainable=False, dtype="float32", name="gain")
+        hidden = keras.layers.Multiply(dtype="float32")([hidden, gain(input_ids)])
+        gain.set_weights([plain.gain.numpy()])
+    model = keras.Model(input_ids, dense(hidden))
     weights = {name: weight.detach().double().numpy() for name, weight in plain.named_parameters()}
     embedding.set_weights([weights["embedding.weight"]])
     dense.set_weights([weights["head.weight"].T, weights["head.bias"]])
@@ -81,7 +82,7 @@ def _write_back(model: Any, plain: nn.Module) -> None:
     """Give the original the weights that were trained."""
     import numpy as np
 
-    embedding, _, dense = model.layers
+    embedding, dense = model.get_layer("embedding"), model.get_layer("head")
     trained = {
         "embedding.weight": embedding.get_weights()[0],
         "head.weight": dense.get_weights()[0].T,
@@ -109,7 +110,7 @@ ROUNDING = 1e-6
 
 _LACKS = {"two optimizers": "compile takes one optimizer"}
 
-_EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "bf16"})
+_EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "fp16", "bf16"})
 
 keras_torch = System(
     name="keras-torch",

@@ -19,7 +19,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence.conformance.adapters.loaders import data_loader, data_loader_of_a_rank
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import TERMS, MicroBatch, NotExpressible, PairTask, Task, Trained, steps_of
+from wholebatch.evidence.conformance.task import (
+    LOOP,
+    TERMS,
+    MicroBatch,
+    NotExpressible,
+    PairTask,
+    Task,
+    Trained,
+    steps_of,
+)
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -183,23 +192,7 @@ lightning_manual = System(
     name="lightning-manual",
     title="Lightning, manual optimization",
     train=train_by_hand,
-    expresses=frozenset(
-        {
-            "ranks",
-            "unsized",
-            "None",
-            "slices",
-            "clipping",
-            "schedule",
-            *TERMS,
-            "follows",
-            "zero first",
-            "evaluation",
-            "bf16",
-            "two players",
-            "two windows",
-        }
-    ),
+    expresses=LOOP | {"ranks"},
     lacks=_LACKS,
     distributions=("lightning", "torch"),
     install="pip install 'wholebatch[lightning]'",

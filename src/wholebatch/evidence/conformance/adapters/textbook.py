@@ -10,7 +10,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import TERMS, BadSample, PairTask, Task, Trained, steps_of
+from wholebatch.evidence.conformance.task import LOOP, BadSample, PairTask, Task, Trained, steps_of
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -80,25 +80,7 @@ textbook = System(
     name="textbook",
     title="the textbook loop",
     train=train,
-    expresses=frozenset(
-        {
-            "unsized",
-            "None",
-            "slices",
-            "two optimizers",
-            "clipping",
-            "schedule",
-            *TERMS,
-            "follows",
-            "zero first",
-            "evaluation",
-            "exception",
-            "fp16",
-            "bf16",
-            "two players",
-            "two windows",
-        }
-    ),
+    expresses=LOOP | {"two optimizers", "exception", "fp16"},
     distributions=("torch",),
     install="pip install 'wholebatch[torch]'",
 )

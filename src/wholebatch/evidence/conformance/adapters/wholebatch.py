@@ -23,7 +23,7 @@ from wholebatch.evidence.conformance import encoders
 from wholebatch.evidence.conformance.coupled import MARGIN, hard_triplets, in_batch_negatives
 from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import TERMS, BadSample, MicroBatch, PairTask, Task, Trained, join, steps_of
+from wholebatch.evidence.conformance.task import LOOP, BadSample, MicroBatch, PairTask, Task, Trained, join, steps_of
 
 
 def train(task: Task | PairTask) -> Trained:
@@ -194,26 +194,7 @@ wholebatch = System(
     name="wholebatch",
     title="wholebatch",
     train=train,
-    expresses=frozenset(
-        {
-            "ranks",
-            "unsized",
-            "None",
-            "slices",
-            "two optimizers",
-            "clipping",
-            "schedule",
-            *TERMS,
-            "follows",
-            "zero first",
-            "evaluation",
-            "exception",
-            "fp16",
-            "bf16",
-            "two players",
-            "two windows",
-        }
-    ),
+    expresses=LOOP | {"ranks", "two optimizers", "exception", "fp16"},
     distributions=("wholebatch", "torch"),
     install="pip install 'wholebatch[torch]'",
 )
