@@ -83,7 +83,8 @@ def test_wholebatch_passes_the_scenes_over_ranks(over_ranks):
     for name, system in over_ranks["systems"].items():
         assert len(system["verdicts"]) == 8
         for scene, verdict in system["verdicts"].items():
-            assert (verdict["outcome"], verdict["confirmed"]) == ("pass", True), (name, scene, verdict)
+            confirmed = None if scene.startswith("T8") else True  # where rows meet there is no second reading by rows
+            assert (verdict["outcome"], verdict["confirmed"]) == ("pass", confirmed), (name, scene, verdict)
             assert verdict["error"] <= 1e-12
 
 
