@@ -1,6 +1,7 @@
 """Rows that move between ranks, scene by scene. Run by `ranks.launch`; judged in test_balancing.py."""
 
 import copy
+import pickle
 import random
 from typing import Any
 
@@ -12,6 +13,7 @@ import wholebatch as wb
 from engine.sync_scenes import WRAPS, adamw, raised
 from properties import flat, relative_error
 from ranks import Place, Scenes
+from wholebatch.engine.ranks.wire import Wire
 from wholebatch.evidence import reference
 
 SCENES = Scenes()
@@ -100,6 +102,40 @@ for _wrap in ("bare", "ddp", "fsdp", "each"):
     )
 SCENES("left where they are")(lambda place: moved(place, "bare", balance=None))
 SCENES("by what rows hold")(lambda place: moved(place, "bare", micro_batch=wb.Rows(5)))
+
+
+@SCENES("what is sent", (3,))
+def sent(place: Place) -> dict[str, Any]:
+    """Rows hold 40 kB each, and all that move leave the first rank."""
+    trial = Trial("bare", collate=lambda rows: collate([row["words"] for row in rows]), micro_batch=wb.Rows(5))
+    rows = [{"words": words, "image": bytes(40_000)} for words in documents(0, 30 if place.rank == 0 else 3)]
+    gathered: list[int] = []
+    parcels: list[int] = []
+    gather, exchange = Wire.gather, Wire.exchange
+
+    def noted(wire: Wire, what: Any) -> list[Any]:
+        gathered.append(len(pickle.dumps(what)))
+        return gather(wire, what)
+
+    def noted_exchange(wire: Wire, mine: dict[int, bytes], nbytes: dict[int, int], device: torch.device) -> list[bytes]:
+        got = exchange(wire, mine, nbytes, device)
+        parcels.extend([sum(map(len, mine.values())), sum(map(len, got))])
+        return got
+
+    Wire.gather, Wire.exchange = noted, noted_exchange
+    try:
+        shared = trial.accumulator._balancing.shared(rows)
+    finally:
+        Wire.gather, Wire.exchange = gather, exchange
+    return {"gathered": sum(gathered), "out": parcels[0], "in": parcels[1], "had": len(rows), "has": shared.rows}
+
+
+@SCENES("rows that cannot be sent")
+def unsendable(place: Place) -> dict[str, Any]:
+    """A row that cannot be pickled is an error on all ranks, and nobody waits."""
+    trial = Trial("bare", collate=lambda rows: collate([row[0] for row in rows]), micro_batch=wb.Rows(5))
+    rows = [(words, (lambda: 0) if place.rank == 0 else 0) for words in documents(0, 30 if place.rank == 0 else 3)]
+    return {"said": raised(lambda: trial.accumulator.step(rows))}
 
 
 @SCENES("a rank that cannot read its rows", (2, 3))

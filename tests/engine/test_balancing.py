@@ -64,6 +64,26 @@ def test_a_rank_that_cannot_read_its_rows_keeps_nobody_waiting(request, num_rank
         assert found["off"] <= EXACT
 
 
+def test_rows_are_sent_to_whom_they_go_and_to_nobody_else(three):
+    """Of 40 kB each; all that every rank hears are costs and sizes."""
+    by_rank = ranks.result(three, "what is sent", 3)
+    assert [found["had"] for found in by_rank] == [30, 3, 3]
+    assert sum(found["has"] for found in by_rank) == 36
+    for found in by_rank:
+        assert found["gathered"] < 1_000
+        moved = found["has"] - found["had"]
+        assert (moved < 0) == (found is by_rank[0])
+        assert 40_000 * abs(moved) < found["out" if moved < 0 else "in"] < 40_500 * abs(moved)
+        assert found["in" if moved < 0 else "out"] == 0
+
+
+def test_a_row_that_cannot_be_sent_is_an_error_on_every_rank(two):
+    one, other = ranks.result(two, "rows that cannot be sent", 2)
+    assert "pickle" in one["said"][1]
+    assert other["said"][0] == "RankError"
+    assert "rank 0 could not" in other["said"][1]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -168,7 +168,11 @@ class Accumulator:
         )
         self._layout = Layout(collate, paths(whole), dims)
         wire = self._setup.group.wire
-        self._balancing = Balancing(wire, self._layout, micro_batch, say) if balance is not None and wire else None
+        self._balancing = (
+            Balancing(wire, self._layout, micro_batch, self._setup.device, say)
+            if balance is not None and wire
+            else None
+        )
         budget = parse_bytes(memory) if memory is not None else None
         self._setup.update.budgeted = budget is not None
         if budget is None and self._setup.device.type == "cpu":

@@ -61,9 +61,10 @@ class Wrapped:
         elif wrapper == "fsdp2":
             from torch.distributed.fsdp import fully_shard
 
+            scalars = {weight for weight in model.parameters() if weight.ndim == 0}  # which it refuses to spread
             for layer in _layers(model) if communication == "each" else ():
-                fully_shard(layer)
-            fully_shard(model)
+                fully_shard(layer, ignored_params=scalars)
+            fully_shard(model, ignored_params=scalars)
             self._sharding = Sharding(model, sharded_modules(model))
 
     def loss(self, model: nn.Module, micro_batch: Any) -> Any:

@@ -81,9 +81,10 @@ def over_ranks():
 def test_wholebatch_passes_the_scenes_over_ranks(over_ranks):
     assert "wholebatch-ddp" in over_ranks["systems"]
     for name, system in over_ranks["systems"].items():
-        assert len(system["verdicts"]) == 6
+        assert len(system["verdicts"]) == 8
         for scene, verdict in system["verdicts"].items():
-            assert (verdict["outcome"], verdict["confirmed"]) == ("pass", True), (name, scene, verdict)
+            confirmed = None if scene.startswith("T8") else True  # where rows meet there is no second reading by rows
+            assert (verdict["outcome"], verdict["confirmed"]) == ("pass", confirmed), (name, scene, verdict)
             assert verdict["error"] <= 1e-12
 
 
@@ -92,7 +93,7 @@ def test_what_a_way_for_several_ranks_is_not_for_is_not_held_against_it(over_ran
     assert "| wholebatch-ddp |   - |" in table.as_text(alone)
     assert table.details(alone) == []
     assert "not expressible" not in table.as_page(alone)
-    assert "passes 6 of the 6 scenes" in table.as_page(over_ranks)
+    assert "passes 8 of the 8 scenes" in table.as_page(over_ranks)
 
 
 def test_the_recorded_verdicts_are_those_of_the_systems_and_scenes_that_there_are():

@@ -8,13 +8,13 @@ moves, and only then are the reasons exchanged.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import MeetingError, OptimizerError, OutOfMemoryError, RankError
+from wholebatch.core.errors import MeetingError, OutOfMemoryError, RankError
 from wholebatch.core.split import Size
 from wholebatch.core.weights import gradient_factor
 from wholebatch.core.window import WindowState
@@ -22,6 +22,7 @@ from wholebatch.engine import memory
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.ranks.message import Heard, anywhere, common_of, no_gradient, say_failed, told, words
 from wholebatch.engine.ranks.outcomes import Outcome, Outcomes
+from wholebatch.engine.ranks.sharding import require_shards, square_of
 from wholebatch.engine.ranks.streams import Streams
 from wholebatch.engine.ranks.traffic import Traffic
 from wholebatch.engine.ranks.wire import Wire
@@ -94,7 +95,7 @@ class InStep:
         if self._introduce is not None:
             self._introduce()
             self._introduce = None
-            _require_shards(sums())
+            require_shards(sums())
             self._watch()
             for each in self._sharded:
                 each.set_gradient_divide_factor(1.0)
@@ -168,7 +169,7 @@ class InStep:
         common = self.reference
         presence = [parameter in self._present for parameter in sums.parameters]
         ending = self.streams.ending
-        square = _square(sums)
+        square = square_of(sums)
         heard = Heard.of(self.wire, weighing, state, presence, ending, extra=square, device=self._device)
         self._passing = False
         self.streams.hear(heard)
@@ -205,14 +206,9 @@ class InStep:
         """Put the sum times `factor` where the optimizer looks for it."""
         sums.deliver(factor)
 
-    @contextmanager
-    def moving(self) -> Iterator[None]:
-        """The context in which all ranks have agreed to move: a rank that fails here cannot go on with the others."""
-        try:
-            yield
-        except BaseException as error:
-            self.wire.lost = f"it failed when all had agreed on an update ({words(error)})."
-            raise
+    def moving(self) -> AbstractContextManager[object]:
+        """The context in which all ranks have agreed to move."""
+        return self._outcomes.moving()
 
     def withdraw(self, why: BaseException | None) -> None:
         """Note that this rank has left a window of its own in the middle; nobody hears of it."""
@@ -300,27 +296,3 @@ def _no_way_back(said: str, finer: Size) -> OutOfMemoryError:
         hint=f"start all ranks again with smaller micro-batches, such as {finer[1]} {finer[0]}. To go back takes a "
         "PyTorch whose FSDPModule has reset_iter_state, and passes that all send the same.",
     )
-
-
-def _require_shards(sums: GradientSum) -> None:
-    for parameter in sums.parameters:
-        if not hasattr(parameter, "device_mesh"):
-            raise OptimizerError(
-                f'A parameter of shape {tuple(parameter.shape)} is on every rank, and communication="each" adds up '
-                "only what fully_shard has spread.",
-                hint='call fully_shard(model) on the root too, or pass communication="once".',
-            )
-
-
-def _square(sums: GradientSum) -> Tensor | float:
-    """This rank's part of the squared 2-norm of the gradient, so that those of all ranks add up to it."""
-    total: Tensor | float = 0.0
-    for parameter, local in sums.shares():
-        spread: Any = parameter
-        mesh = spread.device_mesh
-        replicas = math.prod(
-            mesh.size(dim) for dim, placement in enumerate(spread.placements) if placement.is_replicate()
-        )
-        wide = torch.float32 if local.element_size() < 4 else None
-        total = total + torch.linalg.vector_norm(local, dtype=wide).double().square() / replicas
-    return total

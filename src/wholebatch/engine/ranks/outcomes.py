@@ -1,14 +1,15 @@
 """Why has a window come to nothing, on which ranks? They tell each other once all of them are out of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from wholebatch.core.split import Size
 from wholebatch.core.window import WindowState
 from wholebatch.engine.meetings.company import Again
-from wholebatch.engine.ranks.message import spoilt, told
+from wholebatch.engine.ranks.message import spoilt, told, words
 from wholebatch.engine.ranks.wire import Wire
 from wholebatch.engine.weighing import Reading, Weighing, widen
 
@@ -66,6 +67,15 @@ class Outcomes:
         self.judge(outcomes, always=meets is None)
         assert meets is not None
         raise Again(meets, heard=True)
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """The context in which all ranks have agreed to move: a rank that fails here cannot go on with the others."""
+        try:
+            yield
+        except BaseException as error:
+            self._wire.lost = f"it failed when all had agreed on an update ({words(error)})."
+            raise
 
     def judge(self, outcomes: Sequence[Outcome], *, always: bool = False) -> None:
         """Raise if a rank failed; keep the shortages of memory, if there is nothing else.

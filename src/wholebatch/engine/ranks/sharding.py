@@ -5,6 +5,7 @@ micro-batches, and one that fails keeps nobody waiting. Between windows each ran
 optimizer state.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -152,3 +153,32 @@ def _share(parameter: Any, gradient: Tensor) -> Tensor:
         whole = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
         local = whole.to_local().to(device=parameter.to_local().device, dtype=parameter.dtype, copy=True)
     return share_of(parameter, local)
+
+
+def require_shards(sums: GradientSum) -> None:
+    """Refuse weights that no module has spread, where each pass adds up only what is.
+
+    Raises:
+        OptimizerError: There are some.
+    """
+    for parameter in sums.parameters:
+        if not hasattr(parameter, "device_mesh"):
+            raise OptimizerError(
+                f'A parameter of shape {tuple(parameter.shape)} is on every rank, and communication="each" adds up '
+                "only what fully_shard has spread.",
+                hint='call fully_shard(model) on the root too, or pass communication="once".',
+            )
+
+
+def square_of(sums: GradientSum) -> Tensor | float:
+    """Return this rank's part of the squared 2-norm of the gradient, so that those of all ranks add up to it."""
+    total: Tensor | float = 0.0
+    for parameter, local in sums.shares():
+        spread: Any = parameter
+        mesh = spread.device_mesh
+        replicas = math.prod(
+            mesh.size(dim) for dim, placement in enumerate(spread.placements) if placement.is_replicate()
+        )
+        wide = torch.float32 if local.element_size() < 4 else None
+        total = total + torch.linalg.vector_norm(local, dtype=wide).double().square() / replicas
+    return total

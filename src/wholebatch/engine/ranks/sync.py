@@ -173,14 +173,9 @@ class Many:
         """Put the sum times `factor` where the optimizer looks for it."""
         self._wrapping.deliver(sums, factor)
 
-    @contextmanager
-    def moving(self) -> Iterator[None]:
-        """The context in which all ranks have agreed to move: a rank that fails here cannot go on with the others."""
-        try:
-            yield
-        except BaseException as error:
-            self.wire.lost = f"it failed when all had agreed on an update ({words(error)})."
-            raise
+    def moving(self) -> AbstractContextManager[object]:
+        """The context in which all ranks have agreed to move."""
+        return self._outcomes.moving()
 
     def withdraw(self, why: BaseException | None) -> None:
         """Tell the others that this rank's window was rolled back."""

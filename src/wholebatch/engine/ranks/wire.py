@@ -1,7 +1,7 @@
 """How does a rank talk to the others, and what does it say when one of them does not answer?"""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,31 @@ class Wire:
         with self._speaking():
             dist.all_gather_object(said, what, group=self._process_group)
         return said
+
+    def exchange(self, parcels: Mapping[int, bytes], nbytes: Mapping[int, int], device: torch.device) -> list[bytes]:
+        """Send each rank its own parcel, and return those for this one, by the rank that sent them.
+
+        Args:
+            parcels: By the rank that gets them.
+            nbytes: How large the parcels for this rank are, by the rank that sends them.
+            device: Where tensors can be sent from that cannot be sent from memory of the host.
+        """
+        if "cpu" in str(dist.get_backend_config(self._process_group)):
+            device = torch.device("cpu")
+        sent = [torch.frombuffer(bytearray(parcel), dtype=torch.uint8).to(device) for parcel in parcels.values()]
+        got = [torch.empty(nbytes[rank], dtype=torch.uint8, device=device) for rank in sorted(nbytes)]
+        group = self._process_group
+        calls = [
+            *(dist.P2POp(dist.isend, each, group=group, group_peer=to) for to, each in zip(parcels, sent, strict=True)),
+            *(
+                dist.P2POp(dist.irecv, each, group=group, group_peer=rank)
+                for rank, each in zip(sorted(nbytes), got, strict=True)
+            ),
+        ]
+        with self._speaking():
+            for work in dist.batch_isend_irecv(calls) if calls else ():
+                work.wait()
+        return [each.cpu().numpy().tobytes() for each in got]
 
     def side_by_side(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks, of one shape and dtype, by rank."""

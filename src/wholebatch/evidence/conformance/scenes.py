@@ -331,11 +331,11 @@ SCENES: tuple[Scene, ...] = (
         "a rank without a label is left out of the divisor, and nobody waits for it",
         Task(TAGGER, labelled([4, 0, 3, 0, 2, 0, 5, 0]), ranks=2),
     ),
+    *(Scene(*each) for each in OVER_RANKS),
     Scene(
         "T10x2-uneven-ranks",
         "ranks with 5 and 4 micro-batches make the update of all 9",
         Task(TAGGER, labelled([10] * 9), ranks=2, window=5),
     ),
-    *(Scene(*each) for each in OVER_RANKS),
 )
 """The suite, in the order of the traps; those over two ranks at the end."""

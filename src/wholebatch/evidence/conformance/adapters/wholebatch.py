@@ -46,7 +46,8 @@ def train_fsdp2(task: Task | PairTask) -> Trained:
     assert isinstance(task, Task)
 
     def shard(model: nn.Module) -> nn.Module:
-        fully_shard(model, mesh=init_device_mesh("cpu", (task.ranks,)))
+        scalars = {weight for weight in model.parameters() if weight.ndim == 0}  # which fully_shard cannot spread
+        fully_shard(model, mesh=init_device_mesh("cpu", (task.ranks,)), ignored_params=scalars)
         return model
 
     return _train_on_ranks(task, shard)
