@@ -1,5 +1,6 @@
 """Memory that others take in the middle of a run: seen before it fails where that can be, survived where it fails."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,7 @@ from torch import nn
 
 import wholebatch as wb
 from wholebatch.engine import memory
-from wholebatch.engine.fit import watching
+from wholebatch.engine.fit import room, watching
 from wholebatch.engine.fit.watching import Watch
 
 CPU = torch.device("cpu")
@@ -59,6 +60,26 @@ def test_memory_that_others_take_is_seen_before_it_fails_and_grows_back(free):
     free[0] = 1 << 30
     assert cuts(accumulator, 20)[-1] == 1
     assert any("tried again" in reason for reason in accumulator.reasons)
+
+
+def test_memory_that_goes_from_look_to_look_is_seen_before_it_is_gone(free):
+    accumulator = accumulator_of()
+    assert cuts(accumulator, 1) == [1]
+    takes = accumulator._cutting._shares[accumulator._cutting._kind].takes(64, 64)
+    seen = []
+    for times in (10, 10, 2, 2):  # others take at once, and no more
+        free[0] = times * takes
+        seen += cuts(accumulator, 1)
+    assert seen == [1] * 4
+    free[0] = int(1.7 * takes)
+    seen += cuts(accumulator, 1)
+    free[0] = int(1.3 * takes)  # 0.3 less twice, which will be as much as is missing
+    seen += cuts(accumulator, 1)
+    free[0] = int(1.0 * takes)
+    seen += cuts(accumulator, 1)
+    assert seen[4:6] == [1, 1]
+    assert seen[6] > 1
+    assert "less from look to look" in accumulator.reasons[-1]
 
 
 def test_what_is_free_is_nobodys_concern_under_a_budget(free):
@@ -199,3 +220,71 @@ def run(code, *arguments):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, which only Linux enforces")
 def test_a_neighbour_that_takes_addresses_and_gives_them_back_costs_attempts_and_no_update():
     run(ADDRESSES)
+
+
+NEIGHBOUR = """
+import sys
+held = []
+for line in sys.stdin:
+    held.append(b"x" * int(line))
+    print(len(held), flush=True)
+"""
+
+GROUP = (
+    COMMON
+    + """
+import os, subprocess
+from pathlib import Path
+
+group, limit, usage, code = Path(sys.argv[1]), *sys.argv[2:]
+(group / "cgroup.procs").write_text(str(os.getpid()))
+model, accumulator = fresh()
+neighbour = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+accumulator.step(rows[:4])
+(group / limit).write_text(str(int((group / usage).read_text()) + (400 << 20)))
+model, accumulator = fresh()
+torch.manual_seed(1)
+updates = [accumulator.step(rows) for _ in range(2)]
+for _ in range(6):
+    neighbour.stdin.write(f"{50 << 20}\\n")
+    neighbour.stdin.flush()
+    assert neighbour.stdout.readline()
+    updates.append(accumulator.step(rows))
+neighbour.kill()
+neighbour.wait()
+(group / limit).write_text(str(1 << 40))
+print([update.micro_batches for update in updates], accumulator.reasons)
+assert updates[0].micro_batches == updates[1].micro_batches == 1
+assert updates[-1].micro_batches > 1
+assert all(update.applied for update in updates)
+assert any("Others have taken memory" in reason for reason in accumulator.reasons)
+"""
+)
+
+
+@pytest.fixture
+def group():
+    """A control group of memory, and the names of its files; skipped where none can be made."""
+    second = room.GROUPS / "cgroup.controllers"
+    parent, *names = (
+        (room.GROUPS, "memory.max", "memory.current")
+        if second.exists()
+        else (room.GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+    )
+    made = parent / f"wholebatch-{os.getpid()}"
+    try:
+        made.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        if not all((made / name).exists() for name in (*names, "cgroup.procs")):
+            pytest.skip(f"control groups do not count memory in {parent}")
+        yield made, names
+    finally:
+        made.rmdir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_a_neighbour_process_that_takes_memory_in_a_control_group_costs_a_finer_cut_and_no_process(group):
+    made, names = group
+    run(GROUP, str(made), *names, NEIGHBOUR)
