@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from importlib import import_module
 from types import FrameType
 from typing import Any
 
@@ -155,9 +154,6 @@ def joined() -> Iterator[Place]:
             hint="start them with torchrun, or with `wholebatch train --nproc N`; for one process, unset WORLD_SIZE.",
         )
     backend = _choose_device()
-    # The first optimizer imports this, and its functions keep the group that is there by then, as a default argument,
-    # for as long as Python runs: a process that ends with its group is aborted now and then. Now there is none yet.
-    import_module("torch.distributed.nn.functional")
     store, rank, ranks = next(iter(rendezvous("env://")))
     dist.init_process_group(backend, store=PrefixStore("wholebatch", store), rank=rank, world_size=ranks)
     place = Place(rank, ranks, store)
