@@ -105,3 +105,8 @@ class Precision:
             self._scaler.load_state_dict(before)
             self._norm.grad = None
             raise
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return a tensor in 32 bits at least: sums over many rows are too coarse in 16."""
+    return x.float() if x.element_size() < 4 else x

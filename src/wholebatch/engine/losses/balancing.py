@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from wholebatch.core.errors import LossError
 from wholebatch.engine.meetings.meeting import sum_over_batch
+from wholebatch.engine.precision import widened
 
 
 def load_balancing(probabilities: Tensor, chosen: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
@@ -50,7 +51,7 @@ def load_balancing(probabilities: Tensor, chosen: Tensor | None = None, *, mask:
             shapes + (f" and mask {tuple(mask.shape)}" if mask is not None else "") + " do not fit.",
             hint="pass probabilities [..., experts], and chosen [...] or [..., k] and mask [...] of the same tokens.",
         )
-    wide = probabilities.float() if probabilities.element_size() < 4 else probabilities
+    wide = widened(probabilities)
     counts = torch.ones(tokens, dtype=wide.dtype, device=wide.device) if mask is None else mask.to(wide.dtype)
     sent = functional.one_hot(chosen, experts).sum(-2) * counts.unsqueeze(-1)
     before = tuple(range(len(tokens)))

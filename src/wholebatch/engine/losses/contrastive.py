@@ -12,6 +12,7 @@ from wholebatch.core.errors import LossError
 from wholebatch.engine.losses.tiles import told_apart
 from wholebatch.engine.meetings.company import Order, here, meet
 from wholebatch.engine.meetings.meeting import gather, own_rows, rows_in_order
+from wholebatch.engine.precision import widened
 
 
 def info_nce(
@@ -74,9 +75,9 @@ def info_nce(
         raise LossError(f"A tile of {tile} rows holds nothing.", hint="pass a positive number of rows, or None.")
     own = own_rows(queries)
     # In 32 bits at least what the temperature divides: its gradient adds up all rows.
-    parts = [(_wide(queries) / temperature).unsqueeze(1), _wide(keys).unsqueeze(1)]
+    parts = [(widened(queries) / temperature).unsqueeze(1), widened(keys).unsqueeze(1)]
     if negatives is not None:
-        parts.append(_wide(negatives).reshape(len(keys), -1, keys.shape[1]))
+        parts.append(widened(negatives).reshape(len(keys), -1, keys.shape[1]))
     brought = torch.cat(parts, 1)
     compare = partial(told_apart, tile=tile, multiply_in=_multiplied_in(queries, keys))
     company = here()
@@ -162,7 +163,7 @@ def batch_hard_triplet(embeddings: Tensor, labels: Tensor, *, margin: float | Li
             f"embeddings {tuple(embeddings.shape)} and labels {tuple(labels.shape)} do not fit.",
             hint="pass embeddings [rows, width] and one label a row.",
         )
-    embeddings = _wide(embeddings)
+    embeddings = widened(embeddings)
     everyone, known = gather(embeddings), gather(labels)
     # The product form of the distance would lose its digits where rows are near, and only in large batches.
     distance = torch.cdist(embeddings, everyone, compute_mode="donot_use_mm_for_euclid_dist")
@@ -175,8 +176,3 @@ def batch_hard_triplet(embeddings: Tensor, labels: Tensor, *, margin: float | Li
     gap = torch.where(counts, farthest, 0.0) - torch.where(counts, nearest, 0.0)
     each = functional.softplus(gap) if margin == "soft" else functional.relu(gap + margin)
     return torch.where(counts, each, 0.0).mean()
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return a tensor in 32 bits at least."""
-    return x.float() if x.element_size() < 4 else x

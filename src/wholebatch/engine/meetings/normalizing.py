@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wholebatch.engine.precision import widened
+
 Count = int | Tensor
 """Values a channel: known, or counted on the device where a mask says which count."""
 
@@ -58,7 +60,7 @@ def moments_of_kept(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         x: Shape ``[rows, channels, ...]``.
         kept: Which positions count, in a shape that goes with `x` and has one channel.
     """
-    wide, dims = _widened(x), _dims(x)
+    wide, dims = widened(x), _dims(x)
     count = kept.expand(len(x), 1, *x.shape[2:]).sum()
     mean = torch.where(kept, wide, 0.0).sum(dims) / count.clamp(min=1)
     squares = torch.where(kept, wide - _over(mean, x), 0.0).square().sum(dims)
@@ -105,7 +107,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, relay: Relay) -> Tensor:
-        wide = _widened(x)
+        wide = widened(x)
         if x.device.type in ("cpu", "cuda"):  # torch's own kernel; var_mean takes three times as long
             mean, variance = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
         else:
@@ -119,7 +121,7 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         if torch.is_grad_enabled():  # a second derivative is wanted, and the mean depends on x
-            wide = _widened(x)
+            wide = widened(x)
             d_mean, d_squares = d_moments
             d_x = 2 * _over(d_squares, x) * (wide - _over(wide.mean(_dims(x)), x)) + _over(d_mean / count, x)
             return d_x.to(x.dtype), None
@@ -186,10 +188,10 @@ class _Normalize(torch.autograd.Function):
         mean, scale, variance = moments.unbind(0)
         slope = scale if weight is None else scale * weight
         if torch.is_grad_enabled():  # a second derivative is wanted
-            wide = _widened(d_y)
+            wide = widened(d_y)
             d_x = (wide * _over(slope, x)).to(x.dtype)
             d_bias = wide.sum(_dims(x))
-            d_slope = (wide * (_widened(x) - _over(mean, x))).sum(_dims(x))
+            d_slope = (wide * (widened(x) - _over(mean, x))).sum(_dims(x))
         else:
             d_x, d_slope, d_bias = torch.ops.aten.native_batch_norm_backward(
                 d_y, x, slope, mean, torch.ones_like(mean), None, None, False, 0.0, [True, True, True]
@@ -225,7 +227,3 @@ def _dims(x: Tensor) -> list[int]:
 def _over(channels: Tensor, x: Tensor) -> Tensor:
     """A value for each channel, in a shape that goes with `x`."""
     return channels.view(1, -1, *(1,) * (x.ndim - 2))
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.element_size() < 4 else x
