@@ -242,7 +242,8 @@ def test_what_is_no_such_file_is_refused(tmp_path, written, said):
     ("options", "said"),
     [
         ({"width": 2}, r"0\.weight of shape \(4, 3\)"),
-        ({"schedule": True}, "0 schedules"),
+        ({"schedule": True}, "holds AdamW, and there is AdamW, LinearLR here"),
+        ({"optimizer": torch.optim.SGD}, "holds AdamW, and there is SGD here"),
         ({"precision": "fp16"}, 'another precision, and here is precision="fp16"'),
     ],
 )

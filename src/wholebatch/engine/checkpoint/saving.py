@@ -69,11 +69,12 @@ def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _to_disk(target.parent)
     except Exception as error:
-        beside.unlink(missing_ok=True)
         raise ConfigError(
             f"{target} cannot be written: {error}",
             hint="look at the folder, its rights and the space on its disk; a file that was there is as it was.",
         ) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = None) -> Any:

@@ -40,6 +40,7 @@ def state_of(windows: Windows, precision: Precision) -> dict[str, Any]:
         "weights": dict(weights),
         "versions": {name: dict(each) for name, each in getattr(weights, "_metadata", {}).items()},
         "buffers": _other_buffers(setup.model, weights),
+        "kinds": _kinds(setup),
         "optimizers": [each.state_dict() for each in setup.optimizers],
         "schedules": [each.state_dict() for each in setup.schedulers],
         "loss scale": precision.state_dict(),
@@ -67,9 +68,7 @@ def take_over(windows: Windows, precision: Precision, state: Mapping[str, Any]) 
             hint="load before the first window, or close or roll back this one: accumulator.open_window.rollback().",
         )
     _require_the_same_model(setup.model, state["weights"])
-    _require_the_same_optimizers(setup, state["optimizers"])
-    if len(state["schedules"]) != len(setup.schedulers):
-        raise _other(f"{len(state['schedules'])} schedules", f"{len(setup.schedulers)}")
+    _require_the_same_steppers(setup, state)
     precision.require(state["loss scale"])
     windows.require(state["window"])
     weights = _Versioned(state["weights"])
@@ -116,9 +115,16 @@ def _require_the_same_model(model: nn.Module, weights: Mapping[str, Any]) -> Non
             raise _other(f"{name} of shape {tuple(saved.shape)} in {saved.dtype}", f"{tuple(own.shape)} in {own.dtype}")
 
 
-def _require_the_same_optimizers(setup: Setup, saved: list[Any]) -> None:
+def _kinds(setup: Setup) -> list[str]:
+    """What steps the model, by name."""
+    return [type(each).__name__ for each in (*setup.optimizers, *setup.schedulers)]
+
+
+def _require_the_same_steppers(setup: Setup, state: Mapping[str, Any]) -> None:
+    if state["kinds"] != _kinds(setup):
+        raise _other(f"{', '.join(state['kinds'])}", f"{', '.join(_kinds(setup))}")
     here = [[len(group["params"]) for group in each.param_groups] for each in setup.optimizers]
-    there = [[len(group["params"]) for group in each["param_groups"]] for each in saved]
+    there = [[len(group["params"]) for group in each["param_groups"]] for each in state["optimizers"]]
     if here != there:
         raise _other(f"optimizers with parameter groups of {there} tensors", f"{here}")
 
