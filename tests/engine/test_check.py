@@ -29,6 +29,7 @@ from properties import assert_leaves_no_trace, flat, sgd, state_of
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.checks.causes import diagnose
 from wholebatch.engine.checks.pieces import Probe, flat_gradient, norm
+from wholebatch.engine.checks.silence import silenced
 from wholebatch.engine.objective import Objective
 
 
@@ -196,10 +197,10 @@ class Detector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = DROPOUT.build()
+        self.layers = mlp()
 
     def forward(self, x):
-        return {"loss": self.layers(x).square().mean()} if self.training else {"boxes": x}
+        return {"loss": self.layers(x + torch.randn_like(x)).square().mean()} if self.training else {"boxes": x}
 
 
 def test_a_model_that_returns_no_loss_in_evaluation_mode_is_not_compared_and_trains():
@@ -430,3 +431,58 @@ def test_a_flat_gradient_is_as_wide_as_the_widest_and_a_copy():
     kept = flat_gradient([alone])
     alone.grad.zero_()
     assert kept.tolist() == [1, 1]
+
+
+class OwnBatchNorm(nn.Module):
+    """Standardises by the rows that it sees in training mode, and by fixed numbers in evaluation."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.first, self.last, self.drop = nn.Linear(5, 7), nn.Linear(7, 3), drop
+
+    def forward(self, x):
+        hidden = self.drop(self.first(x), self.training)
+        if self.training:
+            hidden = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt()
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("way", ["first", "verify"])
+@pytest.mark.parametrize("drops", ["nothing", "by a function", "inside of attention"])
+def test_a_layer_that_looks_at_the_batch_in_training_mode_alone_is_seen_whatever_drops(drops, way):
+    def attend(x, training):
+        rows = x.reshape(len(x), 1, -1)
+        return nn.functional.scaled_dot_product_attention(rows, rows, rows, None, 0.5 * training).flatten(1)
+
+    drop = {
+        "nothing": lambda x, _: x,
+        "by a function": lambda x, training: nn.functional.dropout(x, 0.5, training),
+        "inside of attention": attend,
+    }[drops]
+    animal = Animal(lambda: OwnBatchNorm(drop), regression, mean_square)
+    batch = regression(12, torch.float64)
+    if way == "first":
+        accumulator = accumulator_of(animal, animal.model())
+        with pytest.raises(wb.VerifyError, match="depends on which rows are together"):
+            accumulator.step(batch)
+    else:
+        assert wb.verify(animal.model(), mean_square, batch).causes[0].name == "balancing loss"
+
+
+def test_the_mask_of_self_attention_is_silent_too():
+    attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True).double()
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    with silenced(attention):
+        assert torch.equal(attention(x, x, x, need_weights=False)[0], attention(x, x, x, need_weights=False)[0])
+    assert not torch.equal(attention(x, x, x, need_weights=False)[0], attention(x, x, x, need_weights=False)[0])
+
+
+def test_a_gradient_taken_inside_the_loss_through_exact_batch_norm_is_refused():
+    def penalised(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return mean_square(model, batch) + slope.square().sum(1).mean()
+
+    animal = Animal(lambda: wb.exact_batch_norm(BATCH_NORM.build()), regression, penalised)
+    with pytest.raises(wb.VerifyError, match="The micro-batches meet, and still"):
+        accumulator_of(animal, animal.model()).step(regression(10, torch.float64))

@@ -67,7 +67,7 @@ def test_a_cause_is_named(wrong, dtype):
 def test_several_causes_are_named_together():
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     verification = wb.verify(model, mean_square, regression(10, torch.float64), reduction="sum")
-    assert [cause.name for cause in verification.causes] == ["batch norm", "dropout", "reduction"]
+    assert [cause.name for cause in verification.causes] == ["batch norm", "reduction", "dropout"]
 
 
 def test_batch_norm_and_randomness_alone_are_not_called_anything_else():

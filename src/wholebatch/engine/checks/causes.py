@@ -14,7 +14,8 @@ from torch import nn
 
 from wholebatch.core.split import Indices
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.checks.pieces import Piece, Probe, compare, errors, evaluating, is_rounding, weighted_sum
+from wholebatch.engine.checks.pieces import Piece, Probe, compare, errors, is_rounding, weighted_sum
+from wholebatch.engine.checks.silence import DROPOUT, evaluating, silenced
 from wholebatch.engine.device import input_device
 from wholebatch.engine.transaction import RandomState
 
@@ -73,15 +74,10 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
         return found is None or is_rounding(found, probe.tolerance)
 
     def draws() -> bool:
-        first, second = probe.run(whole), probe.run(whole)
-        if first is None or second is None:
-            return False
-        return float((first.gradient - second.gradient).norm()) > probe.tolerance * float(first.gradient.norm())
+        return _draws(probe, whole)
 
     def stirs() -> bool:
-        before = RandomState.now(input_device(probe.model))
-        probe.run(whole)
-        return not before.stands()
+        return _stirs(probe, whole)
 
     if agree() or (probe.coarsen(lambda: probe.run(whole)) and agree()):
         return causes
@@ -95,6 +91,9 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
         random = [random_cause(probe.model)]
         seen = random if draws() else []
         drawn = bool(seen) or stirs()
+        if drawn and judged_in_training(probe, whole):
+            with silenced(probe.model):
+                return causes + ([] if agree() else _arithmetic_causes(probe, whole, parts)) + random
         with evaluating(list(probe.model.modules()) if drawn else []):
             try:
                 if drawn and (agree() or draws() or stirs()):
@@ -102,6 +101,30 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
             except Exception:  # some models give no loss in this mode, and what was found is all that can be
                 return causes + random
             return causes + seen + _arithmetic_causes(probe, whole, parts)
+
+
+def judged_in_training(probe: Probe, whole: Indices) -> bool:
+    """Return whether a model gives the same gradient for the same rows in training mode, once dropout is silent.
+
+    Then a gradient that the cut changes there is no matter of chance, even if evaluation mode shows nothing of it.
+    """
+    with silenced(probe.model):
+        return not (_draws(probe, whole) or _stirs(probe, whole))
+
+
+def _draws(probe: Probe, whole: Indices) -> bool:
+    """Whether the same rows give another gradient the second time."""
+    first, second = probe.run(whole), probe.run(whole)
+    if first is None or second is None:
+        return False
+    return float((first.gradient - second.gradient).norm()) > probe.tolerance * float(first.gradient.norm())
+
+
+def _stirs(probe: Probe, whole: Indices) -> bool:
+    """Whether running some rows takes numbers from a random stream."""
+    before = RandomState.now(input_device(probe.model))
+    probe.run(whole)
+    return not before.stands()
 
 
 def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cause]:
@@ -212,9 +235,8 @@ def meets_nobody_cause() -> Cause:
 
 def random_cause(model: nn.Module) -> Cause:
     """Return the cause that random numbers are, with the dropout layers of a model by name."""
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
     names = [
-        name for name, layer in model.named_modules() if isinstance(layer, kinds) and layer.training and layer.p > 0
+        name for name, layer in model.named_modules() if isinstance(layer, DROPOUT) and layer.training and layer.p > 0
     ]
     if names:
         return Cause(

@@ -12,8 +12,9 @@ from wholebatch.core.errors import VerifyError
 from wholebatch.core.split import Indices, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.checks.causes import Cause, diagnose
-from wholebatch.engine.checks.pieces import Probe, compare, evaluating, is_rounding
+from wholebatch.engine.checks.causes import Cause, diagnose, judged_in_training
+from wholebatch.engine.checks.pieces import Probe, compare, is_rounding
+from wholebatch.engine.checks.silence import evaluating, silenced
 from wholebatch.engine.device import input_device
 from wholebatch.engine.fit.cutting import Cutting
 from wholebatch.engine.forward import Forward
@@ -105,8 +106,8 @@ def check_first(
 ) -> str | None:
     """Compare a few rows of the first logical batch, cut and uncut, and leave no trace.
 
-    Randomness and batch norm are left to their own rules here: a model that draws random numbers, or computes over
-    the batch by the user's wish, is compared in evaluation mode.
+    Randomness and batch norm are left to their own rules here: dropout is silent, batch norm that computes over the
+    batch by the user's wish is in evaluation mode, and so is a model that draws random numbers all the same.
 
     Args:
         model: The module.
@@ -152,14 +153,22 @@ def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
         return max(found)
     if probe.coarsen(lambda: probe.run(piece)) and is_rounding(found, probe.tolerance):  # such as autocast in the loss
         return max(found)
-    with evaluating(list(probe.model.modules())):
-        try:
-            found = compare(probe, piece, parts) or [0.0]
-        except Exception as error:  # some models give no loss in this mode
-            return f"they differ in training mode, and in evaluation mode the loss raises {type(error).__name__}"
-        if is_rounding(found, probe.tolerance):
-            return max(found)
-        found, causes = _look_closer(probe, piece, parts, found)
+    if not judged_in_training(probe, piece):
+        with evaluating(list(probe.model.modules())):
+            return _judge(probe, piece, parts, found)
+    with silenced(probe.model):
+        return _judge(probe, piece, parts, found)
+
+
+def _judge(probe: Probe, piece: list[int], parts: list[list[int]], found: list[float]) -> float | str:
+    """Compare as `_compare_piece` does, in the mode in which layers are now."""
+    try:
+        found = compare(probe, piece, parts) or [0.0]
+    except Exception as error:  # some models give no loss in this mode
+        return f"they differ in training mode, and in evaluation mode the loss raises {type(error).__name__}"
+    if is_rounding(found, probe.tolerance):
+        return max(found)
+    found, causes = _look_closer(probe, piece, parts, found)
     if not causes:
         return max(found)
     if any(cause.name in ("dropout", "randomness") for cause in causes):

@@ -314,16 +314,3 @@ def weighted_sum(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
     factors = [1 / total if piece.is_sum else weight for piece, weight in zip(pieces, weights, strict=True)]
     terms = torch.stack([factor * piece.gradient for factor, piece in zip(factors, pieces, strict=True)])
     return terms.sum(0), terms.abs().sum(0)
-
-
-@contextmanager
-def evaluating(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Put layers into evaluation mode, each by itself, and back again."""
-    modes = [(layer, layer.training) for layer in layers]
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
