@@ -486,3 +486,25 @@ def test_a_gradient_taken_inside_the_loss_through_exact_batch_norm_is_refused():
     animal = Animal(lambda: wb.exact_batch_norm(BATCH_NORM.build()), regression, penalised)
     with pytest.raises(wb.VerifyError, match="The micro-batches meet, and still"):
         accumulator_of(animal, animal.model()).step(regression(10, torch.float64))
+
+
+def normalised_by_a_function(model, batch):
+    return mse_loss(nn.functional.batch_norm(model(batch["x"]), None, None, training=True), batch["y"])
+
+
+def test_batch_norm_that_is_no_layer_is_refused_with_a_hint():
+    animal = Animal(mlp, regression, normalised_by_a_function)
+    with pytest.raises(wb.BatchNormError, match="no layer of this model") as error:
+        accumulator_of(animal, animal.model()).step(regression(12, torch.float64))
+    assert "teacher.eval()" in error.value.hint
+
+
+def test_a_graph_of_all_micro_batches_that_the_loss_uses_up_is_refused():
+    def attacked(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(mse_loss(model(x), batch["y"]), x)
+        return mse_loss(model(batch["x"] + 0.1 * slope.sign()), batch["y"])
+
+    animal = Animal(lambda: wb.exact_batch_norm(BATCH_NORM.build()), regression, attacked)
+    with pytest.raises(wb.MeetingError, match="A gradient is taken inside the loss"):
+        accumulator_of(animal, animal.model()).step(regression(10, torch.float64))

@@ -250,3 +250,8 @@ def test_what_is_no_module_cannot_be_verified():
     with pytest.raises(wb.OptimizerError, match="model is a function") as error:
         wb.verify(mean_square, mlp(), regression(4, torch.float32))
     assert "wb.verify(model, loss_fn, batch)" in error.value.hint
+
+
+def test_a_way_of_cutting_that_is_none_is_refused():
+    with pytest.raises(wb.ConfigError, match="micro_batch=3 says nothing"):
+        verified(CALM["mlp"], micro_batch=3)

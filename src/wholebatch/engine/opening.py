@@ -37,8 +37,9 @@ class Windows:
         self._seat: Seat | None = None
         guard = _guard(weakref.ref(self))
         for each in rules.setup.optimizers:
-            hook = each.register_step_pre_hook(guard)
-            weakref.finalize(self, hook.remove)
+            if hasattr(each, "_optimizer_step_pre_hooks"):  # a wrapper may leave out super().__init__()
+                hook = each.register_step_pre_hook(guard)
+                weakref.finalize(self, hook.remove)
 
     def open(
         self,

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -136,13 +137,19 @@ def check_belonging(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Check that optimizers can step a model.
 
     Raises:
-        OptimizerError: They are not of the right kind, an optimizer holds parameters that are not the model's, needs a
-            closure, or shares a parameter with another.
+        OptimizerError: They are not of the right kind, a parameter has no shape yet, an optimizer holds parameters that
+            are not the model's, needs a closure, or shares a parameter with another.
     """
     if not isinstance(model, nn.Module):
         raise OptimizerError(
             f"The model is a {type(model).__name__}, not a torch.nn.Module.",
             hint="pass the module itself; several modules go together in a torch.nn.ModuleList or ModuleDict.",
+        )
+    lazy = [name for name, each in model.named_parameters() if isinstance(each, UninitializedParameter)]
+    if lazy:
+        raise OptimizerError(
+            f"Lazy parameters have no shape yet: {', '.join(lazy[:5])}.",
+            hint="run the model on one batch first, under torch.no_grad().",
         )
     if not optimizers:
         raise OptimizerError("There is no optimizer.", hint="pass one, such as torch.optim.AdamW(model.parameters()).")

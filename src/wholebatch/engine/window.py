@@ -406,6 +406,7 @@ class Window:
             with group.moving(), self._rules.precision.settling(read.scaled_norm):
                 group.deliver(self.sums, read.factor * clip)
                 late = self._step()
+                torch.clear_autocast_cache()  # or an autocast around the whole loop would go on with the old weights
             self.sums.commit()
             self._end(Phase.CLOSED)
             self._update = self._record(loss=read.loss, norm=read.norm, lr=lr, skipped=None)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wholebatch.core.batch import Layout, LogicalBatch, paths
-from wholebatch.core.errors import NonFiniteError, OptimizerError, SplitError, WeightError
+from wholebatch.core.errors import ConfigError, NonFiniteError, OptimizerError, SplitError, WeightError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
@@ -116,6 +116,11 @@ def verify(
         raise OptimizerError(
             f"The model is a {type(model).__name__}, not a torch.nn.Module.",
             hint="pass the module first: wb.verify(model, loss_fn, batch).",
+        )
+    if micro_batch is not None and not isinstance(micro_batch, Rows | Tokens):
+        raise ConfigError(
+            f"micro_batch={micro_batch!r} says nothing about which rows go together.",
+            hint="pass wb.Rows(8) or wb.Tokens(4096, length=...), or leave it out.",
         )
     whole = paths(whole)
     rows = Layout(collate, whole, dims).logical(batch)

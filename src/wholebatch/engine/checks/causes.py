@@ -189,7 +189,9 @@ def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -
                 f"another one for each micro-batch. It reaches {_listed(reached)}; all other parameters have the "
                 "gradient of the undivided batch.",
                 "compute it over the whole logical batch, from statistics that are summed over all micro-batches: "
-                "wb.losses.load_balancing, or wb.sum_over_batch(x).",
+                "wb.losses.load_balancing, or wb.sum_over_batch(x). A mean over another number than the targets is "
+                "one of them: its sum, divided by wb.sum_over_batch(count). A term that has nothing to do with rows, "
+                "such as a regulariser beside a sum, is the third of (loss_sum, targets, once).",
             )
         ]
     return [_NOT_A_SUM]

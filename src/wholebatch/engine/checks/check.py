@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from wholebatch.core.batch import Layout, LogicalBatch
-from wholebatch.core.errors import VerifyError
+from wholebatch.core.errors import BatchNormError, MeetingError, VerifyError
 from wholebatch.core.split import Indices, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
@@ -123,6 +123,8 @@ def check_first(
 
     Raises:
         VerifyError: The cut changes the gradient; the error names the cause.
+        BatchNormError: Batch norm outside of the model's layers does not run on one row.
+        MeetingError: The loss takes a gradient through what meets.
     """
     pieces = _few(rows.rows, fitting, lengths)
     if not pieces:
@@ -134,6 +136,9 @@ def check_first(
         dependent = set(batch_dependent_layers(model))
         with evaluating([layer for name, layer in model.named_modules() if name in dependent]):
             found = [_compare_piece(probe, piece) for piece in pieces]
+    except (ValueError, RuntimeError) as error:
+        _explain(error, meets=probe.meets)
+        raise
     finally:
         transaction.roll_back()
     errors = [each for each in found if isinstance(each, float)]
@@ -158,6 +163,24 @@ def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
             return _judge(probe, piece, parts, found)
     with silenced(probe.model):
         return _judge(probe, piece, parts, found)
+
+
+def _explain(error: Exception, *, meets: bool) -> None:
+    """Raise a clearer error for those that say that rows are looked at together."""
+    if "Expected more than 1 value per channel" in str(error):
+        raise BatchNormError(
+            "Batch norm that is no layer of this model (a function, or a second model in training mode) computes over "
+            "the rows that it is given, and a single row has no variance.",
+            hint="put what normalises into the model as layers, for wb.exact_batch_norm(model); a second model that "
+            "does not learn goes into evaluation mode: teacher.eval().",
+        ) from error
+    if meets and "through the graph a second time" in str(error):
+        raise MeetingError(
+            "A gradient is taken inside the loss, through layers that look at the whole logical batch: it would be "
+            "that of one micro-batch, and use up the graph of all.",
+            hint="let those layers look at each row for itself: wb.convert_batch_norm(model) or "
+            "wb.freeze_batch_norm(model).",
+        ) from error
 
 
 def _judge(probe: Probe, piece: list[int], parts: list[list[int]], found: list[float]) -> float | str:

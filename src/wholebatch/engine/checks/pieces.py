@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.split import Indices
 from wholebatch.core.weights import mean_weights
+from wholebatch.engine.backward import run_backward
 from wholebatch.engine.checks.rounding import CoarsestDtype
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.meetings.company import Alone, among, recomputing_with
@@ -170,7 +171,7 @@ class Probe:
         sums = GradientSum(self.parameters, [], "weights")
         sums.start()
         try:
-            torch.autograd.backward(losses, weights)
+            run_backward(losses, weights)
             return flat_gradient(self.parameters, self._sample).double()
         finally:
             sums.roll_back()
