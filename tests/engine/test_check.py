@@ -508,3 +508,49 @@ def test_a_graph_of_all_micro_batches_that_the_loss_uses_up_is_refused():
     animal = Animal(lambda: wb.exact_batch_norm(BATCH_NORM.build()), regression, attacked)
     with pytest.raises(wb.MeetingError, match="A gradient is taken inside the loss"):
         accumulator_of(animal, animal.model()).step(regression(10, torch.float64))
+
+
+class CarriesOver(nn.Module):
+    """Subtracts a moving mean, which every pass in training mode moves."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.layers, self.reads, self.drop = mlp(), reads, nn.Dropout(0.3)
+        self.register_buffer("centre", torch.zeros(3))
+
+    def forward(self, x):
+        out = self.layers(self.drop(x))
+        moved = out - self.centre if self.reads else out
+        if self.training:
+            self.centre = torch.lerp(self.centre, out.detach().mean(0), 0.5)
+        return moved
+
+
+@pytest.mark.parametrize("way", ["first", "verify"])
+def test_a_buffer_that_the_loss_reads_and_every_pass_moves_is_named(way):
+    animal = Animal(lambda: CarriesOver(reads=True), regression, mean_square)
+    model, batch = animal.model(), regression(12, torch.float64)
+    if way == "first":
+        with assert_leaves_no_trace(model), pytest.raises(wb.VerifyError, match=r"forward pass changes \(centre\)"):
+            accumulator_of(animal, model).step(batch)
+    else:
+        (cause,) = wb.verify(model, mean_square, batch).causes
+        assert (cause.name, cause.layers) == ("carried over", ("centre",))
+
+
+def test_a_buffer_that_the_loss_does_not_read_may_move():
+    animal = Animal(lambda: CarriesOver(reads=False), regression, mean_square)
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(regression(12, torch.float64)).applied
+    assert "equal to" in accumulator.reasons[0]
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm], ids=["old", "new"])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`|`torch.nn.utils.spectral_norm`")
+def test_spectral_norm_is_no_mistake(norm):
+    torch.manual_seed(0)
+    animal = Animal(
+        lambda: nn.Sequential(norm(nn.Linear(5, 7)), nn.Tanh(), norm(nn.Linear(7, 3))), regression, mean_square
+    )
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(regression(12, torch.float64)).applied

@@ -14,6 +14,7 @@ from torch import nn
 
 from wholebatch.core.split import Indices
 from wholebatch.engine.batchnorm import batch_dependent_layers
+from wholebatch.engine.checks.carrying import carried
 from wholebatch.engine.checks.pieces import Piece, Probe, compare, errors, is_rounding, weighted_sum
 from wholebatch.engine.checks.silence import DROPOUT, evaluating, silenced
 from wholebatch.engine.device import input_device
@@ -25,8 +26,8 @@ class Cause:
     """Why a cut changes the gradient.
 
     Attributes:
-        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"reduction"``, ``"targets"``, ``"not finite"``,
-            ``"balancing loss"`` or ``"not a sum over rows"``. A user's own step has further ones, in
+        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"carried over"``, ``"reduction"``, ``"targets"``,
+            ``"not finite"``, ``"balancing loss"`` or ``"not a sum over rows"``. A user's own step has further ones, in
             `wholebatch.evidence.certificate`.
         found: What was found, as a sentence.
         hint: What to do about it.
@@ -81,6 +82,9 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
 
     if agree() or (probe.coarsen(lambda: probe.run(whole)) and agree()):
         return causes
+    buffers = carried(probe, whole)
+    if buffers:
+        return [carried_cause(buffers)]
     layers = batch_dependent_layers(probe.model)
     with evaluating([layer for name, layer in probe.model.named_modules() if name in layers]):
         if layers:
@@ -212,6 +216,17 @@ def _reached_by_a_term(probe: Probe, undivided: Piece, pieces: Sequence[Piece]) 
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def carried_cause(buffers: Sequence[str]) -> Cause:
+    """Return the cause that these buffers are, by their names in the model."""
+    return Cause(
+        "carried over",
+        f"The gradient depends on buffers that every forward pass changes ({_listed(buffers)}): a micro-batch sees "
+        "what the one before it left, and an update moves them once for each.",
+        "change them once an update, after accumulator.step(batch).",
+        layers=tuple(buffers),
+    )
 
 
 def batch_norm_cause(layers: Sequence[str]) -> Cause:

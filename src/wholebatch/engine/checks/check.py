@@ -12,7 +12,8 @@ from wholebatch.core.errors import BatchNormError, MeetingError, VerifyError
 from wholebatch.core.split import Indices, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.checks.causes import Cause, diagnose, judged_in_training
+from wholebatch.engine.checks.carrying import carried
+from wholebatch.engine.checks.causes import Cause, carried_cause, diagnose, judged_in_training
 from wholebatch.engine.checks.pieces import Probe, compare, is_rounding
 from wholebatch.engine.checks.silence import evaluating, silenced
 from wholebatch.engine.device import input_device
@@ -158,6 +159,10 @@ def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
         return max(found)
     if probe.coarsen(lambda: probe.run(piece)) and is_rounding(found, probe.tolerance):  # such as autocast in the loss
         return max(found)
+    buffers = carried(probe, piece)
+    if buffers:
+        cause = carried_cause(buffers)
+        raise VerifyError(_off_by(found, piece) + cause.found, hint=f"{cause.hint} check=None takes it as it is.")
     if not judged_in_training(probe, piece):
         with evaluating(list(probe.model.modules())):
             return _judge(probe, piece, parts, found)
@@ -195,13 +200,19 @@ def _judge(probe: Probe, piece: list[int], parts: list[list[int]], found: list[f
     if not causes:
         return max(found)
     if any(cause.name in ("dropout", "randomness") for cause in causes):
-        return "model or loss draw random numbers in evaluation mode too"
+        return "model or loss draw random numbers in evaluation mode too, or carry something over to the next pass"
     if any(cause.name == "not finite" for cause in causes):
         return math.nan
     raise VerifyError(
-        f"The cut changes the gradient: on {len(piece)} rows of the first batch, one against the others, it is off by "
-        f"{max(found):.2g} (relative). " + " ".join(cause.found for cause in causes),
+        _off_by(found, piece) + " ".join(cause.found for cause in causes),
         hint=" ".join(cause.hint for cause in causes) or "look closer with wb.verify(model, loss_fn, batch).",
+    )
+
+
+def _off_by(found: list[float], piece: list[int]) -> str:
+    return (
+        f"The cut changes the gradient: on {len(piece)} rows of the first batch, one against the others, it is off by "
+        f"{max(found):.2g} (relative). "
     )
 
 
