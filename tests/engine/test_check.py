@@ -513,10 +513,13 @@ def test_a_graph_of_all_micro_batches_that_the_loss_uses_up_is_refused():
 class CarriesOver(nn.Module):
     """Subtracts a moving mean, which every pass in training mode moves."""
 
-    def __init__(self, reads):
+    def __init__(self, reads, where="buffer"):
         super().__init__()
-        self.layers, self.reads, self.drop = mlp(), reads, nn.Dropout(0.3)
-        self.register_buffer("centre", torch.zeros(3))
+        self.layers, self.reads, self.drop, self.dims = mlp(), reads, nn.Dropout(0.3), (0,)
+        if where == "buffer":
+            self.register_buffer("centre", torch.zeros(3))
+        else:
+            self.centre = torch.zeros(3, dtype=torch.float64)
 
     def forward(self, x):
         out = self.layers(self.drop(x))
@@ -527,15 +530,38 @@ class CarriesOver(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["first", "verify"])
-def test_a_buffer_that_the_loss_reads_and_every_pass_moves_is_named(way):
-    animal = Animal(lambda: CarriesOver(reads=True), regression, mean_square)
+@pytest.mark.parametrize("where", ["buffer", "attribute"])
+def test_what_the_loss_reads_and_every_pass_moves_is_named(where, way):
+    animal = Animal(lambda: CarriesOver(True, where), regression, mean_square)
     model, batch = animal.model(), regression(12, torch.float64)
     if way == "first":
-        with assert_leaves_no_trace(model), pytest.raises(wb.VerifyError, match=r"forward pass changes \(centre\)"):
+        with (
+            assert_leaves_no_trace(model),
+            pytest.raises(wb.VerifyError, match=r"forward pass changes in the model \(centre\)"),
+        ):
             accumulator_of(animal, model).step(batch)
     else:
         (cause,) = wb.verify(model, mean_square, batch).causes
         assert (cause.name, cause.layers) == ("carried over", ("centre",))
+
+
+class WarmsUp(nn.Module):
+    """Counts its passes in a plain number, by which it scales what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.passes = mlp(), 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return self.layers(x) * (1 - 0.5**self.passes)
+
+
+def test_a_number_that_counts_passes_is_named_and_put_back():
+    animal = Animal(WarmsUp, regression, mean_square)
+    model = animal.model()
+    with pytest.raises(wb.VerifyError, match=r"changes in the model \(passes\)"):
+        accumulator_of(animal, model).step(regression(12, torch.float64))
 
 
 def test_a_buffer_that_the_loss_does_not_read_may_move():
@@ -554,3 +580,4 @@ def test_spectral_norm_is_no_mistake(norm):
     )
     accumulator = accumulator_of(animal, animal.model())
     assert accumulator.step(regression(12, torch.float64)).applied
+    assert "in evaluation mode" in accumulator.reasons[0]

@@ -121,7 +121,7 @@ def check_stream(items: Any, micro_batches: Any) -> None:
             f"A window of {micro_batches} micro-batches would never become an update.",
             hint="pass micro_batches=1 or more.",
         )
-    if isinstance(items, Mapping | str):
+    if isinstance(items, Mapping):
         raise WindowError(
             f"A {type(items).__name__} is no loader of micro-batches.",
             hint="pass what yields it; a single logical batch goes to accumulator.step(batch).",

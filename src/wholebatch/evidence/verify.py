@@ -81,8 +81,8 @@ def verify(
         over"``, ``"reduction"``, ``"targets"``, ``"balancing loss"``, ``"not a sum over rows"``. Of a step:
         ``"mean of means"``, ``"ragged last window"``, ``"temperature counted k times"``, ``"balancing loss"``,
         ``"optimizer stepped per micro-batch"``, ``"scheduler per micro-batch"``, ``"retry on partial gradients"``,
-        ``"stagnating bf16 sums"``, ``"clipping before the sum"``, ``"dropped micro-batches"``, ``"not divided"``, ``"wrong divisor"``,
-        ``"weights"``, ``"no update"``.
+        ``"stagnating bf16 sums"``, ``"clipping before the sum"``, ``"dropped micro-batches"``, ``"not divided"``,
+        ``"wrong divisor"``, ``"weights"``, ``"no update"``.
 
     Raises:
         SplitError: The batch has fewer than two rows, or its parts disagree on how many rows there are.

@@ -219,12 +219,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def carried_cause(buffers: Sequence[str]) -> Cause:
-    """Return the cause that these buffers are, by their names in the model."""
+    """Return the cause that these buffers and attributes are, by their names in the model."""
     return Cause(
         "carried over",
-        f"The gradient depends on buffers that every forward pass changes ({_listed(buffers)}): a micro-batch sees "
-        "what the one before it left, and an update moves them once for each.",
-        "change them once an update, after accumulator.step(batch).",
+        f"The gradient depends on what every forward pass changes in the model ({_listed(buffers)}): a micro-batch "
+        "sees what the one before it left, and an update changes it once for each.",
+        "change it once an update, after accumulator.step(batch), and not in the forward pass.",
         layers=tuple(buffers),
     )
 

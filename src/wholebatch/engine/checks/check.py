@@ -147,8 +147,12 @@ def check_first(
         return None
     if not errors:
         return f"The first batch was not compared cut and uncut: {found[0]}."
-    compared = sum(map(len, pieces))
-    return f"The first batch was compared cut and uncut on {compared} rows: equal to {max(errors):.1e} (relative)."
+    compared, mode = sum(map(len, pieces)), ""
+    if any(isinstance(each, _Evaluating) for each in errors):
+        mode = ", in evaluation mode, since two passes in training mode differ by themselves"
+    return (
+        f"The first batch was compared cut and uncut on {compared} rows: equal to {max(errors):.1e} (relative){mode}."
+    )
 
 
 def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
@@ -165,9 +169,14 @@ def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
         raise VerifyError(_off_by(found, piece) + cause.found, hint=f"{cause.hint} check=None takes it as it is.")
     if not judged_in_training(probe, piece):
         with evaluating(list(probe.model.modules())):
-            return _judge(probe, piece, parts, found)
+            judged = _judge(probe, piece, parts, found)
+            return _Evaluating(judged) if isinstance(judged, float) else judged
     with silenced(probe.model):
         return _judge(probe, piece, parts, found)
+
+
+class _Evaluating(float):
+    """An error that was found in evaluation mode, since training mode cannot be compared."""
 
 
 def _explain(error: Exception, *, meets: bool) -> None:
