@@ -120,3 +120,36 @@ def test_an_optimizer_around_another_that_left_its_own_making_out_is_stepped():
 def test_a_learning_rate_may_be_a_tensor():
     setup = Setup.of(MODEL, torch.optim.SGD(MODEL.parameters(), lr=torch.tensor(0.25)), None)
     assert setup.lr == 0.25
+
+
+@pytest.mark.parametrize(
+    "schedule", [lr_scheduler.ExponentialLR, lr_scheduler.CosineAnnealingLR], ids=lambda s: s.__name__
+)
+def test_a_schedule_that_the_loop_steps_too_is_refused_before_the_third_update(schedule):
+    model = mlp()
+    optimizer = sgd_of(model)
+    scheduler = schedule(optimizer, 10 if schedule is lr_scheduler.CosineAnnealingLR else 0.5)
+    accumulator = wb.Accumulator(model, optimizer, mean_square, lr_scheduler=scheduler, check=None)
+    batch = {"x": torch.randn(6, 5), "y": torch.randn(6, 3)}
+    for _ in range(2):
+        assert accumulator.step(batch).applied
+        scheduler.step()
+    with pytest.raises(wb.WindowError, match=f"{schedule.__name__} was stepped by somebody else") as error:
+        accumulator.step(batch)
+    assert "scheduler.step()" in error.value.hint
+    assert accumulator.open_window is None
+
+
+def test_a_schedule_whose_state_is_loaded_between_updates_goes_on():
+    model = mlp()
+    optimizer = sgd_of(model)
+    scheduler = lr_scheduler.StepLR(optimizer, 2)
+    accumulator = wb.Accumulator(model, optimizer, mean_square, lr_scheduler=scheduler, check=None)
+    batch = {"x": torch.randn(6, 5), "y": torch.randn(6, 3)}
+    states = []
+    for _ in range(4):
+        states.append(scheduler.state_dict() | {"last_epoch": scheduler.last_epoch + 1})
+        assert accumulator.step(batch).applied
+    for state in (states[3], states[1], states[3]):
+        scheduler.load_state_dict(state)
+        assert accumulator.step(batch).applied

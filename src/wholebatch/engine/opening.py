@@ -60,7 +60,7 @@ class Windows:
             company: What its micro-batches find where they want to meet.
 
         Raises:
-            WindowError: The last window is still open.
+            WindowError: The last window is still open, or a schedule is stepped by somebody else too.
         """
         if self.current is not None:
             raise WindowError(
@@ -68,6 +68,7 @@ class Windows:
                 hint="close or roll back the first one (accumulator.open_window); a second model or optimizer takes an "
                 "accumulator of its own.",
             )
+        self.rules.setup.schedules.require_to_be_alone()
         self.rules.setup.group.open(self.renew_sums)
         self.renew_sums()
         if targets is not None:
