@@ -242,8 +242,11 @@ def count_rows(
 
 def _length(leaf: Any) -> int | None:
     """The first dimension of an array, or None for anything else."""
-    shape = leaf.shape if is_array(leaf) and not _kind_without_rows(leaf) else None
-    return shape[0] if shape else None
+    try:
+        shape = getattr(leaf, "shape", None)
+        return shape[0] if shape and hasattr(leaf, "__getitem__") else None
+    except (RuntimeError, LookupError):  # as a nested tensor has it, or a dict that answers for any attribute
+        return None
 
 
 @dataclass(frozen=True, slots=True)
