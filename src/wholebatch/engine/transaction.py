@@ -239,6 +239,11 @@ class Transaction:
             self._marked.random.restore()
             self._marked.put_back_buffers(self._modules)
 
+    def roll_back_random(self) -> None:
+        """Put the random streams back to where they were at `begin`, and leave buffers as they are."""
+        if self._begun.random is not None:
+            self._begun.random.restore()
+
     def roll_back_buffers(self) -> None:
         """Put buffers back to where they were at `begin`, and let the random streams go on."""
         self._begun.put_back_buffers(self._modules)
