@@ -203,6 +203,26 @@ def test_token_budgets_hold_for_long_rows_and_for_short_ones(plans):
     assert plan.to_dict()["micro_batch"] == {"tokens": plan.micro_batch.tokens}
 
 
+@pytest.mark.parametrize("budget", range(150, 400, 50))
+def test_token_budgets_hold_for_every_length(budget):
+    """Lengths that go into the tokens without a rest take most: 8 rows of 126 tokens, where 7 of 127 fit."""
+    lengths = tuple(range(16, 128)) * 3
+    way = Way("as it is", need(1000, per_token=200_000))
+    plan = Planner(Task(336, budget * MIB, lengths, len), [way]).plan()
+    assert plan.peak_bytes <= plan.budget_bytes
+    shapes = [(plan.micro_batch.tokens // length, length) for length in set(lengths)]
+    assert max(plan.peak_at(*shape) for shape in shapes) <= plan.budget_bytes
+    longest = [plan.peak_at(rows + 1, 127) for rows, length in shapes if length == 127]
+    assert min(longest) > 0.995 * plan.budget_bytes
+    if budget == 200:  # a budget of tokens that holds at both ends alone
+        ends = max(tokens for tokens in range(127, 4000) if holds(way.need, tokens, budget * MIB, (16, 127)))
+        assert not holds(way.need, ends, budget * MIB, range(16, 128))
+
+
+def holds(need, tokens, budget, lengths):
+    return all(need.peak(tokens // length, length) <= budget for length in lengths)
+
+
 def test_a_micro_batch_that_was_chosen_is_judged():
     fits = Planner(Task(512, 200 * MIB), [AS_IS], even).stated(Rows(8))
     assert (fits.fits, fits.micro_batches, fits.peak_bytes) == (True, 64, 50 * MIB)

@@ -9,7 +9,8 @@ no line: it is the upper envelope of many.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Literal, TypeAlias
 
 Kind: TypeAlias = Literal["data", "activations", "gradients", "running sum", "temporary", "scratch", "arriving"]
@@ -74,7 +75,7 @@ class Trace:
 _KINDS: tuple[Kind, ...] = ("data", "activations", "gradients", "running sum", "temporary", "scratch", "arriving")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Passes:
     """What the forward and backward passes of a window take, at any size.
 
@@ -89,7 +90,7 @@ class Passes:
     lengths: tuple[int, ...]
     traces: Mapping[Size, Trace]
     exact: bool = True
-    _cache: dict[tuple[Size, bool], dict[Kind, int]] = field(default_factory=dict, compare=False, repr=False)
+    _cache: dict[tuple[float, int, bool], tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, traces: Mapping[Size, Trace]) -> "Passes":
@@ -111,48 +112,71 @@ class Passes:
         held = traces if exact else {size: trace.collapsed() for size, trace in traces.items()}
         return cls((rows[0], rows[-1]), lengths, dict(held), exact)
 
-    def peak(self, rows: int, length: int = 0, *, alone: bool = False) -> int:
+    def peak(self, rows: float, length: int = 0, *, alone: bool = False) -> int:
         """Return the most that is live at once above what is there before the window.
 
         Args:
-            rows: Of a micro-batch.
+            rows: Of a micro-batch; parts of one count as well.
             length: Of each of these rows, padded; 0 where rows have no length.
             alone: Whether it is the only micro-batch of its window, so that no earlier one has left a gradient.
         """
-        return sum(self.held(rows, length, alone=alone).values())
+        return self._highest(rows, length, alone)[1]
 
-    def held(self, rows: int, length: int = 0, *, alone: bool = False) -> dict[Kind, int]:
-        """Return what is live at the highest moment, by kind."""
-        key = ((rows, length), alone)
+    def held(self, rows: float, length: int = 0, *, alone: bool = False) -> dict[Kind, int]:
+        """Return what is live at the highest moment, by kind; the values add up to `peak`."""
+        at, peak = self._highest(rows, length, alone)
+        sums: dict[Kind, float] = {}
+        for weight, trace in self._weighted(rows, length):
+            for change, kind in zip(trace.changes[:at], trace.kinds, strict=False):
+                sums[kind] = sums.get(kind, 0.0) + weight * change
+        held = {kind: max(0, round(size)) for kind, size in sums.items()}
+        if held:
+            most = max(held, key=held.__getitem__)
+            held[most] += peak - sum(held.values())  # what rounding leaves
+        return held
+
+    def _highest(self, rows: float, length: int, alone: bool) -> tuple[int, int]:
+        """The moment at which most is live, as a number of changes, and how much that is."""
+        key = rows, length, alone
         if key not in self._cache:
-            self._cache[key] = self._held(rows, length, alone)
+            live = [0.0] * len(self._moments)
+            for weight, trace in self._weighted(rows, length):
+                live = [one + weight * other for one, other in zip(live, self._live[id(trace)], strict=True)]
+            if alone:
+                live = live[: self._moments.index(next(iter(self.traces.values())).second) + 1]
+            most = max(live)
+            self._cache[key] = self._moments[live.index(most)], max(0, round(most))
         return self._cache[key]
 
-    def _held(self, rows: int, length: int, alone: bool) -> dict[Kind, int]:
-        one = next(iter(self.traces.values()))
-        changes = self._changes(rows, length)
-        if alone:
-            changes = changes[: one.second]
-        live = list(accumulate(changes, initial=0.0))
-        at = live.index(max(live))
-        sums: dict[Kind, float] = {}
-        for change, kind in zip(changes[:at], one.kinds, strict=False):
-            sums[kind] = sums.get(kind, 0.0) + change
-        return {kind: max(0, round(size)) for kind, size in sums.items()}
-
-    def _changes(self, rows: int, length: int) -> list[float]:
-        """What each moment takes at a size: a line in the rows, a polynomial in the length."""
+    def _weighted(self, rows: float, length: int) -> list[tuple[float, Trace]]:
+        """What each trace counts at a size: its sizes are a line in the rows, and a polynomial in the length."""
         low, high = self.rows
         share = (rows - low) / (high - low) if high > low else 0.0
-        weights = lagrange(self.lengths, length if len(self.lengths) > 1 else self.lengths[0])
-        total: list[float] = []
-        for at, weight in zip(self.lengths, weights, strict=True):
-            if weight == 0.0:
-                continue
-            less, more = self.traces[low, at].changes, self.traces[high, at].changes
-            own = [weight * (one + share * (two - one)) for one, two in zip(less, more, strict=True)]
-            total = [one + two for one, two in zip(total, own, strict=True)] if total else own
-        return total
+        places = lagrange(self.lengths, length if len(self.lengths) > 1 else self.lengths[0])
+        pairs = [
+            (weight, self.traces[size, at])
+            for at, place in zip(self.lengths, places, strict=True)
+            for size, weight in ((low, place * (1 - share)), (high, place * share))
+        ]
+        return [(weight, trace) for weight, trace in pairs if weight]
+
+    @cached_property
+    def _moments(self) -> list[int]:
+        """The moments that can be the highest at any size, as numbers of changes: a give-back follows a taking."""
+        one = next(iter(self.traces.values()))
+        if not self.exact:
+            return list(range(len(one.changes) + 1))
+        tops = [place for place, pair in enumerate(pairwise(one.changes), 1) if pair[0] > 0 >= pair[1]]
+        return sorted({*tops, 0, one.second, len(one.changes)})
+
+    @cached_property
+    def _live(self) -> dict[int, list[int]]:
+        """What is live at these moments, by trace."""
+        found = {}
+        for trace in self.traces.values():
+            live = list(accumulate(trace.changes, initial=0))
+            found[id(trace)] = [live[moment] for moment in self._moments]
+        return found
 
 
 def lagrange(places: Sequence[int], at: float) -> list[float]:
@@ -204,12 +228,12 @@ class Need:
         """What no cut can save: `resident`, gradients and the step. Unit: bytes."""
         return self.resident_bytes + self.step_bytes
 
-    def peak(self, rows: int, length: int = 0, *, alone: bool = False) -> int:
+    def peak(self, rows: float, length: int = 0, *, alone: bool = False) -> int:
         """Return the most that training takes at once, as for `Passes.peak`. Unit: bytes."""
         held = self.passes.peak(rows, length, alone=alone) + self.scratch(rows, length, alone=alone)
         return self.resident_bytes + max(held, self.step_bytes)
 
-    def scratch(self, rows: int, length: int = 0, *, alone: bool = False) -> int:
+    def scratch(self, rows: float, length: int = 0, *, alone: bool = False) -> int:
         """Return what the measured runs took more than what the tensors of the model explain. Unit: bytes."""
         if self.measured is None:
             return 0
