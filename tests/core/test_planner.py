@@ -184,6 +184,24 @@ def test_recomputing_is_not_chosen_where_it_does_not_pay(seconds_of):
     assert not any("it pays" in each for each in plan.reasons)
 
 
+def test_no_way_is_made_that_cannot_pay():
+    """A guess at what blocks free and cost is enough to leave them out, and the guess leaves out nothing that pays."""
+    made = []
+
+    def plan(guess):
+        ladder = Ladder(2, lambda count: made.append(count) or RECOMPUTING, guess=guess)
+        return Planner(Task(64, 57 * MIB), [AS_IS, RECOMPUTING], lambda sizes, _: dear(sizes), ladder=ladder).plan()
+
+    def dear(sizes):
+        return {rows: 1.0 + 0.01 * rows for rows in sizes}
+
+    assert plan(lambda count: (count * MIB / 20, 1.1)).checkpointing == ()  # they would not free enough
+    assert plan(lambda count: (count * MIB, 3.0)).checkpointing == ()  # they would take longer than they win
+    assert made == []
+    assert plan(lambda count: (count * MIB, 1.1)).checkpointing == RECOMPUTING.blocks
+    assert made
+
+
 def test_what_does_not_fit_says_what_would_help(plans):
     assert not plans["one row does not fit"].fits
     assert "activations" in plans["one row does not fit"].reasons[0]

@@ -7,7 +7,7 @@ that is live at once is the largest of them. Which moment that is may change wit
 no line: it is the upper envelope of many.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -51,6 +51,36 @@ class Trace:
         once = ("gradients", "running sum", "arriving")
         pairs = zip(self.changes, self.kinds, strict=True)
         return Trace(tuple(each if kind in once else 2 * each for each, kind in pairs), self.kinds, self.second)
+
+    def grown(self, times: float, low: "Trace", high: "Trace") -> "Trace | None":
+        """Return what more rows would take, where that follows from how it was with rows that are longer.
+
+        What grew there with the rows is taken to grow here, and what stayed the same to stay. A size of which a part
+        did each says nothing about its parts here.
+
+        Args:
+            times: By what factor there are more.
+            low: As many rows as this trace has, longer ones.
+            high: So many times more of them.
+
+        Returns:
+            None where it does not follow.
+
+        Example:
+            >>> kinds = ("gradients", "activations", "activations")
+            >>> low, high = Trace((100, 20, -20), kinds, 3), Trace((100, 60, -60), kinds, 3)
+            >>> Trace((100, 5, -5), kinds, 3).grown(3, low, high).changes
+            (100, 15, -15)
+        """
+        if not (self.like(low) and self.like(high)):
+            return None
+        there = list(zip(low.changes, high.changes, strict=True))
+        if any(two not in (one, times * one) for one, two in there):
+            return None
+        changes = (
+            each if one == two else round(times * each) for each, (one, two) in zip(self.changes, there, strict=True)
+        )
+        return Trace(tuple(changes), self.kinds, self.second)
 
     def collapsed(self) -> "Trace":
         """Return a trace with one moment for each micro-batch: its own peak. Any two of these are alike.
@@ -177,6 +207,26 @@ class Passes:
             live = list(accumulate(trace.changes, initial=0))
             found[id(trace)] = [live[moment] for moment in self._moments]
         return found
+
+
+def few_looks(look: Callable[[Size], Trace], sizes: Sequence[Size]) -> dict[Size, Trace]:
+    """Return the traces of some sizes, of which only those are looked at that do not follow from others.
+
+    Args:
+        look: Makes the trace of a size. The largest is asked for first, since it may be too much.
+        sizes: One or two numbers of rows, each with the same lengths.
+    """
+    rows = sorted({each for each, _ in sizes})
+    longest = max(length for _, length in sizes)
+    traces: dict[Size, Trace] = {}
+    for length in sorted({length for _, length in sizes}, reverse=True):
+        for many in (rows[-1], rows[0]) if length == longest else rows:
+            follows = None
+            if many != rows[0] and length != longest:
+                follows = traces[rows[0], length].grown(many / rows[0], traces[rows[0], longest], traces[many, longest])
+            if (many, length) not in traces:
+                traces[many, length] = follows or look((many, length))
+    return traces
 
 
 def lagrange(places: Sequence[int], at: float) -> list[float]:
