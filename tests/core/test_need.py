@@ -111,6 +111,15 @@ def test_a_trace_doubled_is_no_less_than_twice_the_rows():
     assert twice.peak(50) >= peak(50)
 
 
+def test_what_is_as_large_as_a_weight_is_not_doubled_unless_it_is_a_multiple_of_the_rows():
+    kinds = ("gradients", "activations", "temporary", "temporary", "temporary")
+    trace = Trace((7, 50, 14, 20, 3), kinds, 5)
+    assert trace.doubled(5, {14, 20}).changes == (7, 100, 14, 40, 6)
+    assert trace.doubled().changes == (7, 100, 28, 40, 6)
+    assert trace.doubtful(5, {14, 20}) == (20 + 3) / (50 + 20 + 3)
+    assert trace.doubtful(5, ()) == (14 + 3) / (50 + 14 + 20 + 3)
+
+
 def test_weights_of_places():
     assert lagrange([5], 9) == [1.0]
     assert sum(weight * place**2 for weight, place in zip(lagrange([1, 2, 5], 7), (1, 2, 5), strict=True)) == 49

@@ -7,7 +7,7 @@ that is live at once is the largest of them. Which moment that is may change wit
 no line: it is the upper envelope of many.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -46,11 +46,33 @@ class Trace:
             and all((one > 0) == (two > 0) for one, two in zip(self.changes, other.changes, strict=True))
         )
 
-    def doubled(self) -> "Trace":
-        """Return what twice the rows would take at most: all but what is there once, twice."""
-        once = ("gradients", "running sum", "arriving")
+    def doubled(self, rows: int = 1, weights: Container[int] = ()) -> "Trace":
+        """Return what twice the rows would take at most: all but what is there once, twice.
+
+        Args:
+            rows: With which this was made. What grows with them is a multiple of their number.
+            weights: Sizes of weights: what is as large, and no multiple of the rows, does not grow with them.
+                Unit: bytes.
+        """
         pairs = zip(self.changes, self.kinds, strict=True)
-        return Trace(tuple(each if kind in once else 2 * each for each, kind in pairs), self.kinds, self.second)
+        grown = (each if _stays(each, kind, rows, weights) else 2 * each for each, kind in pairs)
+        return Trace(tuple(grown), self.kinds, self.second)
+
+    def doubtful(self, rows: int, weights: Container[int]) -> float:
+        """Return which share of what `doubled` doubles is no multiple of the rows, or as large as a weight.
+
+        The share is that of the moment at which most of it is live, which is the highest with many rows.
+
+        Example:
+            >>> trace = Trace((50, 14, -14, -50), ("activations", "temporary", "temporary", "activations"), 4)
+            >>> trace.doubtful(5, ()), trace.doubtful(5, {14}), trace.doubled(5, {14}).changes
+            (0.21875, 0.0, (100, 14, -14, -100))
+        """
+        pairs = zip(self.changes, self.kinds, strict=True)
+        grows = [0 if _stays(each, kind, rows, weights) else each for each, kind in pairs]
+        live = list(accumulate(grows, initial=0))
+        there = grows[: live.index(max(live))]
+        return sum(each for each in there if each % rows or abs(each) in weights) / max(1, sum(there))
 
     def grown(self, times: float, low: "Trace", high: "Trace") -> "Trace | None":
         """Return what more rows would take, where that follows from how it was with rows that are longer.
@@ -100,6 +122,13 @@ class Trace:
             changes += held.values()
             changes += [-size for size in held.values()]
         return Trace(tuple(changes), _KINDS * 4, 2 * len(_KINDS))
+
+
+_ONCE: tuple[Kind, ...] = ("gradients", "running sum", "arriving")
+
+
+def _stays(change: int, kind: Kind, rows: int, weights: Container[int]) -> bool:
+    return kind in _ONCE or (change % rows != 0 and abs(change) in weights)
 
 
 _KINDS: tuple[Kind, ...] = ("data", "activations", "gradients", "running sum", "temporary", "scratch", "arriving")

@@ -69,8 +69,7 @@ class Probe:
         sample: Rows to look with.
         reasons: What could not be looked at as it should, and why.
         unfollowed: Why fake tensors do not get through the model; None: they do, as far as was tried.
-        row_seconds: What the last traced pass took for each of its rows, tracing included; None: there was none.
-            Unit: seconds.
+        row_seconds: What a row took at least in the passes that were looked at, the looking included. Unit: seconds.
     """
 
     setup: Setup
@@ -80,7 +79,7 @@ class Probe:
     sample: Sample
     reasons: list[str] = field(default_factory=list)
     unfollowed: str | None = None
-    row_seconds: float | None = None
+    row_seconds: float = float("inf")
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +92,11 @@ class Probe:
         model = self.setup.model
         tensors = [*model.parameters(), *model.buffers()]
         return _bytes(tensors, self.device) + state_bytes(self.setup.optimizers, self.device.type)
+
+    @property
+    def weight_sizes(self) -> set[int]:
+        """The sizes of weights, and of their copies in 16 and 32 bits. Unit: bytes."""
+        return {each.numel() * size for each in self.setup.model.parameters() for size in (2, 4, each.element_size())}
 
     def need(self, sizes: Sequence[Size], rows_of: Mapping[int, int], *, limit: int | None = None) -> Need:
         """Return what training takes, from passes on fake tensors; on real ones where those do not get through.
@@ -142,7 +146,7 @@ class Probe:
             start = self._now()
             with timeline:
                 self._passes(self._micro_batches(batch, rows), self.setup.parameters, timeline)
-            self.row_seconds = (self._now() - start) / rows
+            self.row_seconds = min(self.row_seconds, (self._now() - start) / rows)
             hidden.update(timeline.hidden)
             return timeline.trace()
 
@@ -165,7 +169,9 @@ class Probe:
                 batch = self.sample.repeat(row, 2 * each)
 
                 def run(between: Callable[[], None], batch: LogicalBatch = batch, each: int = each) -> None:
+                    start = self._now()
                     self._passes(self._micro_batches(batch, each), self.setup.parameters, None, between)
+                    self.row_seconds = min(self.row_seconds, (self._now() - start) / batch.rows)
 
                 trace = memory.trace_peaks(self.device, run)
                 if trace is None:
