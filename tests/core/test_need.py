@@ -2,7 +2,7 @@
 
 import pytest
 
-from wholebatch.core.need import Need, Passes, Trace, lagrange
+from wholebatch.core.need import Need, Passes, Trace, few_looks, lagrange
 
 KINDS = ("data", "activations", "temporary", "temporary", "gradients", "activations", "data")
 
@@ -111,6 +111,45 @@ def test_a_trace_doubled_is_no_less_than_twice_the_rows():
     assert twice.peak(50) >= peak(50)
 
 
+def test_what_is_as_large_as_a_weight_is_not_doubled_unless_it_is_a_multiple_of_the_rows():
+    kinds = ("gradients", "activations", "temporary", "temporary", "temporary")
+    trace = Trace((7, 50, 14, 20, 3), kinds, 5)
+    assert trace.doubled(5, {14, 20}).changes == (7, 100, 14, 40, 6)
+    assert trace.doubled().changes == (7, 100, 28, 40, 6)
+    assert trace.doubtful(5, {14, 20}) == (20 + 3) / (50 + 20 + 3)
+    assert trace.doubtful(5, ()) == (14 + 3) / (50 + 14 + 20 + 3)
+
+
 def test_weights_of_places():
     assert lagrange([5], 9) == [1.0]
     assert sum(weight * place**2 for weight, place in zip(lagrange([1, 2, 5], 7), (1, 2, 5), strict=True)) == 49
+
+
+@pytest.mark.parametrize(
+    ("fixed", "looks"),
+    [
+        pytest.param(lambda _: 0, 4, id="all grows with the rows, or stays"),
+        pytest.param(lambda length: length**2, 6, id="a size has a part of each"),
+    ],
+)
+def test_what_follows_from_longer_rows_is_not_looked_at(fixed, looks):
+    """Gradients stay, activations grow; where one size does both, nothing follows for shorter rows."""
+    asked = []
+
+    def look(size):
+        asked.append(size)
+        rows, length = size
+        kept = rows * length + fixed(length)
+        return Trace((500, kept, -kept), ("gradients", "activations", "activations"), 3)
+
+    sizes = [(rows, length) for length in (2, 7, 9) for rows in (2, 4)]
+    traces = few_looks(look, sizes)
+    assert asked[0] == (4, 9), "what may be too much is asked for first"
+    assert len(asked) == len(set(asked)) == looks
+    assert traces == {size: look(size) for size in sizes}
+
+
+def test_runs_that_differ_say_nothing_about_each_other():
+    low, high, odd = run(2, 9), run(4, 9), Trace((1, 2), ("activations", "gradients"), 2)
+    assert run(2, 3).grown(2, low, high) == run(4, 3)
+    assert odd.grown(2, low, high) is run(2, 3).grown(2, odd, odd) is run(2, 3).grown(2, low, odd) is None

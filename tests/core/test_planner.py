@@ -184,6 +184,24 @@ def test_recomputing_is_not_chosen_where_it_does_not_pay(seconds_of):
     assert not any("it pays" in each for each in plan.reasons)
 
 
+def test_no_way_is_made_that_cannot_pay():
+    """A guess at what blocks free and cost is enough to leave them out, and the guess leaves out nothing that pays."""
+    made = []
+
+    def plan(guess):
+        ladder = Ladder(2, lambda count: made.append(count) or RECOMPUTING, guess=guess)
+        return Planner(Task(64, 57 * MIB), [AS_IS, RECOMPUTING], lambda sizes, _: dear(sizes), ladder=ladder).plan()
+
+    def dear(sizes):
+        return {rows: 1.0 + 0.01 * rows for rows in sizes}
+
+    assert plan(lambda count: (count * MIB / 20, 1.1)).checkpointing == ()  # they would not free enough
+    assert plan(lambda count: (count * MIB, 3.0)).checkpointing == ()  # they would take longer than they win
+    assert made == []
+    assert plan(lambda count: (count * MIB, 1.1)).checkpointing == RECOMPUTING.blocks
+    assert made
+
+
 def test_what_does_not_fit_says_what_would_help(plans):
     assert not plans["one row does not fit"].fits
     assert "activations" in plans["one row does not fit"].reasons[0]
@@ -201,6 +219,26 @@ def test_token_budgets_hold_for_long_rows_and_for_short_ones(plans):
         assert plan.peak_at(rows, length) <= plan.budget_bytes
     assert plan.bytes_per_token is not None
     assert plan.to_dict()["micro_batch"] == {"tokens": plan.micro_batch.tokens}
+
+
+@pytest.mark.parametrize("budget", range(150, 400, 50))
+def test_token_budgets_hold_for_every_length(budget):
+    """Lengths that go into the tokens without a rest take most: 8 rows of 126 tokens, where 7 of 127 fit."""
+    lengths = tuple(range(16, 128)) * 3
+    way = Way("as it is", need(1000, per_token=200_000))
+    plan = Planner(Task(336, budget * MIB, lengths, len), [way]).plan()
+    assert plan.peak_bytes <= plan.budget_bytes
+    shapes = [(plan.micro_batch.tokens // length, length) for length in set(lengths)]
+    assert max(plan.peak_at(*shape) for shape in shapes) <= plan.budget_bytes
+    longest = [plan.peak_at(rows + 1, 127) for rows, length in shapes if length == 127]
+    assert min(longest) > 0.995 * plan.budget_bytes
+    if budget == 200:  # a budget of tokens that holds at both ends alone
+        ends = max(tokens for tokens in range(127, 4000) if holds(way.need, tokens, budget * MIB, (16, 127)))
+        assert not holds(way.need, ends, budget * MIB, range(16, 128))
+
+
+def holds(need, tokens, budget, lengths):
+    return all(need.peak(tokens // length, length) <= budget for length in lengths)
 
 
 def test_a_micro_batch_that_was_chosen_is_judged():

@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -64,6 +65,25 @@ def planned(model, budget=None, *, fewer=0, timed=False, **options):
     if not fewer:
         return plan
     return wb.plan(model, optimizer, loss_fn, sample, 12, plan.peak_at(1) - fewer, timed=timed, **options)
+
+
+def test_a_way_that_is_chosen_is_known_for_rows_of_any_length():
+    """Ways are compared by the longest rows; the one that is taken knows what shorter ones take."""
+    model = stack()
+    texts = [torch.randn(length, 16, dtype=torch.float64) for length in (4, 9, 15, 20)]
+    options = {"collate": partial(nn.utils.rnn.pad_sequence, batch_first=True), "length": len, "timed": False}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain = wb.plan(model, optimizer, loss_fn, texts, 12, "1GiB", **options)
+    plan = wb.plan(model, optimizer, loss_fn, texts, 12, plain.peak_at(1, 20) - 5000, **options)
+    assert plan.fits
+    assert plan.checkpointing
+    assert plan.need.passes.lengths == plain.need.passes.lengths == (4, 15, 20)
+    plan.apply(model)
+    known = wb.plan(model, optimizer, loss_fn, texts, 12, "1GiB", **options)
+    assert [plan.need.passes.peak(2, each) for each in (4, 11)] == [known.need.passes.peak(2, each) for each in (4, 11)]
+    wb.uncheckpoint_blocks(model)
+    said = wb.plan(model, optimizer, loss_fn, texts, 12, plain.peak_at(1), micro_batch=wb.Tokens(40, len), **options)
+    assert "recompute" in " ".join(said.reasons)
 
 
 def trained(model, **options):

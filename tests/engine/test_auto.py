@@ -360,7 +360,7 @@ def test_looking_ahead_costs_less_than_two_windows():
 
 
 @pytest.mark.parametrize("budget", ["20MB", None])
-def test_a_batch_that_fits_by_far_costs_a_pass_of_four_rows(budget):
+def test_a_batch_that_fits_by_far_costs_a_pass_of_five_rows(budget):
     seen = []
 
     def loss_fn(model, x):
@@ -369,7 +369,32 @@ def test_a_batch_that_fits_by_far_costs_a_pass_of_four_rows(budget):
 
     accumulator = accumulator_of(network(), loss_fn, memory=budget)
     assert accumulator.step(torch.randn(256, 16)).micro_batches == 1
-    assert seen == [4, 256]
+    assert seen == [5, 256]
+
+
+def with_square_of_weights(model, x):
+    """A product that takes more than a few rows do, and does not grow with them."""
+    return squares(model, x) + 0.01 * torch.relu(model[2].weight[:, :123].T @ model[2].weight[:, :121]).square().mean()
+
+
+@pytest.mark.parametrize(("loss_fn", "looks"), [(squares, [5]), (with_square_of_weights, [5, 10])])
+def test_twice_the_rows_are_looked_at_only_where_it_is_open_what_grows_with_them(loss_fn, looks, monkeypatch):
+    monkeypatch.setattr("wholebatch.engine.fit.fitting.fastest_of", lambda _probe, most, *_: (most, ""))
+    seen = []
+
+    def watched(model, x):
+        seen.append(len(x))
+        return loss_fn(model, x)
+
+    model = network()
+    accumulator = accumulator_of(model, watched, memory="2200kB")
+    update = accumulator.step(torch.randn(1024, 16))
+    assert update.micro_batches > 1
+    assert seen[: -update.micro_batches] == looks
+    before = resident(model, accumulator)
+    with memory.tensor_peak() as peak:
+        accumulator.step(torch.randn(1024, 16))
+    assert 0.8 * 2_200_000 < before + peak.peak_bytes <= 2_200_000
 
 
 def normed():

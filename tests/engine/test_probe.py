@@ -14,6 +14,7 @@ from wholebatch.core.need import Passes
 from wholebatch.engine import memory
 from wholebatch.engine.fit import room
 from wholebatch.engine.fit.fakes import stand_in
+from wholebatch.engine.fit.probe import Probe
 from wholebatch.engine.fit.timeline import OverBudget, Timeline
 
 CPU = torch.device("cpu")
@@ -220,7 +221,10 @@ def test_the_look_sees_a_trace():
     assert not same(before, state_of(model, optimizer))
 
 
-def test_a_loss_that_reads_numbers_is_run_for_real_and_the_plan_says_so():
+def test_a_loss_that_reads_numbers_is_run_for_real_and_the_plan_says_so(monkeypatch):
+    asked = []
+    look = Probe._fake_traces
+    monkeypatch.setattr(Probe, "_fake_traces", lambda *args: asked.append(args) or look(*args))
     model = mlp()
 
     def loss_fn(model, x):
@@ -230,6 +234,8 @@ def test_a_loss_that_reads_numbers_is_run_for_real_and_the_plan_says_so():
     optimizer = torch.optim.AdamW(model.parameters())
     plan = wb.plan(model, optimizer, loss_fn, torch.rand(4, 16) + 0.1, 12, "1GiB", timed=False)
     assert any("was run for real" in reason for reason in plan.reasons)
+    assert len(asked) == 1, "what does not get through once is not tried again, as it is or in 16 bits"
+    assert [each.name for each in plan.alternatives] == ["bf16", "AdamA"]
     real = real_peak(model, optimizer, loss_fn, torch.rand(12, 16) + 0.1, wb.Rows(4))
     assert plan.peak_at(4) == pytest.approx(real, rel=0.01, abs=5056)
 

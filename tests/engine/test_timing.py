@@ -13,7 +13,7 @@ class Clocked:
         self._seconds = seconds
         self.device = torch.device(device)
         self.asked = []
-        self.row_seconds = None
+        self.row_seconds = float("inf")
 
     def seconds(self, rows, row):
         assert row == 3

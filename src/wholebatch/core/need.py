@@ -7,9 +7,10 @@ that is live at once is the largest of them. Which moment that is may change wit
 no line: it is the upper envelope of many.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Literal, TypeAlias
 
 Kind: TypeAlias = Literal["data", "activations", "gradients", "running sum", "temporary", "scratch", "arriving"]
@@ -45,11 +46,63 @@ class Trace:
             and all((one > 0) == (two > 0) for one, two in zip(self.changes, other.changes, strict=True))
         )
 
-    def doubled(self) -> "Trace":
-        """Return what twice the rows would take at most: all but what is there once, twice."""
-        once = ("gradients", "running sum", "arriving")
+    def doubled(self, rows: int = 1, weights: Container[int] = ()) -> "Trace":
+        """Return what twice the rows would take at most: all but what is there once, twice.
+
+        Args:
+            rows: With which this was made. What grows with them is a multiple of their number.
+            weights: Sizes of weights: what is as large, and no multiple of the rows, does not grow with them.
+                Unit: bytes.
+        """
         pairs = zip(self.changes, self.kinds, strict=True)
-        return Trace(tuple(each if kind in once else 2 * each for each, kind in pairs), self.kinds, self.second)
+        grown = (each if _stays(each, kind, rows, weights) else 2 * each for each, kind in pairs)
+        return Trace(tuple(grown), self.kinds, self.second)
+
+    def doubtful(self, rows: int, weights: Container[int]) -> float:
+        """Return which share of what `doubled` doubles is no multiple of the rows, or as large as a weight.
+
+        The share is that of the moment at which most of it is live, which is the highest with many rows.
+
+        Example:
+            >>> trace = Trace((50, 14, -14, -50), ("activations", "temporary", "temporary", "activations"), 4)
+            >>> trace.doubtful(5, ()), trace.doubtful(5, {14}), trace.doubled(5, {14}).changes
+            (0.21875, 0.0, (100, 14, -14, -100))
+        """
+        pairs = zip(self.changes, self.kinds, strict=True)
+        grows = [0 if _stays(each, kind, rows, weights) else each for each, kind in pairs]
+        live = list(accumulate(grows, initial=0))
+        there = grows[: live.index(max(live))]
+        return sum(each for each in there if each % rows or abs(each) in weights) / max(1, sum(there))
+
+    def grown(self, times: float, low: "Trace", high: "Trace") -> "Trace | None":
+        """Return what more rows would take, where that follows from how it was with rows that are longer.
+
+        What grew there with the rows is taken to grow here, and what stayed the same to stay. A size of which a part
+        did each says nothing about its parts here.
+
+        Args:
+            times: By what factor there are more.
+            low: As many rows as this trace has, longer ones.
+            high: So many times more of them.
+
+        Returns:
+            None where it does not follow.
+
+        Example:
+            >>> kinds = ("gradients", "activations", "activations")
+            >>> low, high = Trace((100, 20, -20), kinds, 3), Trace((100, 60, -60), kinds, 3)
+            >>> Trace((100, 5, -5), kinds, 3).grown(3, low, high).changes
+            (100, 15, -15)
+        """
+        if not (self.like(low) and self.like(high)):
+            return None
+        there = list(zip(low.changes, high.changes, strict=True))
+        if any(two not in (one, times * one) for one, two in there):
+            return None
+        changes = (
+            each if one == two else round(times * each) for each, (one, two) in zip(self.changes, there, strict=True)
+        )
+        return Trace(tuple(changes), self.kinds, self.second)
 
     def collapsed(self) -> "Trace":
         """Return a trace with one moment for each micro-batch: its own peak. Any two of these are alike.
@@ -71,10 +124,17 @@ class Trace:
         return Trace(tuple(changes), _KINDS * 4, 2 * len(_KINDS))
 
 
+_ONCE: tuple[Kind, ...] = ("gradients", "running sum", "arriving")
+
+
+def _stays(change: int, kind: Kind, rows: int, weights: Container[int]) -> bool:
+    return kind in _ONCE or (change % rows != 0 and abs(change) in weights)
+
+
 _KINDS: tuple[Kind, ...] = ("data", "activations", "gradients", "running sum", "temporary", "scratch", "arriving")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Passes:
     """What the forward and backward passes of a window take, at any size.
 
@@ -89,7 +149,7 @@ class Passes:
     lengths: tuple[int, ...]
     traces: Mapping[Size, Trace]
     exact: bool = True
-    _cache: dict[tuple[Size, bool], dict[Kind, int]] = field(default_factory=dict, compare=False, repr=False)
+    _cache: dict[tuple[float, int, bool], tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, traces: Mapping[Size, Trace]) -> "Passes":
@@ -111,48 +171,91 @@ class Passes:
         held = traces if exact else {size: trace.collapsed() for size, trace in traces.items()}
         return cls((rows[0], rows[-1]), lengths, dict(held), exact)
 
-    def peak(self, rows: int, length: int = 0, *, alone: bool = False) -> int:
+    def peak(self, rows: float, length: int = 0, *, alone: bool = False) -> int:
         """Return the most that is live at once above what is there before the window.
 
         Args:
-            rows: Of a micro-batch.
+            rows: Of a micro-batch; parts of one count as well.
             length: Of each of these rows, padded; 0 where rows have no length.
             alone: Whether it is the only micro-batch of its window, so that no earlier one has left a gradient.
         """
-        return sum(self.held(rows, length, alone=alone).values())
+        return self._highest(rows, length, alone)[1]
 
-    def held(self, rows: int, length: int = 0, *, alone: bool = False) -> dict[Kind, int]:
-        """Return what is live at the highest moment, by kind."""
-        key = ((rows, length), alone)
+    def held(self, rows: float, length: int = 0, *, alone: bool = False) -> dict[Kind, int]:
+        """Return what is live at the highest moment, by kind; the values add up to `peak`."""
+        at, peak = self._highest(rows, length, alone)
+        sums: dict[Kind, float] = {}
+        for weight, trace in self._weighted(rows, length):
+            for change, kind in zip(trace.changes[:at], trace.kinds, strict=False):
+                sums[kind] = sums.get(kind, 0.0) + weight * change
+        held = {kind: max(0, round(size)) for kind, size in sums.items()}
+        if held:
+            most = max(held, key=held.__getitem__)
+            held[most] += peak - sum(held.values())  # what rounding leaves
+        return held
+
+    def _highest(self, rows: float, length: int, alone: bool) -> tuple[int, int]:
+        """The moment at which most is live, as a number of changes, and how much that is."""
+        key = rows, length, alone
         if key not in self._cache:
-            self._cache[key] = self._held(rows, length, alone)
+            live = [0.0] * len(self._moments)
+            for weight, trace in self._weighted(rows, length):
+                live = [one + weight * other for one, other in zip(live, self._live[id(trace)], strict=True)]
+            if alone:
+                live = live[: self._moments.index(next(iter(self.traces.values())).second) + 1]
+            most = max(live)
+            self._cache[key] = self._moments[live.index(most)], max(0, round(most))
         return self._cache[key]
 
-    def _held(self, rows: int, length: int, alone: bool) -> dict[Kind, int]:
-        one = next(iter(self.traces.values()))
-        changes = self._changes(rows, length)
-        if alone:
-            changes = changes[: one.second]
-        live = list(accumulate(changes, initial=0.0))
-        at = live.index(max(live))
-        sums: dict[Kind, float] = {}
-        for change, kind in zip(changes[:at], one.kinds, strict=False):
-            sums[kind] = sums.get(kind, 0.0) + change
-        return {kind: max(0, round(size)) for kind, size in sums.items()}
-
-    def _changes(self, rows: int, length: int) -> list[float]:
-        """What each moment takes at a size: a line in the rows, a polynomial in the length."""
+    def _weighted(self, rows: float, length: int) -> list[tuple[float, Trace]]:
+        """What each trace counts at a size: its sizes are a line in the rows, and a polynomial in the length."""
         low, high = self.rows
         share = (rows - low) / (high - low) if high > low else 0.0
-        weights = lagrange(self.lengths, length if len(self.lengths) > 1 else self.lengths[0])
-        total: list[float] = []
-        for at, weight in zip(self.lengths, weights, strict=True):
-            if weight == 0.0:
-                continue
-            less, more = self.traces[low, at].changes, self.traces[high, at].changes
-            own = [weight * (one + share * (two - one)) for one, two in zip(less, more, strict=True)]
-            total = [one + two for one, two in zip(total, own, strict=True)] if total else own
-        return total
+        places = lagrange(self.lengths, length if len(self.lengths) > 1 else self.lengths[0])
+        pairs = [
+            (weight, self.traces[size, at])
+            for at, place in zip(self.lengths, places, strict=True)
+            for size, weight in ((low, place * (1 - share)), (high, place * share))
+        ]
+        return [(weight, trace) for weight, trace in pairs if weight]
+
+    @cached_property
+    def _moments(self) -> list[int]:
+        """The moments that can be the highest at any size, as numbers of changes: a give-back follows a taking."""
+        one = next(iter(self.traces.values()))
+        if not self.exact:
+            return list(range(len(one.changes) + 1))
+        tops = [place for place, pair in enumerate(pairwise(one.changes), 1) if pair[0] > 0 >= pair[1]]
+        return sorted({*tops, 0, one.second, len(one.changes)})
+
+    @cached_property
+    def _live(self) -> dict[int, list[int]]:
+        """What is live at these moments, by trace."""
+        found = {}
+        for trace in self.traces.values():
+            live = list(accumulate(trace.changes, initial=0))
+            found[id(trace)] = [live[moment] for moment in self._moments]
+        return found
+
+
+def few_looks(look: Callable[[Size], Trace], sizes: Sequence[Size]) -> dict[Size, Trace]:
+    """Return the traces of some sizes, of which only those are looked at that do not follow from others.
+
+    Args:
+        look: Makes the trace of a size. The largest is asked for first, since it may be too much.
+        sizes: One or two numbers of rows, each with the same lengths.
+    """
+    rows = sorted({each for each, _ in sizes})
+    longest = max(length for _, length in sizes)
+    traces: dict[Size, Trace] = {}
+    for length in sorted({length for _, length in sizes}, reverse=True):
+        for many in (rows[-1], rows[0]) if length == longest else rows:
+            follows = None
+            if many != rows[0] and length != longest:
+                follows = traces[rows[0], length].grown(many / rows[0], traces[rows[0], longest], traces[many, longest])
+            if (many, length) not in traces:
+                traces[many, length] = follows or look((many, length))
+    return traces
 
 
 def lagrange(places: Sequence[int], at: float) -> list[float]:
@@ -204,12 +307,12 @@ class Need:
         """What no cut can save: `resident`, gradients and the step. Unit: bytes."""
         return self.resident_bytes + self.step_bytes
 
-    def peak(self, rows: int, length: int = 0, *, alone: bool = False) -> int:
+    def peak(self, rows: float, length: int = 0, *, alone: bool = False) -> int:
         """Return the most that training takes at once, as for `Passes.peak`. Unit: bytes."""
         held = self.passes.peak(rows, length, alone=alone) + self.scratch(rows, length, alone=alone)
         return self.resident_bytes + max(held, self.step_bytes)
 
-    def scratch(self, rows: int, length: int = 0, *, alone: bool = False) -> int:
+    def scratch(self, rows: float, length: int = 0, *, alone: bool = False) -> int:
         """Return what the measured runs took more than what the tensors of the model explain. Unit: bytes."""
         if self.measured is None:
             return 0

@@ -144,7 +144,7 @@ class Planner:
 
         most = self._most(self.ways[0])
         said = [f"At most {say_rows(most)} would fit." if most else "Not even one row would fit."]
-        way = self.ladder.fewest(lambda each: takes(each) <= task.budget)
+        way = self.ladder.fewest(lambda each: takes(each) <= task.budget, any_length=isinstance(micro_batch, Tokens))
         said += [f"It would, if {_recomputed(way.blocks)}."] if way is not None else []
         return " ".join(said)
 
@@ -212,12 +212,15 @@ class Planner:
         while parts > 1:
             parts = (parts + 1) // 2
             size = math.ceil(task.rows / parts)
+            taken = once * parts + each * task.rows
+            over = self.ways[0].need.peak(size, task.longest, alone=parts == 1) - task.budget
+            if taken * self.ladder.slower(over / size) / way.slower >= (1 - PAYS) * now:
+                continue  # nor would it with as few blocks as could be
             other = self.ladder.fewest(lambda each, size=size: self._most(each) >= size)  # type: ignore[misc]
             if other is None:
                 break
-            taken = (once * parts + each * task.rows) * other.slower / way.slower
-            if taken < best:
-                best, chosen = taken, (other, size)
+            if taken * other.slower / way.slower < best:
+                best, chosen = taken * other.slower / way.slower, (other, size)
         if chosen is None or best >= (1 - PAYS) * now:
             return way, rows, seconds
         other, size = chosen

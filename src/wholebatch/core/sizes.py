@@ -11,6 +11,9 @@ NEARLY = 0.02
 KNOWN, GUESSED = 0.005, 0.04
 """The share of a budget that is left free: where every moment is known by itself, and where peaks are extrapolated."""
 
+PLACES = 32
+"""Of rows whose lengths vary, so many lengths are looked at, and one more."""
+
 SLACK = 1 << 14
 """What is left free beside that where kernels take memory for themselves: the least that they take,
 but no more than a tenth of the budget. Unit: bytes."""
@@ -54,16 +57,20 @@ def largest_tokens(need: Need, budget: int, lengths: Sequence[int]) -> int:
         lengths: Tokens of each row; one or more.
     """
     room = usable(need, budget)
-    ordered = sorted(max(1, length) for length in lengths)
-    places = {ordered[round(share * (len(ordered) - 1) / 16)] for share in range(17)}
-    longest = ordered[-1]
+    many, ordered = len(lengths), sorted({max(1, length) for length in lengths}, reverse=True)
+    longest = ordered[0]
     if need.peak(1, longest) > room:
         return 0
+    tokens = many * longest
+    for length in {ordered[round(share * (len(ordered) - 1) / PLACES)]: None for share in range(PLACES + 1)}:
 
-    def fits(tokens: int) -> bool:
-        return all(need.peak(min(len(ordered), max(1, tokens // length)), length) <= room for length in places)
+        def fits(tokens: int, length: int = length) -> bool:
+            # Parts of a row as well: a length in between may go into the tokens without a rest.
+            return need.peak(min(many, tokens / length), length) <= room
 
-    return longest - 1 + _last(lambda more: fits(longest - 1 + more), len(ordered) * longest)
+        if not fits(tokens):
+            tokens = _last(fits, tokens)
+    return max(1, tokens)
 
 
 def _last(fits: Callable[[int], bool], most: int) -> int:

@@ -81,23 +81,45 @@ class Ladder:
 
     Args:
         most: How many blocks there are.
-        make: Makes the way in which so many recompute; None: it cannot be followed.
+        make: Makes the way in which so many recompute, as it is for the longest rows; None: it cannot be followed.
+        fully: Makes of such a way that for rows of any length; None: it cannot be followed.
+        guess: Tells without making a way what so many blocks free of a row at most, in bytes, and by what factor a pass
+            takes longer.
     """
 
-    def __init__(self, most: int, make: Callable[[int], Way | None]) -> None:
+    def __init__(
+        self,
+        most: int,
+        make: Callable[[int], Way | None],
+        fully: Callable[[Way], Way | None] = lambda way: way,
+        guess: Callable[[int], tuple[float, float]] = lambda _: (float("inf"), 1.0),
+    ) -> None:
         self._most = most
         self._make = make
+        self._fully = fully
+        self._guess = guess
         self._made: dict[int, Way | None] = {}
 
-    def fewest(self, enough: Callable[[Way], bool]) -> Way | None:
+    def slower(self, freed: float) -> float:
+        """Return by what factor at least a pass takes longer where a row frees so much; infinity: no blocks free that.
+
+        Args:
+            freed: Unit: bytes.
+        """
+        guesses = (self._guess(count) for count in range(1, self._most + 1))
+        return next((slower for most, slower in guesses if most >= freed), float("inf"))
+
+    def fewest(self, enough: Callable[[Way], bool], *, any_length: bool = False) -> Way | None:
         """Return the way with the fewest blocks that is enough; None: not even all of them are.
 
         Args:
             enough: Judges a way; more blocks are enough where fewer are.
+            any_length: Whether it judges by other rows than the longest.
         """
 
         def does(count: int) -> bool:
             way = self._at(count)
+            way = self._fully(way) if way is not None and any_length else way
             return way is not None and enough(way)
 
         if not self._most or not does(self._most):
@@ -106,7 +128,8 @@ class Ladder:
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if does(middle) else (middle + 1, high)
-        return self._at(high)
+        way = self._at(high)
+        return None if way is None else self._fully(way)
 
     def _at(self, count: int) -> Way | None:
         if count not in self._made:

@@ -28,8 +28,11 @@ from wholebatch.engine.setup import Setup
 Say: TypeAlias = Callable[[str, int], None]
 """Takes the reason of an automatic choice, and its level of logging."""
 
-LOOK = 4
-"""Real rows of the first batch are looked at by so many, and by twice as many."""
+LOOK = 5
+"""So many real rows of the first batch are looked at: a number that divides few sizes of weights."""
+
+DOUBT = 0.05
+"""Where more than this share of what they take may not grow with the rows, twice as many are looked at too."""
 
 FAR, CLOSE = 0.1, 0.5
 """Kernels with memory of their own are measured where a plan takes more than the first share of the budget, and where
@@ -155,13 +158,15 @@ class Fitting:
         if room is not None and room < 0:
             raise OverBudget
         each, traces, hidden = self._first_trace(probe, rows, row, room)
+        first, weights = traces[each, 0], probe.weight_sizes
+        need = Need(resident, Passes.of({**traces, (2 * each, 0): first.doubled(each, weights)}), step)
         if budget is not None:  # what so few rows take, as often as there are rows, is at least what these take
-            need = Need(resident, Passes.of({**traces, (2 * each, 0): traces[each, 0].doubled()}), step)
             share = need.peak(rows, alone=True) / max(1, usable(need, budget))
             if share <= (FAR if hidden or self.budget is None else 1):
                 return need
-        traces |= self._second_trace(probe, each, row, room, traces[each, 0])
-        need = Need(resident, Passes.of(traces), step)
+        told = each == LOOK and (hidden or first.doubtful(each, weights) <= DOUBT)
+        if budget is None or not told or largest_rows(need, budget, rows) < each:
+            need = Need(resident, Passes.of(traces | self._second_trace(probe, each, row, room, first)), step)
         if budget is None or not hidden:
             return need
         share = need.peak(rows, alone=True) / max(1, usable(need, budget))

@@ -203,7 +203,7 @@ class Planning:
             [plain, *(each for each in others if each is not None)],
             self._clock if timed else None,
             tuple(probe.reasons),
-            Ladder(len(ways.names), ways.recomputing),
+            Ladder(len(ways.names), ways.recomputing, ways.fully, ways.guess),
             ways.offloaded,
         )
         if micro_batch == "auto":

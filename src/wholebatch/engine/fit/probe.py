@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.errors import LossError
-from wholebatch.core.need import Need, Passes, Size, Trace
+from wholebatch.core.need import Need, Passes, Size, Trace, few_looks
 from wholebatch.core.tree import map_leaves
 from wholebatch.engine import memory
 from wholebatch.engine.device import move
@@ -68,8 +68,8 @@ class Probe:
         sum_in: How 16-bit gradients are summed.
         sample: Rows to look with.
         reasons: What could not be looked at as it should, and why.
-        row_seconds: What the last traced pass took for each of its rows, tracing included; None: there was none.
-            Unit: seconds.
+        unfollowed: Why fake tensors do not get through the model; None: they do, as far as was tried.
+        row_seconds: What a row took at least in the passes that were looked at, the looking included. Unit: seconds.
     """
 
     setup: Setup
@@ -78,7 +78,8 @@ class Probe:
     sum_in: SumIn
     sample: Sample
     reasons: list[str] = field(default_factory=list)
-    row_seconds: float | None = None
+    unfollowed: str | None = None
+    row_seconds: float = float("inf")
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +93,11 @@ class Probe:
         tensors = [*model.parameters(), *model.buffers()]
         return _bytes(tensors, self.device) + state_bytes(self.setup.optimizers, self.device.type)
 
+    @property
+    def weight_sizes(self) -> set[int]:
+        """The sizes of weights, and of their copies in 16 and 32 bits. Unit: bytes."""
+        return {each.numel() * size for each in self.setup.model.parameters() for size in (2, 4, each.element_size())}
+
     def need(self, sizes: Sequence[Size], rows_of: Mapping[int, int], *, limit: int | None = None) -> Need:
         """Return what training takes, from passes on fake tensors; on real ones where those do not get through.
 
@@ -104,15 +110,16 @@ class Probe:
             OverBudget: Real passes had to be made and took more than the limit.
         """
         resident, step = self.beside()
-        try:
-            traces = self._fake_traces(Fakes(), sizes, rows_of)
-        except Exception as error:
-            self.reasons.append(
-                f"The model was run for real on {' and '.join(str(rows) for rows in sorted({r for r, _ in sizes}))} "
-                f"rows to see what it takes, since it cannot be followed on fake tensors "
-                f"({memory.kind_in_a_line(error)})."
-            )
-            traces, _ = self.real_traces(sizes, rows_of, limit=limit)
+        if self.unfollowed is None:
+            try:
+                return Need(resident, Passes.of(self._fake_traces(Fakes(), sizes, rows_of)), step)
+            except Exception as error:
+                self.unfollowed = memory.kind_in_a_line(error)
+        self.reasons.append(
+            f"The model was run for real on {' and '.join(str(rows) for rows in sorted({r for r, _ in sizes}))} "
+            f"rows to see what it takes, since it cannot be followed on fake tensors ({self.unfollowed})."
+        )
+        traces, _ = self.real_traces(sizes, rows_of, limit=limit)
         return Need(resident, Passes.of(traces), step)
 
     def real_traces(
@@ -129,20 +136,22 @@ class Probe:
         Raises:
             OverBudget: They took more than the limit.
         """
-        traces: dict[Size, Trace] = {}
         hidden: set[str] = set()
+
+        def look(size: Size) -> Trace:
+            rows, length = size
+            batch = self.sample.repeat(rows_of[length], micro_batches * rows)
+            timeline = Timeline(self.device, limit)
+            timeline.ignore(list(_tensors_of(self.setup.model)))
+            start = self._now()
+            with timeline:
+                self._passes(self._micro_batches(batch, rows), self.setup.parameters, timeline)
+            self.row_seconds = min(self.row_seconds, (self._now() - start) / rows)
+            hidden.update(timeline.hidden)
+            return timeline.trace()
+
         with self._untouched():
-            for rows, length in sizes:
-                batch = self.sample.repeat(rows_of[length], micro_batches * rows)
-                timeline = Timeline(self.device, limit)
-                timeline.ignore(list(_tensors_of(self.setup.model)))
-                start = self._now()
-                with timeline:
-                    self._passes(self._micro_batches(batch, rows), self.setup.parameters, timeline)
-                self.row_seconds = (self._now() - start) / rows
-                traces[rows, length] = timeline.trace()
-                hidden |= timeline.hidden
-        return traces, hidden
+            return few_looks(look, sizes), hidden
 
     def measure(self, rows: Sequence[int], row: int) -> Passes | None:
         """Return what small real passes took, with everything that kernels take for themselves.
@@ -160,7 +169,9 @@ class Probe:
                 batch = self.sample.repeat(row, 2 * each)
 
                 def run(between: Callable[[], None], batch: LogicalBatch = batch, each: int = each) -> None:
+                    start = self._now()
                     self._passes(self._micro_batches(batch, each), self.setup.parameters, None, between)
+                    self.row_seconds = min(self.row_seconds, (self._now() - start) / batch.rows)
 
                 trace = memory.trace_peaks(self.device, run)
                 if trace is None:
@@ -253,19 +264,20 @@ class Probe:
                 return (time.perf_counter() - start) / rows
 
     def _fake_traces(self, fakes: Fakes, sizes: Sequence[Size], rows_of: Mapping[int, int]) -> dict[Size, Trace]:
-        traces: dict[Size, Trace] = {}
+        def look(size: Size) -> Trace:
+            rows, length = size
+            batch = self.sample.repeat(rows_of[length], 2 * rows)
+            timeline = Timeline(self.device)
+            timeline.ignore(list(_tensors_of(self.setup.model)))
+            with fakes.mode:
+                parameters = [fakes.of(each) for each in self.setup.parameters]
+                micro_batches = self._fake_micro_batches(fakes, batch, rows)
+                with timeline:
+                    self._passes(micro_batches, parameters, timeline)
+            return timeline.trace()
+
         with self._untouched(), fakes.within(self.setup.model):
-            for rows, length in sizes:
-                batch = self.sample.repeat(rows_of[length], 2 * rows)
-                timeline = Timeline(self.device)
-                timeline.ignore(list(_tensors_of(self.setup.model)))
-                with fakes.mode:
-                    parameters = [fakes.of(each) for each in self.setup.parameters]
-                    micro_batches = self._fake_micro_batches(fakes, batch, rows)
-                    with timeline:
-                        self._passes(micro_batches, parameters, timeline)
-                traces[rows, length] = timeline.trace()
-        return traces
+            return few_looks(look, sizes)
 
     def _passes(
         self,

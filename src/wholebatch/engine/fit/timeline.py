@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wholebatch.core.need import Kind, Trace
@@ -134,6 +135,8 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # what the mode beneath would say, which is asked more often than all else
         kwargs = kwargs or {}
         known = _ABOUT.get(func) or _about(func)
         if known.views:
@@ -223,6 +226,8 @@ class _About:
 
 
 _ABOUT: dict[Any, _About] = {}
+
+_DEVICE = torch.ops.prim.device.default
 
 
 def _about(func: Any) -> _About:

@@ -30,7 +30,7 @@ def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
         row: Which row of the sample is run.
     """
     sizes = sorted({max(1, most // part) for part in (16, 4, 2, 1)}, reverse=True)
-    if len(sizes) == 1 or (probe.row_seconds is not None and probe.row_seconds * rows < BRIEF):
+    if len(sizes) == 1 or probe.row_seconds * rows < BRIEF:
         return most, ""
     each: dict[int, float] = {}
     for size in sizes:

@@ -18,6 +18,9 @@ from wholebatch.engine.fit.room import available_bytes
 from wholebatch.engine.fit.timeline import OverBudget
 from wholebatch.engine.precision import Precision
 
+LOOK = 8
+"""So many rows are looked at, and twice as many, where that keeps to the budget."""
+
 MEASURED = 32
 """Real runs are made with at most so many rows, and with twice as many."""
 
@@ -48,6 +51,7 @@ class Ways:
         self._rows_of = rows_of
         self._given = budget
         self._longest = max(rows_of)
+        self._each = LOOK
         self._scratch: bool | None = None
         self._ranked: list[Block] | None = None
         self._total = 0.0
@@ -57,7 +61,7 @@ class Ways:
     def plain(self) -> Way:
         """Return the way as it is."""
         probe = self._probe
-        need = self._look(probe)
+        need = self._look(probe, self._rows_of)
         if self._given is None:
             self.budget = available_bytes(probe.device) + probe.held_bytes
             probe.reasons.append(
@@ -91,10 +95,27 @@ class Ways:
             ranked = self._order()
             first = {each.name for each in ranked[:count]}
             chosen = tuple(name for name in self.names if name in first)
-            again = sum(each.seconds for each in ranked[:count])
-            slower = 1 + again / ((1 + BACKWARD) * self._total) if self._total else 1 + count / len(self.names) / 3
-            why = _why(ranked, count)
+            slower, why = self.guess(count)[1], _why(ranked, count)
         return self._way(Way("checkpointing", self._plain, chosen, slower, why=why), self._like(self._probe.precision))
+
+    def guess(self, count: int) -> tuple[float, float]:
+        """Return what so many blocks free of a row at most, as far as is known, and by what factor a pass takes longer.
+
+        Returns:
+            The first in bytes.
+        """
+        first = self._order()[:count]
+        if not self._total:
+            return float("inf"), 1 + count / len(self.names) / 3
+        again = sum(each.seconds for each in first)
+        return sum(each.kept_bytes for each in first), 1 + again / ((1 + BACKWARD) * self._total)
+
+    def fully(self, way: Way) -> Way | None:
+        """Return a way that was looked at with the longest rows, as it is for rows of any length."""
+        if len(self._rows_of) == 1:
+            return way
+        found = self._way(way, self._like(self._probe.precision), self._rows_of)
+        return found and replace(found, notes=way.notes)
 
     def offloaded(self) -> Way | None:
         """Return the way that keeps activations on the host; None where the device has no memory of its own."""
@@ -102,11 +123,17 @@ class Ways:
             return None
         return self._way(Way("offload", self._plain, slower=2.0, offload=True), self._like(self._probe.precision))
 
-    def _way(self, way: Way, probe: Probe) -> Way | None:
-        """Follow a way, and run it for real where kernels take memory for themselves or nobody knows."""
+    def _way(self, way: Way, probe: Probe, rows_of: Mapping[int, int] | None = None) -> Way | None:
+        """Follow a way, and run it for real where kernels take memory for themselves or nobody knows.
+
+        Args:
+            way: What is known of it.
+            probe: Looks at it.
+            rows_of: At which rows, by their length; None: the longest alone, which tell whether it is worth more.
+        """
         with self._as_in(way):
             try:
-                need = self._look(probe)
+                need = self._look(probe, rows_of or {self._longest: self._rows_of[self._longest]})
             except Exception as error:
                 self._leave_out(way, f"it cannot be followed ({memory.kind_in_a_line(error)}).")
                 return None
@@ -131,8 +158,7 @@ class Ways:
             yield
 
     def _like(self, precision: Precision) -> Probe:
-        probe = self._probe
-        return Probe(probe.setup, probe.objective, precision, probe.sum_in, probe.sample)
+        return replace(self._probe, precision=precision, reasons=[])
 
     def _order(self) -> Sequence[Block]:
         """The blocks, those first that free most for a second of computing."""
@@ -151,22 +177,24 @@ class Ways:
         self._total = probe.watch(rows, row, ledger)
         return ledger.blocks(rows)
 
-    def _look(self, probe: Probe) -> Need:
+    def _look(self, probe: Probe, rows_of: Mapping[int, int]) -> Need:
         """Follow a way, on real rows where fake tensors do not get through: so many that they keep to the budget.
 
         Raises:
             OutOfMemoryError: Then not even one real row does, nor would it fit into what the machine has free.
         """
-        each = max(1, min(8, self._rows // 4))
+        each = max(1, min(self._each, self._rows // 4))
         reasons = tuple(probe.reasons)
         limits = [(rows, self._given) for rows in sorted({each, min(each, 2), 1}, reverse=True)]
         for rows, limit in [*limits, (1, available_bytes(probe.device))]:
             probe.reasons[:] = reasons
-            sizes: list[Size] = [(size, length) for length in self._rows_of for size in (rows, 2 * rows)]
+            sizes: list[Size] = [(size, length) for length in rows_of for size in (rows, 2 * rows)]
             try:
-                return probe.need(sizes, self._rows_of, limit=limit)
+                need = probe.need(sizes, rows_of, limit=limit)
             except OverBudget:
                 continue
+            self._each = rows
+            return need
         raise OutOfMemoryError(
             f"{probe.reasons[-1]} It took more than the {say_bytes(available_bytes(probe.device))} that are free.",
             hint="plan with a smaller model or shorter rows, or make the loss one that reads no numbers (.item()).",
