@@ -58,7 +58,7 @@ class Scenes:
         return keep
 
 
-def launch(module: str, ranks: int, folder: Path, *, seconds: float = 240) -> dict[str, list[dict[str, Any]]]:
+def launch(module: str, ranks: int, folder: Path, *, seconds: float = 480) -> dict[str, list[dict[str, Any]]]:
     """Run all scenes of a module in so many processes; return for each what each rank found."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -62,7 +62,7 @@ def test_a_star_import_brings_the_public_names():
 def test_the_contract_is_there():
     """The names that the design promises for what exists now."""
     promised = {"Accumulator", "Rows", "Tokens", "Update", "verify", "convert_batch_norm", "freeze_batch_norm", "sinks"}
-    promised |= {"gather", "sum_over_batch", "exact_batch_norm", "losses", "plan", "Plan"}
+    promised |= {"gather", "sum_over_batch", "exact_batch_norm", "losses", "plan", "Plan", "save", "load"}
     assert promised <= set(wb.__all__)
 
 

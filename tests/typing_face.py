@@ -185,3 +185,9 @@ def sinks(folder: Path, update: wb.Update) -> None:
 def folded(model: nn.Module, batch: Batch) -> float | None:
     optimizer = wb.AdamA(model.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     return wb.Accumulator(model, optimizer, mean_loss, micro_batch=wb.Rows(8)).step(batch).grad_norm
+
+
+def stopped(accumulator: wb.Accumulator, path: Path) -> Any:
+    wb.save(path, accumulator, loader=None, extra={"epoch": 3})
+    accumulator.load_state_dict(accumulator.state_dict())
+    return wb.load(str(path), accumulator)

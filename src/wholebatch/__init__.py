@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from wholebatch.engine import losses
     from wholebatch.engine.accumulator import Accumulator
     from wholebatch.engine.batchnorm import convert_batch_norm, freeze_batch_norm
+    from wholebatch.engine.checkpoint.saving import load, save
     from wholebatch.engine.fit.checkpointing import checkpoint_blocks, uncheckpoint_blocks
     from wholebatch.engine.fit.planning import plan
     from wholebatch.engine.meetings.exactnorm import exact_batch_norm
@@ -85,12 +86,14 @@ _HOMES = {
     "exact_batch_norm": "engine.meetings.exactnorm",
     "freeze_batch_norm": "engine.batchnorm",
     "gather": "engine.meetings.meeting",
+    "load": "engine.checkpoint.saving",
     "losses": "engine.losses",
     "mask_batch_norm": "engine.meetings.normmask",
     "mean_weights": "core.weights",
     "offload_to_file": "engine.meetings.spilling",
     "own_rows": "engine.meetings.meeting",
     "plan": "engine.fit.planning",
+    "save": "engine.checkpoint.saving",
     "sinks": "evidence.sinks",
     "sum_over_batch": "engine.meetings.meeting",
     "uncheckpoint_blocks": "engine.fit.checkpointing",
@@ -128,12 +131,14 @@ __all__ = [
     "exact_batch_norm",
     "freeze_batch_norm",
     "gather",
+    "load",
     "losses",
     "mask_batch_norm",
     "mean_weights",
     "offload_to_file",
     "own_rows",
     "plan",
+    "save",
     "sinks",
     "sum_over_batch",
     "uncheckpoint_blocks",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -127,6 +127,10 @@ def shown(update: wb.Update) -> dict[str, Any]:
         for name, value in update.to_dict().items()
         if name in ("loss", "targets", "rows", "micro_batches", "grad_norm", "skipped", "retries", "number")
     }
+
+
+LEAVES_PASSES = hasattr(FSDPModule, "reset_iter_state")
+"""Whether a rank can leave a pass of `fully_shard` in the middle."""
 
 
 def for_each_wrap(
@@ -340,7 +344,7 @@ def shortage(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("shortage", shortage)
+for_each_wrap("shortage", shortage, in_step=LEAVES_PASSES)
 
 
 def shortage_in_a_loader(place: Place, wrap: str) -> dict[str, Any]:
@@ -521,7 +525,7 @@ def failure(place: Place, wrap: str) -> dict[str, Any]:
     return found
 
 
-for_each_wrap("failure", failure)
+for_each_wrap("failure", failure, in_step=LEAVES_PASSES)
 
 
 def random_faults(place: Place, wrap: str, seed: int = 0) -> dict[str, Any]:
@@ -588,7 +592,7 @@ def random_faults(place: Place, wrap: str, seed: int = 0) -> dict[str, Any]:
     return {"faults": found}
 
 
-for_each_wrap("random faults", random_faults)
+for_each_wrap("random faults", random_faults, in_step=LEAVES_PASSES)
 
 
 @SCENES("in step: a failure before the first pass")

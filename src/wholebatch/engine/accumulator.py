@@ -15,6 +15,7 @@ from wholebatch.core.record import Update
 from wholebatch.core.split import Indices, Rows, Tokens
 from wholebatch.core.weights import Count, Reduction
 from wholebatch.engine import memory
+from wholebatch.engine.checkpoint.state import state_of, take_over
 from wholebatch.engine.checks.check import FirstCheck
 from wholebatch.engine.fit.cutting import Cutting, Place
 from wholebatch.engine.fit.fitting import Fitting
@@ -285,7 +286,10 @@ class Accumulator:
             WindowError: The last window is still open.
         """
         window = self._windows.open(
-            targets=targets, micro_batches=micro_batches, company=OneByOne(self._setup.group.ranks)
+            targets=targets,
+            micro_batches=micro_batches,
+            company=OneByOne(self._setup.group.ranks),
+            goes_on=True,
         )
         window.steps_again = True
         return window
@@ -303,6 +307,29 @@ class Accumulator:
     def open_window(self) -> Window | None:
         """The window that is open, or None: for a handle that was lost, as in a notebook."""
         return self._windows.current
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next process needs, also in the middle of a window; see `wb.save`.
+
+        Tensors are those of the run, as in `torch.nn.Module.state_dict`: copy them to keep them while it goes on.
+
+        Raises:
+            ConfigError: There are several ranks, or a schedule does not say where it is.
+            WindowError: `step` or a backward pass is under way.
+        """
+        return state_of(self._windows, self._precision)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` has returned; see `wb.load`.
+
+        Args:
+            state: It is copied.
+
+        Raises:
+            ConfigError: Model, optimizers, schedules or precision are not those of the state. Nothing has changed.
+            WindowError: A window is open.
+        """
+        take_over(self._windows, self._precision, state)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""

@@ -1,13 +1,14 @@
 """Which window is open? One at a time, and its optimizers step at its close and nowhere else."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import is_
+from typing import Any
 
 from torch import Tensor
 
-from wholebatch.core.errors import WindowError
+from wholebatch.core.errors import ConfigError, WindowError
 from wholebatch.core.weights import Count, check_count
 from wholebatch.engine.meetings.company import Company, OneByOne, Seat, leave, sit_down
 from wholebatch.engine.narrow import SumIn
@@ -35,6 +36,7 @@ class Windows:
         self._sum_in = sum_in
         self._number = 0
         self._seat: Seat | None = None
+        self._left_open: Mapping[str, Any] | None = None  # a window of another process, which the next goes on with
         guard = _guard(weakref.ref(self))
         for each in rules.setup.optimizers:
             hook = each.register_step_pre_hook(guard)
@@ -48,6 +50,7 @@ class Windows:
         padding: float | None = None,
         row_by_row: bool = False,
         company: Company | None = None,
+        goes_on: bool = False,
     ) -> Window:
         """Open the next window.
 
@@ -57,6 +60,7 @@ class Windows:
             padding: Share of padding, if known.
             row_by_row: Whether it is known that no layer computes over the micro-batch that it sees.
             company: What its micro-batches find where they want to meet.
+            goes_on: Whether it goes on with the window that another process has left open, if there is one.
 
         Raises:
             WindowError: The last window is still open.
@@ -66,6 +70,11 @@ class Windows:
                 "A window is open already, and two of one accumulator would share its gradient.",
                 hint="close or roll back the first one (accumulator.open_window); a second model or optimizer takes an "
                 "accumulator of its own.",
+            )
+        if self._left_open is not None and not goes_on:
+            raise WindowError(
+                "A window was open when the state was saved, and waits for its other micro-batches.",
+                hint="go on with it: accumulator.window(); or give it up: accumulator.window().rollback().",
             )
         self.rules.setup.group.open(self.renew_sums)
         self.renew_sums()
@@ -85,7 +94,43 @@ class Windows:
             ended=self._ended,
         )
         self._seat = sit_down(company)
+        if self._left_open is not None:
+            left, self._left_open = self._left_open, None
+            self.current.load_state_dict(left)
         return self.current
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many windows there were, and what the one that is open has come to.
+
+        Raises:
+            WindowError: It is a window of `step` or `updates`, or a backward pass is under way.
+        """
+        left = self._left_open
+        if self.current is not None:
+            if not self.current.steps_again:
+                raise WindowError(
+                    "An update is under way, and what it still needs is not known here.",
+                    hint="save between updates, or between the micro-batches of a window of your own "
+                    "(accumulator.window()).",
+                )
+            left = self.current.state_dict()
+        return {"number": self._number - (self.current is not None), "open": left}
+
+    def require(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of windows that sum other gradients.
+
+        Raises:
+            ConfigError: The window that was open sums them in another way.
+        """
+        if state["open"] is not None and not self.renew_sums().fits(state["open"]["gradients"]):
+            raise ConfigError(
+                "The window that was open when the state was saved sums its gradients in another way than this one.",
+                hint="make the accumulator with accumulate_in=... and optimizers as in the run that was saved.",
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, after `require`."""
+        self._number, self._left_open = state["number"], state["open"]
 
     def renew_sums(self) -> GradientSum:
         """Return the running sum of what the optimizers step now."""

@@ -1,13 +1,13 @@
 """In which dtype do forward passes run, and how is a loss kept in the range of 16 bits? Autocast and loss scale."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from wholebatch.core.errors import WeightError
+from wholebatch.core.errors import ConfigError, WeightError
 
 Format: TypeAlias = Literal["fp32", "bf16", "fp16"]
 """How forward passes run: as the weights are, or under autocast in bfloat16 or float16."""
@@ -83,6 +83,29 @@ class Precision:
         self._scaler.unscale_(self._probe)
         self._scaler.update()
         self._norm.grad = None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the loss scale and how long it has been good; None where there is none."""
+        return None if self._scaler is None else self._scaler.state_dict()
+
+    def require(self, state: Mapping[str, Any] | None) -> None:
+        """Refuse the state of another precision.
+
+        Raises:
+            ConfigError: It has a loss scale where there is none here, or none where there is one.
+        """
+        if (state is None) != (self._scaler is None):
+            with_one, without = 'precision="fp16"', "another precision"
+            raise ConfigError(
+                f"The state is of a run with {without if state is None else with_one}, and here is "
+                f"{without if self._scaler is None else with_one}.",
+                hint="make the accumulator with the precision of the run that was saved.",
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a loss scale, after `require`."""
+        if self._scaler is not None:
+            self._scaler.load_state_dict(dict(state or {}))
 
     def settling(self, norm: float) -> AbstractContextManager[object]:
         """Return a context for the step: the loss scale is settled, and what it was if the step fails.

@@ -6,7 +6,7 @@ more than one parameter's gradient exists in 16 bits beside the sum.
 """
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -319,6 +319,38 @@ class GradientSum:
             if total is not None:
                 yield parameter, total.mul_(factor)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sum so far, and what was in ``.grad`` before the window.
+
+        Raises:
+            WindowError: A backward pass is under way, or gradients were taken in as they arrived.
+        """
+        if self._listening or self.consumes:
+            what = "a backward pass is under way" if self._listening else "its gradients were taken in as they arrived"
+            raise WindowError(
+                f"A window is open, and {what}, so that there is no sum to keep.",
+                hint="save between micro-batches." if self._listening else "save between windows.",
+            )
+        held = self._parked if self._parked is not None else [each.grad for each in self._everything]
+        number = len(self.parameters)
+        own = [vars(self._own[each]) if each in self._own else None for each in self.parameters]
+        return {"sums": held[:number], "own": own, "found": self._found[:number]}
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a sum of another process is one of the same gradients, kept in the same way."""
+        kept = [vars(self._own[each]).keys() if each in self._own else None for each in self.parameters]
+        return not self.consumes and kept == [None if each is None else each.keys() for each in state["own"]]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a sum that fits, after `start`."""
+        number = len(self.parameters)
+        for parameter, total, own in zip(self.parameters, state["sums"], state["own"], strict=True):
+            parameter.grad = _here(total, parameter)
+            if parameter in self._own:
+                for name, value in own.items():
+                    setattr(self._own[parameter], name, _here(value, parameter))
+        self._found[:number] = map(_here, state["found"], self.parameters)
+
     def commit(self) -> None:
         """End with an update: the gradients are used up."""
         if self._consumption is not None:
@@ -399,6 +431,11 @@ def _listen(parameter: Any, hook: Callable[[nn.Parameter], None]) -> RemovableHa
 def _remove(hooks: Sequence[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
+
+
+def _here(tensor: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
+    """A copy on the device of a parameter."""
+    return None if tensor is None else tensor.to(parameter.device, copy=True)
 
 
 def _values(grad: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import random
 import struct
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,22 @@ class RandomState:
             numpy=_numpy.state(),
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states, for `of`."""
+        return {"cpu": self.cpu, "on device": self.on_device, "python": self.python, "numpy": self.numpy}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device) -> "RandomState":
+        """Return the state that `state_dict` was made of; that of an accelerator only where there is one here."""
+        there = state["on device"] is not None and device.type != "cpu"
+        return cls(
+            cpu=state["cpu"],
+            device=device if there else None,
+            on_device=state["on device"] if there else None,
+            python=state["python"],
+            numpy=state["numpy"],
+        )
+
     def stands(self) -> bool:
         """Return whether nobody has drawn from any of the streams since."""
         now = RandomState.now(self.device)
@@ -66,7 +83,7 @@ class RandomState:
         if self.on_device is not None:
             torch.get_device_module(self.device).set_rng_state(self.on_device, *_place(self.device))
         random.setstate(self.python)
-        if self.numpy is not None:
+        if self.numpy is not None and "numpy" in sys.modules:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 
@@ -190,6 +207,25 @@ class Transaction:
         """Return what a buffer held at `begin`, or None if it was not there. To be read, not changed."""
         return self._begun.copy_of(module, name)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return random state and buffers as they were at `begin`."""
+        assert self._begun.random is not None
+        buffers = {
+            f"{path}.{name}": self._begun.copy_of(module, name)
+            for path, module in self._model.named_modules()
+            for name in module._buffers
+        }
+        return {"random": self._begun.random.state_dict(), "buffers": buffers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to these instead of to those at `begin`."""
+        self._begun.random = RandomState.of(state["random"], self._device)
+        for path, module in self._model.named_modules():
+            for name in module._buffers:
+                copy, saved = self._begun.copy_of(module, name), state["buffers"].get(f"{path}.{name}")
+                if copy is not None and _alike(saved, copy):
+                    copy.copy_(saved)
+
     def roll_back(self) -> None:
         """Put random state and buffers back to where they were at `begin`."""
         if self._begun.random is None:
@@ -275,9 +311,9 @@ class _Kept:
                 module._buffers[name] = buffer
 
 
-def _alike(buffer: Tensor, copy: Tensor | None) -> bool:
+def _alike(buffer: Tensor | None, copy: Tensor | None) -> bool:
     """Whether a buffer can be copied into its last copy."""
-    return copy is not None and copy.shape == buffer.shape and copy.dtype is buffer.dtype
+    return copy is not None and buffer is not None and copy.shape == buffer.shape and copy.dtype is buffer.dtype
 
 
 class uninterrupted:  # noqa: N801 - reads as what it does

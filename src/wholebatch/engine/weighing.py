@@ -1,8 +1,9 @@
 """With which factor does a loss's gradient enter a window, and what do the losses add up to?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,6 +159,16 @@ class Weighing:
             least=least if least is not None else 0.0,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was weighed so far; the loss scale is that of the accumulator."""
+        return {name: getattr(self, f"_{name}") for name in _KEPT}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what another process has weighed, with tensors on a device."""
+        for name in _KEPT:
+            value = state[name]
+            setattr(self, f"_{name}", value.to(device, copy=True) if isinstance(value, Tensor) else value)
+
     def _require_the_only_one(self) -> None:
         if self._expected > 1 or self._weighed:
             raise WeightError(
@@ -195,6 +206,8 @@ class Weighing:
             noted = noted.to(self._loss_sum.device)
         self._loss_sum.add_(noted, alpha=times)
 
+
+_KEPT = ("known", "expected", "reference", "loss_sum", "least")
 
 _TOLD_EARLY = (
     "tell how many there are in the whole window: accumulator.window(targets=n), or accumulator.step(batch) with "

@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -379,6 +379,31 @@ class Window:
     def reference(self) -> Count:
         """What every loss of this process is divided by. Unit: targets."""
         return self._weighing.reference
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the window has come to, for a window of another process that goes on with it.
+
+        Raises:
+            WindowError: A backward pass is under way, or gradients were taken in as they arrived.
+        """
+        return {
+            "micro-batches": self._state.micro_batches,
+            "rows": self._state.rows,
+            "targets": self._state.targets,
+            "weighed": self._weighing.state_dict(),
+            "gradients": self.sums.state_dict(),
+            "begun": self._rules.transaction.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another window has come to, before the first micro-batch of this one."""
+        device = self._rules.setup.device
+        targets = state["targets"]
+        self._state.micro_batches, self._state.rows = state["micro-batches"], state["rows"]
+        self._state.targets = targets.to(device) if isinstance(targets, Tensor) else targets
+        self._weighing.load_state_dict(state["weighed"], device)
+        self.sums.load_state_dict(state["gradients"])
+        self._rules.transaction.load_state_dict(state["begun"])
 
     def rehearsal(self) -> Weighing:
         """Return what weighs losses as this window does, before the first of them, and notes nothing in it."""

@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from wholebatch.core.balance import balanced, costs_of
 from wholebatch.core.errors import ConfigError, RankError
+from wholebatch.engine.ranks.wire import let_go
 
 PATIENCE = timedelta(seconds=20)
 """How long a rank that failed waits at its end for the first one to write its report: a launcher stops all ranks as
@@ -100,6 +101,7 @@ class Place:
     def leave(self) -> None:
         """Leave the other ranks, if this job has joined them: what follows this process does alone."""
         if self._store is not None and dist.is_initialized():
+            let_go()
             dist.destroy_process_group()
 
     @property

@@ -1,8 +1,11 @@
 """How does a rank talk to the others, and what does it say when one of them does not answer?"""
 
+import atexit
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +39,7 @@ class Wire:
         self.ranks = dist.get_world_size(process_group)
         self.rank = dist.get_rank(process_group)
         self.lost: str | None = None
+        _let_go_at_the_end()
 
     def require(self) -> None:
         """Refuse to go on after a rank was lost.
@@ -148,3 +152,24 @@ class Wire:
             hint="look at the end of each rank's log: the first to stop says why. No weight has moved here. How "
             "long ranks wait for each other is said by init_process_group(timeout=...).",
         )
+
+
+def let_go() -> None:
+    """Give the threads of Gloo the time to let go of the tensors of their last message.
+
+    It takes the interpreter's lock where Python knows of the tensor. A thread that still waits for the lock aborts the
+    process while Python takes itself apart, and may hang it while the group is destroyed.
+
+    Source:
+        https://github.com/pytorch/pytorch/issues/190489
+    """
+    time.sleep(_MOMENT)
+
+
+@cache
+def _let_go_at_the_end() -> None:
+    atexit.register(let_go)
+
+
+_MOMENT = 0.05
+"""What such a thread needs a hundred times over, and no run notices. Unit: seconds."""

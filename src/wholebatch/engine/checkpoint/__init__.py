@@ -1,0 +1,1 @@
+"""What does a window owe the next process?"""
