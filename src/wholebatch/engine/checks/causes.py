@@ -18,7 +18,7 @@ from wholebatch.engine.checks.carrying import carried
 from wholebatch.engine.checks.pieces import Piece, Probe, compare, errors, is_rounding, weighted_sum
 from wholebatch.engine.checks.silence import DROPOUT, evaluating, silenced
 from wholebatch.engine.device import input_device
-from wholebatch.engine.transaction import RandomState
+from wholebatch.engine.randomness import RandomState
 
 
 @dataclass(frozen=True, slots=True)
