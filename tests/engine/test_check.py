@@ -546,19 +546,20 @@ def test_what_the_loss_reads_and_every_pass_moves_is_named(where, way):
 
 
 class WarmsUp(nn.Module):
-    """Counts its passes in a plain number, by which it scales what comes out."""
+    """Counts its passes in a plain number or tensor, by which it scales what comes out."""
 
-    def __init__(self):
+    def __init__(self, passes):
         super().__init__()
-        self.layers, self.passes = mlp(), 0
+        self.layers, self.passes = mlp(), passes
 
     def forward(self, x):
         self.passes += self.training
         return self.layers(x) * (1 - 0.5**self.passes)
 
 
-def test_a_number_that_counts_passes_is_named_and_put_back():
-    animal = Animal(WarmsUp, regression, mean_square)
+@pytest.mark.parametrize("passes", [0, torch.tensor(0)], ids=["number", "tensor"])
+def test_what_counts_passes_is_named(passes):
+    animal = Animal(lambda: WarmsUp(passes), regression, mean_square)
     model = animal.model()
     with pytest.raises(wb.VerifyError, match=r"changes in the model \(passes\)"):
         accumulator_of(animal, model).step(regression(12, torch.float64))

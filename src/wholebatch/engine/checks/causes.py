@@ -224,7 +224,7 @@ def carried_cause(buffers: Sequence[str]) -> Cause:
         "carried over",
         f"The gradient depends on what every forward pass changes in the model ({_listed(buffers)}): a micro-batch "
         "sees what the one before it left, and an update changes it once for each.",
-        "change it once an update, after accumulator.step(batch), and not in the forward pass.",
+        "change it once an update, after accumulator.step(batch), and hold it fixed in the forward pass.",
         layers=tuple(buffers),
     )
 
