@@ -582,3 +582,29 @@ def test_spectral_norm_is_no_mistake(norm):
     accumulator = accumulator_of(animal, animal.model())
     assert accumulator.step(regression(12, torch.float64)).applied
     assert "in evaluation mode" in accumulator.reasons[0]
+
+
+@pytest.mark.parametrize("way", ["first", "verify"])
+def test_weights_that_every_pass_moves_are_named(way):
+    def decayed(model, batch):
+        with torch.no_grad():
+            model[0].weight.mul_(0.9)
+        return mean_square(model, batch)
+
+    animal, batch = Animal(mlp, regression, decayed), regression(12, torch.float64)
+    if way == "first":
+        with pytest.raises(wb.VerifyError, match=r"changes in the model \(0.weight\)"):
+            accumulator_of(animal, animal.model()).step(batch)
+    else:
+        assert wb.verify(animal.model(), decayed, batch).causes[0].name == "carried over"
+
+
+def test_weights_that_a_pass_puts_into_their_bounds_are_no_mistake():
+    def bounded(model, batch):
+        with torch.no_grad():
+            model[0].weight.clamp_(-0.1, 0.1)
+        return mean_square(model, batch)
+
+    animal = Animal(mlp, regression, bounded)
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(regression(12, torch.float64)).applied
