@@ -16,11 +16,12 @@ Size: TypeAlias = tuple[str, int]
 
 
 _PASS, _PASS_AT_MOST = 75, 200
-"""What a micro-batch costs beside its padded tokens, for passing through the model once more: a hundredth of the
+"""What a micro-batch costs beside its padded tokens, for passing through the model once more: a thirtieth of the
 budget, within these bounds. Unit: tokens.
 
 Byte-level transformers on a CPU took 0.8 to 0.9 ms for a pass where a token took 9 to 12 us, 1.3 ms where it took 17,
-and 6.4 ms where it took 290: 22 to 92 tokens. Whoever can hold many tokens has a device on which a pass is dearer.
+and 6.4 ms where it took 290: 22 to 92 tokens. With larger micro-batches fewer passes were faster, as they are on a
+device that holds many tokens.
 """
 
 _FILLINGS = 16
@@ -72,7 +73,7 @@ class Tokens:
 
     The rows of a logical batch may be reordered without changing its gradient, so they are sorted by length, and cut
     where that costs least: a micro-batch costs its padded tokens, plus some for passing through the model once more, a
-    hundredth of the budget within 75 to 200. So it may close before it is full, where the next rows are much shorter.
+    thirtieth of the budget within 75 to 200. So it may close before it is full, where the next rows are much shorter.
     The longest rows come first, so that a lack of memory shows at once.
 
     Args:
@@ -134,7 +135,7 @@ def cut_by_length(lengths: Sequence[int], most: Callable[[int], int], tokens: in
         [[1, 3], [0, 2]]
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    a_pass = min(_PASS_AT_MOST, max(_PASS, tokens / 100))
+    a_pass = min(_PASS_AT_MOST, max(_PASS, tokens / 30))
     costs = [0.0] + [math.inf] * len(order)
     starts = [0] * len(costs)
     for start, row in enumerate(order):
