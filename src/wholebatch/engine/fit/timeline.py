@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wholebatch.core.need import Kind, Trace
+from wholebatch.core.trace import Kind, Trace
 from wholebatch.core.tree import flatten
 
 
