@@ -226,7 +226,12 @@ def test_a_full_disk_is_a_sentence_and_a_failed_run(folder, capsys):
         (["train", "my_file.py:recipe", "--out", "my_file.py"], 2, "cannot be opened for writing", "--out"),
         (["train", "my_file.py:Vector", "--out", "run"], 2, "The loss is no scalar", "hint:"),
         (["train", "my_file.py:Wrong", "--out", "run"], 1, "gradient", "hint:"),
-        (["train", "my_file.py:Broken", "--out", "run"], 1, "LookupError: nobody knows the loss", "--debug"),
+        (
+            ["train", "my_file.py:Broken", "--out", "run"],
+            1,
+            "LookupError: nobody knows the loss (my_file.py, line ",
+            "--debug",
+        ),
         (["verify", "txt"], 2, "There is no recipe 'txt'.", "did you mean 'text'?"),
         (["verify", "my_file.py:recipe", "--micro-batch", "x"], 2, "`--micro-batch` is 'x'", "'16 rows'"),
         (["plan", "txt"], 2, "There is no recipe 'txt'.", "did you mean 'text'?"),

@@ -180,6 +180,14 @@ def test_tensors_that_disagree_on_rows_are_named_with_both_ways_out():
         ({"x": torch.ones(4)}, {"dims": {"x": 1}}, "shape \\(4,\\), and no dimension 1", "counts from 0"),
         ({"x": torch.ones(2, 4)}, {"dims": {"x": -1}}, "dimension -1", "counts from 0"),
         ({"x": torch.ones(2, 4)}, {"dims": -1}, "dimension -1", "counts from 0"),
+        ({"x": torch.ones(2, 4).to_sparse()}, {}, "x is a sparse_coo tensor", "collate="),
+        (
+            {"image": X, "boxes": [torch.ones(n, 4) for n in (1, 2, 3, 1, 2, 1)]},
+            {},
+            "`boxes` seems to hold one entry a row",
+            "collate_fn=list",
+        ),
+        ((X, [{"boxes": torch.ones(n, 4)} for n in (1, 2, 3, 1, 2, 1)]), {}, "`1` seems to hold", "collate="),
     ],
 )
 def test_a_batch_that_cannot_be_cut_says_what_was_found_and_what_to_do(batch, options, found, hint):
@@ -201,6 +209,54 @@ def test_a_batch_that_cannot_be_cut_says_what_was_found_and_what_to_do(batch, op
 )
 def test_rows_of_a_micro_batch_are_counted_where_its_tensors_agree(micro_batch, rows):
     assert count_rows(micro_batch) == rows
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(("layout", "rows"), [(torch.strided, None), (torch.jagged, 2)], ids=str)
+def test_a_nested_tensor_cannot_be_cut_and_its_rows_are_counted_where_it_tells_them(layout, rows):
+    nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=layout)
+    with pytest.raises(wb.SplitError, match="x is a nested tensor"):
+        LogicalBatch({"x": nested})
+    assert count_rows({"x": nested}) == rows
+
+
+class AnswersForEverything(dict):
+    """A dict whose entries are attributes too, and which raises another error for those that it has not."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_a_dict_that_answers_for_any_attribute_is_a_dict():
+    taken = LogicalBatch(AnswersForEverything(x=X, inner=AnswersForEverything(y=X))).take([1, 2])
+    assert type(taken) is AnswersForEverything
+    assert torch.equal(taken.inner.y, X[[1, 2]])
+    assert count_rows({"x": X, "inner": AnswersForEverything(y=X)}) == len(X)
+
+
+class Frame:
+    """A table as pandas has it: indexing by a list takes columns."""
+
+    def __init__(self, rows):
+        self.rows, self.shape = rows, (len(rows), len(rows[0]))
+        self.iloc = self
+
+    shape = ()
+
+    def __getitem__(self, index):
+        rows = self.rows[index] if isinstance(index, slice) else [self.rows[row] for row in index]
+        return Frame(rows)
+
+
+def test_a_table_is_cut_by_its_rows():
+    class ByColumn(Frame):
+        def __getitem__(self, index):
+            raise KeyError(index)
+
+    table = ByColumn([[row, -row] for row in range(6)])
+    table.iloc = Frame(table.rows)
+    batch = LogicalBatch({"x": X, "table": table})
+    assert batch.take([4, 1])["table"].rows == [[4, -4], [1, -1]]
+    assert batch.take(range(2))["table"].rows == [[0, 0], [1, -1]]
 
 
 def test_rows_of_a_micro_batch_are_counted_as_they_are_cut():

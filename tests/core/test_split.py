@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wholebatch as wb
-from wholebatch.core.split import Rows, Tokens, padding
+from wholebatch.core.split import Rows, Tokens, cut_by_length, padding
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=60)
 
@@ -34,9 +34,9 @@ def test_a_token_budget_takes_every_row_once_the_longest_first(lengths, budget):
     assert walked == sorted(lengths, reverse=True)
 
 
-def _cost(parts):
-    """What the docstring says a cut costs: its padded tokens, and 200 for each micro-batch."""
-    return sum(len(part) * part[0] for part in parts) + len(parts) * 200
+def _cost(parts, budget):
+    """What the docstring says a cut costs: its padded tokens, and for each micro-batch a hundredth of the budget."""
+    return sum(len(part) * part[0] for part in parts) + len(parts) * min(200, max(75, budget / 100))
 
 
 def _all_cuts(lengths):
@@ -55,13 +55,13 @@ def _as_full_as_can_be(lengths, budget):
     return parts
 
 
-@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=8), budget=st.integers(1, 2000))
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=8), budget=st.integers(1, 30_000))
 def test_no_cut_of_the_sorted_rows_costs_less(lengths, budget):
     ours = [[lengths[row] for row in part] for part in Tokens(budget, length=len).cut(lengths)]
     allowed = [
         parts for parts in _all_cuts(lengths) if all(len(part) == 1 or len(part) * part[0] <= budget for part in parts)
     ]
-    assert _cost(ours) == pytest.approx(min(_cost(parts) for parts in allowed))
+    assert _cost(ours, budget) == pytest.approx(min(_cost(parts, budget) for parts in allowed))
 
 
 def test_a_micro_batch_closes_before_it_is_full_where_the_next_rows_are_much_shorter():
@@ -70,14 +70,40 @@ def test_a_micro_batch_closes_before_it_is_full_where_the_next_rows_are_much_sho
     assert Tokens(2000, length=len).cut(lengths) == [[0, 1], [2, 3, 4, 5]]
     full = _as_full_as_can_be(lengths, 2000)
     assert full == [[400, 400, 40, 40, 40], [40]]
-    assert _cost(full) > 1.7 * _cost([[400, 400], [40, 40, 40, 40]])
+    assert _cost(full, 2000) > 1.7 * _cost([[400, 400], [40, 40, 40, 40]], 2000)
+
+
+@pytest.mark.parametrize(("budget", "parts"), [(2_000, 2), (11_000, 2), (13_000, 1), (200_000, 1)])
+def test_a_pass_costs_a_hundredth_of_the_budget_within_bounds(budget, parts):
+    """Two micro-batches instead of one save 120 padded tokens."""
+    assert len(Tokens(budget, length=len).cut([100, 100, 60, 60, 60])) == parts
+
+
+def test_a_pass_costs_no_more_than_two_hundred_tokens_whatever_the_budget():
+    lengths = [200, 200, 100, 100, 90]
+    assert len(Tokens(1 << 40, length=len).cut(lengths)) == 2
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=200),
+    fit=st.integers(1, 4000),
+    cheap=st.integers(1, 30_000),
+    dear=st.integers(1, 30_000),
+)
+def test_where_a_pass_costs_less_no_more_is_padded_and_each_further_pass_saves_what_it_costs(lengths, fit, cheap, dear):
+    cheap, dear = sorted((cheap, dear))
+    cuts = [cut_by_length(lengths, lambda length: fit // length, budget) for budget in (cheap, dear)]
+    (many, few), (passes, fewer) = ([sum(len(p) * lengths[p[0]] for p in cut) for cut in cuts], map(len, cuts))
+    assert many <= few
+    assert passes >= fewer
+    assert few - many >= (passes - fewer) * min(200, max(75, cheap / 100)) - 1e-6
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=400), budget=st.integers(1, 4000))
 def test_a_cut_costs_no_more_than_micro_batches_as_full_as_can_be(lengths, budget):
     cut = Tokens(budget, length=len).cut(lengths)
     ours = [[lengths[row] for row in part] for part in cut]
-    assert _cost(ours) <= _cost(_as_full_as_can_be(lengths, budget)) + 1e-9
+    assert _cost(ours, budget) <= _cost(_as_full_as_can_be(lengths, budget), budget) + 1e-9
 
 
 @given(lengths=LENGTHS, budget=st.integers(1, 100))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wholebatch as wb
-from wholebatch.core.window import Phase, WindowState, group
+from wholebatch.core.window import Phase, WindowState, check_stream, group
 
 
 @given(items=st.lists(st.one_of(st.none(), st.integers()), max_size=40), places=st.integers(1, 12))
@@ -51,3 +51,9 @@ def test_a_window_ends_once(phase):
     with pytest.raises(wb.WindowError, match=f"cannot take a loss after it was {phase.value}") as error:
         state.require_open("take a loss")
     assert "accumulator.window()" in error.value.hint
+
+
+def test_a_single_batch_is_no_loader():
+    with pytest.raises(wb.WindowError, match="is no loader of micro-batches") as error:
+        check_stream({"x": 1}, 2)
+    assert "accumulator.step(batch)" in error.value.hint

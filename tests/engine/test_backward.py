@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import wholebatch as wb
 from wholebatch.engine import backward
 from wholebatch.engine.backward import run_backward
 
@@ -53,3 +54,40 @@ def test_a_tensor_of_another_class_has_its_say_in_a_backward_pass():
     assert "backward" in Listening.heard
     assert leaf.grad is not None
     assert leaf.grad.tolist() == [2.0, 2.0]
+
+
+def two_losses_of_one_graph():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    hidden = model[:2](torch.randn(5, 3))
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with accumulator.window() as window:
+        window.backward(model[2](hidden).mean(), targets=5)
+        window.backward(hidden.square().mean(), targets=5)
+
+
+def backward_in_the_loss():
+    def loss_fn(model, x):
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    model = nn.Linear(3, 2)
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch=wb.Rows(2))
+    accumulator.step(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("wrong", [two_losses_of_one_graph, backward_in_the_loss], ids=lambda wrong: wrong.__name__)
+def test_a_graph_that_is_used_up_is_an_error_with_a_hint(wrong: Callable[[], None]):
+    with pytest.raises(wb.LossError, match="has gone through the graph of this loss before") as error:
+        wrong()
+    assert "detach()" in str(error.value.hint)
+
+
+def test_any_other_error_of_a_backward_pass_leaves_as_it_is():
+    weight = torch.ones(3, requires_grad=True)
+    held = weight.exp()
+    loss = held.sum()
+    held.detach().zero_()  # which the pass needs as it was
+    with pytest.raises(RuntimeError, match="inplace operation") as error:
+        run_backward([loss], [torch.ones(())])
+    assert not isinstance(error.value, wb.LossError)

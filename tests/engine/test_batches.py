@@ -177,3 +177,8 @@ def test_it_is_said_that_a_loader_repeats_rows_and_ours_says_nothing():
     for loader in (DataLoader(data), DataLoader(data, batch_sampler=wb.LogicalBatches(10, rows=4)), iter(data)):
         say_repeated_rows(loader, say)
     assert len(said) == 2
+
+
+def test_an_amount_that_is_no_number_of_rows_is_refused():
+    with pytest.raises(wb.SplitError, match="rows='10 rows' is no whole number"):
+        wb.LogicalBatches(25, "10 rows")

@@ -103,8 +103,9 @@ def largest(monkeypatch):
     )  # the clock of a busy machine is no judge
 
 
-@pytest.mark.parametrize("budget", ["400kB", "800kB", "1500kB", "3MB"])
-def test_strongly_varying_lengths_keep_the_budget_with_little_padding(budget, largest):
+@pytest.mark.parametrize(("budget", "taken"), [("400kB", 0.8), ("800kB", 0.8), ("1500kB", 0.5), ("3MB", 0.25)])
+def test_strongly_varying_lengths_keep_the_budget_with_little_padding(budget, taken, largest):
+    """The larger the budget, the less of it is taken: micro-batches close before they are full."""
     torch.manual_seed(0)
     accumulator = accumulator_of(Attention(), memory=budget)
     accumulator.step(drawn(0))
@@ -117,7 +118,7 @@ def test_strongly_varying_lengths_keep_the_budget_with_little_padding(budget, la
         lengths = [len(row["ids"]) for row in rows]
         assert update.padding < 0.5 * padding(lengths, Rows(-(-64 // update.micro_batches)).cut(64))
         shares.append(took / parse_bytes(budget))
-    assert max(shares) > 0.4
+    assert max(shares) > taken
     assert len(accumulator.reasons) <= 3  # planned once, and again for longer rows only
 
 

@@ -29,6 +29,7 @@ from properties import assert_leaves_no_trace, flat, sgd, state_of
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.checks.causes import diagnose
 from wholebatch.engine.checks.pieces import Probe, flat_gradient, norm
+from wholebatch.engine.checks.silence import silenced
 from wholebatch.engine.objective import Objective
 
 
@@ -196,10 +197,10 @@ class Detector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = DROPOUT.build()
+        self.layers = mlp()
 
     def forward(self, x):
-        return {"loss": self.layers(x).square().mean()} if self.training else {"boxes": x}
+        return {"loss": self.layers(x + torch.randn_like(x)).square().mean()} if self.training else {"boxes": x}
 
 
 def test_a_model_that_returns_no_loss_in_evaluation_mode_is_not_compared_and_trains():
@@ -430,3 +431,153 @@ def test_a_flat_gradient_is_as_wide_as_the_widest_and_a_copy():
     kept = flat_gradient([alone])
     alone.grad.zero_()
     assert kept.tolist() == [1, 1]
+
+
+class OwnBatchNorm(nn.Module):
+    """Standardises by the rows that it sees in training mode, and by fixed numbers in evaluation."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.first, self.last, self.drop = nn.Linear(5, 7), nn.Linear(7, 3), drop
+
+    def forward(self, x):
+        hidden = self.drop(self.first(x), self.training)
+        if self.training:
+            hidden = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt()
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("way", ["first", "verify"])
+@pytest.mark.parametrize("drops", ["nothing", "by a function", "inside of attention"])
+def test_a_layer_that_looks_at_the_batch_in_training_mode_alone_is_seen_whatever_drops(drops, way):
+    def attend(x, training):
+        rows = x.reshape(len(x), 1, -1)
+        return nn.functional.scaled_dot_product_attention(rows, rows, rows, None, 0.5 * training).flatten(1)
+
+    drop = {
+        "nothing": lambda x, _: x,
+        "by a function": lambda x, training: nn.functional.dropout(x, 0.5, training),
+        "inside of attention": attend,
+    }[drops]
+    animal = Animal(lambda: OwnBatchNorm(drop), regression, mean_square)
+    batch = regression(12, torch.float64)
+    if way == "first":
+        accumulator = accumulator_of(animal, animal.model())
+        with pytest.raises(wb.VerifyError, match="depends on which rows are together"):
+            accumulator.step(batch)
+    else:
+        assert wb.verify(animal.model(), mean_square, batch).causes[0].name == "balancing loss"
+
+
+def test_the_mask_of_self_attention_is_silent_too():
+    attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True).double()
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    with silenced(attention):
+        assert torch.equal(attention(x, x, x, need_weights=False)[0], attention(x, x, x, need_weights=False)[0])
+    assert not torch.equal(attention(x, x, x, need_weights=False)[0], attention(x, x, x, need_weights=False)[0])
+
+
+def test_a_gradient_taken_inside_the_loss_through_exact_batch_norm_is_refused():
+    def penalised(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return mean_square(model, batch) + slope.square().sum(1).mean()
+
+    animal = Animal(lambda: wb.exact_batch_norm(BATCH_NORM.build()), regression, penalised)
+    with pytest.raises(wb.VerifyError, match="The micro-batches meet, and still"):
+        accumulator_of(animal, animal.model()).step(regression(10, torch.float64))
+
+
+def normalised_by_a_function(model, batch):
+    return mse_loss(nn.functional.batch_norm(model(batch["x"]), None, None, training=True), batch["y"])
+
+
+def test_batch_norm_that_is_no_layer_is_refused_with_a_hint():
+    animal = Animal(mlp, regression, normalised_by_a_function)
+    with pytest.raises(wb.BatchNormError, match="no layer of this model") as error:
+        accumulator_of(animal, animal.model()).step(regression(12, torch.float64))
+    assert "teacher.eval()" in error.value.hint
+
+
+def test_a_graph_of_all_micro_batches_that_the_loss_uses_up_is_refused():
+    def attacked(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(mse_loss(model(x), batch["y"]), x)
+        return mse_loss(model(batch["x"] + 0.1 * slope.sign()), batch["y"])
+
+    animal = Animal(lambda: wb.exact_batch_norm(BATCH_NORM.build()), regression, attacked)
+    with pytest.raises(wb.MeetingError, match="A gradient is taken inside the loss"):
+        accumulator_of(animal, animal.model()).step(regression(10, torch.float64))
+
+
+class CarriesOver(nn.Module):
+    """Subtracts a moving mean, which every pass in training mode moves."""
+
+    def __init__(self, reads, where="buffer"):
+        super().__init__()
+        self.layers, self.reads, self.drop, self.dims = mlp(), reads, nn.Dropout(0.3), (0,)
+        if where == "buffer":
+            self.register_buffer("centre", torch.zeros(3))
+        else:
+            self.centre = torch.zeros(3, dtype=torch.float64)
+
+    def forward(self, x):
+        out = self.layers(self.drop(x))
+        moved = out - self.centre if self.reads else out
+        if self.training:
+            self.centre = torch.lerp(self.centre, out.detach().mean(0), 0.5)
+        return moved
+
+
+@pytest.mark.parametrize("way", ["first", "verify"])
+@pytest.mark.parametrize("where", ["buffer", "attribute"])
+def test_what_the_loss_reads_and_every_pass_moves_is_named(where, way):
+    animal = Animal(lambda: CarriesOver(True, where), regression, mean_square)
+    model, batch = animal.model(), regression(12, torch.float64)
+    if way == "first":
+        with (
+            assert_leaves_no_trace(model),
+            pytest.raises(wb.VerifyError, match=r"forward pass changes in the model \(centre\)"),
+        ):
+            accumulator_of(animal, model).step(batch)
+    else:
+        (cause,) = wb.verify(model, mean_square, batch).causes
+        assert (cause.name, cause.layers) == ("carried over", ("centre",))
+
+
+class WarmsUp(nn.Module):
+    """Counts its passes in a plain number, by which it scales what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.passes = mlp(), 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return self.layers(x) * (1 - 0.5**self.passes)
+
+
+def test_a_number_that_counts_passes_is_named_and_put_back():
+    animal = Animal(WarmsUp, regression, mean_square)
+    model = animal.model()
+    with pytest.raises(wb.VerifyError, match=r"changes in the model \(passes\)"):
+        accumulator_of(animal, model).step(regression(12, torch.float64))
+
+
+def test_a_buffer_that_the_loss_does_not_read_may_move():
+    animal = Animal(lambda: CarriesOver(reads=False), regression, mean_square)
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(regression(12, torch.float64)).applied
+    assert "equal to" in accumulator.reasons[0]
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm], ids=["old", "new"])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`|`torch.nn.utils.spectral_norm`")
+def test_spectral_norm_is_no_mistake(norm):
+    torch.manual_seed(0)
+    animal = Animal(
+        lambda: nn.Sequential(norm(nn.Linear(5, 7)), nn.Tanh(), norm(nn.Linear(7, 3))), regression, mean_square
+    )
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(regression(12, torch.float64)).applied
+    assert "in evaluation mode" in accumulator.reasons[0]

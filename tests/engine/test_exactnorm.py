@@ -376,3 +376,9 @@ def test_a_refusal_names_it():
     accumulator = wb.Accumulator(model, sgd(model.parameters()), match, micro_batch=wb.Rows(4))
     with pytest.raises(wb.BatchNormError, match=r"wb\.exact_batch_norm\(model\)"):
         accumulator.step(pairs(ROWS, torch.float32))
+
+
+@pytest.mark.parametrize("change", [wb.exact_batch_norm, wb.convert_batch_norm, wb.freeze_batch_norm])
+def test_what_is_no_module_is_refused(change):
+    with pytest.raises(wb.BatchNormError, match="this is a list"):
+        change([nn.BatchNorm1d(3)])

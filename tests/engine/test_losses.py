@@ -131,3 +131,26 @@ def test_what_does_not_fit_is_named(change, found):
     hidden, weight, _, labels = problem()
     with pytest.raises(wb.LossError, match=found):
         linear_cross_entropy(**{"hidden": hidden, "weight": weight, "labels": labels, **change})
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "found"),
+    [
+        (torch.tensor([0, -1, 2]), {}, "A label is -1, and classes are 0 to 49; ignore_index is -100"),
+        (torch.tensor([0, 50, 2]), {}, "A label is 50"),
+        (torch.zeros(3), {}, "Labels are torch.float32"),
+        (torch.zeros(3, dtype=torch.int64), {"reduction": "none"}, "reduction='none'"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, options, found):
+    with pytest.raises(wb.LossError, match=found):
+        linear_cross_entropy(torch.randn(3, WIDTH), torch.randn(CLASSES, WIDTH), labels, **options)
+
+
+@pytest.mark.parametrize("ignored", [-1, 0])
+def test_any_label_may_mark_what_is_not_learned(ignored):
+    hidden, weight, bias, labels = problem()
+    labels = labels.masked_fill(labels == -100, ignored)
+    found = linear_cross_entropy(hidden, weight, labels, bias=bias, ignore_index=ignored)
+    logits = functional.linear(hidden, weight, bias).flatten(0, -2)
+    torch.testing.assert_close(found, functional.cross_entropy(logits, labels.flatten(), ignore_index=ignored))

@@ -63,6 +63,10 @@ def test_a_result_of_none_says_that_there_is_nothing_to_learn():
     ("options", "kind", "found", "hint"),
     [
         ({"loss_fn": 3}, wb.LossError, "loss_fn is a int", "loss_fn(model, micro_batch)"),
+        ({"loss_fn": torch.nn.MSELoss()}, wb.LossError, "loss_fn is MSELoss, which compares outputs", "def loss_fn"),
+        ({"loss_fn": torch.nn.functional.mse_loss}, wb.LossError, "loss_fn is mse_loss, which compares", "def loss_fn"),
+        ({"loss_fn": lambda batch: batch}, wb.LossError, r"loss_fn takes \(batch\)", "the model first"),
+        ({"loss_fn": lambda _m, _b, *, weight: weight}, wb.LossError, "loss_fn takes", "functools.partial"),
         ({"targets": 3}, wb.WeightError, "targets is a int", "labels"),
         ({"reduction": "none"}, wb.WeightError, "reduction='none'", 'reduction="sum"'),
     ],
@@ -73,6 +77,16 @@ def test_an_objective_that_cannot_be_is_refused(options, kind, found, hint):
     with pytest.raises(kind, match=found) as error:
         wb.Accumulator(model, sgd(model.parameters()), **options)
     assert hint in error.value.hint
+
+
+class LossOfAModel(torch.nn.Module):
+    def forward(self, model, batch, weight=1.0):
+        return weight * mean_square(model, batch)
+
+
+@pytest.mark.parametrize("loss_fn", [LossOfAModel(), LossOfAModel().forward, lambda *both: mean_square(*both), max])
+def test_a_loss_function_of_any_kind_that_takes_both_is_taken(loss_fn):
+    assert Objective(loss_fn, None, "mean").loss_fn is loss_fn
 
 
 def sum_of_squares(model, batch):

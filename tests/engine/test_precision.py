@@ -1,12 +1,14 @@
 """In which dtype forward passes run, and how a float16 loss keeps its range (T10)."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
 import wholebatch as wb
-from menagerie import CALM, mlp, numbers, regression
+from menagerie import CALM, mean_square, mlp, numbers, regression
 from properties import flat, relative_error, sgd
 from wholebatch.engine.precision import Precision
 
@@ -289,3 +291,19 @@ def test_a_window_that_overflows_moves_neither_of_two_optimizers_and_lowers_the_
     assert [each.get_last_lr() for each in schedules] == [[0.25], [0.25]]
     assert float(accumulator._precision.scale()) == scale / 2
     assert accumulator.step(good).applied
+
+
+def test_an_autocast_around_the_whole_loop_goes_on_with_the_weights_of_each_update():
+    batches = [regression(8, torch.float32) for _ in range(3)]
+    found = []
+    for around in (True, False):
+        torch.manual_seed(0)
+        model = mlp()
+        accumulator = wb.Accumulator(model, sgd(model.parameters()), mean_square, micro_batch=wb.Rows(4), check=None)
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        with autocast if around else nullcontext():
+            for batch in batches:
+                with nullcontext() if around else torch.autocast("cpu", torch.bfloat16):
+                    accumulator.step(batch)
+        found.append(flat(model.parameters()))
+    assert torch.equal(*found)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import wholebatch as wb
-from menagerie import mlp
+from menagerie import mean_square, mlp
 from wholebatch.engine.setup import Setup
 
 
@@ -46,6 +46,11 @@ WRONG = {
         lambda: (MODEL, (o := sgd_of(MODEL)), [lr_scheduler.StepLR(o, 1), lr_scheduler.ConstantLR(sgd_of(MODEL))]),
         "ConstantLR belongs to another optimizer",
         "passed along",
+    ),
+    "a lazy layer": (
+        lambda: ((lazy := nn.Sequential(nn.LazyLinear(2))), sgd_of(lazy), None),
+        "no shape yet: 0.weight, 0.bias",
+        "on one batch first",
     ),
     "no schedule": (lambda: (MODEL, sgd_of(MODEL), 0.1), "scheduler is a float", "torch.optim.lr_scheduler"),
 }
@@ -92,6 +97,59 @@ def test_a_setup_knows_who_is_stepped_and_who_stands_by():
     assert setup.device == torch.device("cpu")
 
 
+class Wrapper(torch.optim.Optimizer):
+    """Around another optimizer, whose groups it shares, without the hooks that an optimizer has."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, {}
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def test_an_optimizer_around_another_that_left_its_own_making_out_is_stepped():
+    model, twin = mlp(), mlp()
+    twin.load_state_dict(model.state_dict())
+    batch = {"x": torch.randn(6, 5), "y": torch.randn(6, 3)}
+    for each, wrap in ((model, Wrapper), (twin, lambda inner: inner)):
+        loop = wb.Accumulator(each, wrap(sgd_of(each)), mean_square, micro_batch=wb.Rows(2), check=None)
+        assert loop.step(batch).applied
+    assert torch.equal(model[0].weight, twin[0].weight)
+
+
 def test_a_learning_rate_may_be_a_tensor():
     setup = Setup.of(MODEL, torch.optim.SGD(MODEL.parameters(), lr=torch.tensor(0.25)), None)
     assert setup.lr == 0.25
+
+
+@pytest.mark.parametrize(
+    "schedule", [lr_scheduler.ExponentialLR, lr_scheduler.CosineAnnealingLR], ids=lambda s: s.__name__
+)
+def test_a_schedule_that_the_loop_steps_too_is_refused_before_the_third_update(schedule):
+    model = mlp()
+    optimizer = sgd_of(model)
+    scheduler = schedule(optimizer, 10 if schedule is lr_scheduler.CosineAnnealingLR else 0.5)
+    accumulator = wb.Accumulator(model, optimizer, mean_square, lr_scheduler=scheduler, check=None)
+    batch = {"x": torch.randn(6, 5), "y": torch.randn(6, 3)}
+    for _ in range(2):
+        assert accumulator.step(batch).applied
+        scheduler.step()
+    with pytest.raises(wb.WindowError, match=f"{schedule.__name__} was stepped by somebody else") as error:
+        accumulator.step(batch)
+    assert "scheduler.step()" in error.value.hint
+    assert accumulator.open_window is None
+
+
+def test_a_schedule_whose_state_is_loaded_between_updates_goes_on():
+    model = mlp()
+    optimizer = sgd_of(model)
+    scheduler = lr_scheduler.StepLR(optimizer, 2)
+    accumulator = wb.Accumulator(model, optimizer, mean_square, lr_scheduler=scheduler, check=None)
+    batch = {"x": torch.randn(6, 5), "y": torch.randn(6, 3)}
+    states = []
+    for _ in range(4):
+        states.append(scheduler.state_dict() | {"last_epoch": scheduler.last_epoch + 1})
+        assert accumulator.step(batch).applied
+    for state in (states[3], states[1], states[3]):
+        scheduler.load_state_dict(state)
+        assert accumulator.step(batch).applied

@@ -67,7 +67,7 @@ def test_a_cause_is_named(wrong, dtype):
 def test_several_causes_are_named_together():
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     verification = wb.verify(model, mean_square, regression(10, torch.float64), reduction="sum")
-    assert [cause.name for cause in verification.causes] == ["batch norm", "dropout", "reduction"]
+    assert [cause.name for cause in verification.causes] == ["batch norm", "reduction", "dropout"]
 
 
 def test_batch_norm_and_randomness_alone_are_not_called_anything_else():
@@ -250,3 +250,8 @@ def test_what_is_no_module_cannot_be_verified():
     with pytest.raises(wb.OptimizerError, match="model is a function") as error:
         wb.verify(mean_square, mlp(), regression(4, torch.float32))
     assert "wb.verify(model, loss_fn, batch)" in error.value.hint
+
+
+def test_a_way_of_cutting_that_is_none_is_refused():
+    with pytest.raises(wb.ConfigError, match="micro_batch=3 says nothing"):
+        verified(CALM["mlp"], micro_batch=3)

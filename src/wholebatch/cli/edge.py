@@ -88,10 +88,24 @@ def _words(error: Exception) -> tuple[str, str]:
     extra = _extra(error)
     if extra is not None:
         return f"This command needs {error.name}, which is not installed.", f"pip install 'wholebatch[{extra}]'"  # type: ignore[attr-defined]
-    what = f"{type(error).__name__}: {error}".strip().rstrip(":")
+    what = f"{type(error).__name__}: {error}".strip().rstrip(":") + _place(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return what, "free some space on the disk, or name another folder with --out."
     return what, "run again with --debug for the traceback."
+
+
+def _place(error: Exception) -> str:
+    """Return the last line of the user's own that an exception came through, in brackets, if there is one."""
+    theirs = (Path(__file__).parents[1], Path(os.__file__).parent)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if (
+            file.is_file()
+            and not any(file.is_relative_to(home) for home in theirs)
+            and "site-packages" not in file.parts
+        ):
+            return f" ({file.name}, line {frame.lineno})"
+    return ""
 
 
 def _extra(error: Exception) -> str | None:

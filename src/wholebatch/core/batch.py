@@ -57,7 +57,7 @@ class LogicalBatch:
             self._leaves, self._rebuild = flatten(batch, columns=True)
             self.rows = self._count_leaves()
             self._leaves = [
-                (path, _Column(leaf) if is_column(leaf) and axis is not None else leaf, axis)
+                (path, _rows_of(leaf) if axis is not None else leaf, axis)
                 for path, leaf, _ in self._leaves
                 for axis in [self._axis(path, leaf)]
             ]
@@ -154,6 +154,12 @@ class LogicalBatch:
         for path, leaf, _ in self._leaves:
             if _named(path, self._whole):
                 continue
+            kind = _kind_without_rows(leaf) if is_array(leaf) else None
+            if kind is not None:
+                raise SplitError(
+                    f"{path or 'The batch'} is a {kind} tensor, whose rows cannot be taken a few at a time.",
+                    hint="hand in a list of rows with collate=..., and make the tensor there; or a dense one.",
+                )
             if is_array(leaf) and len(leaf.shape) > 0:
                 dim = self._dim(path)
                 if not 0 <= dim < len(leaf.shape):
@@ -177,6 +183,14 @@ class LogicalBatch:
                 hint="yield tensors, or lists of rows together with collate=...",
             )
         if len(set(found.values())) > 1:
+            by_row = _one_entry_a_row(found)
+            if by_row is not None:
+                raise SplitError(
+                    "The tensors of one logical batch disagree on how many rows there are, "
+                    f"and `{by_row}` seems to hold one entry a row.",
+                    hint="hand in the rows as a list (for a DataLoader: collate_fn=list), and what joins them as "
+                    "collate=...",
+                )
             usual = max(found.values(), key=list(found.values()).count)
             odd = next(path for path, rows in found.items() if rows != usual)
             raise SplitError(
@@ -228,8 +242,11 @@ def count_rows(
 
 def _length(leaf: Any) -> int | None:
     """The first dimension of an array, or None for anything else."""
-    shape = getattr(leaf, "shape", None)
-    return shape[0] if shape and hasattr(leaf, "__getitem__") else None
+    try:
+        shape = getattr(leaf, "shape", None)
+        return shape[0] if shape and hasattr(leaf, "__getitem__") else None
+    except (RuntimeError, LookupError):  # as a nested tensor has it, or a dict that answers for any attribute
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +295,41 @@ class Layout:
         return count_rows(micro_batch, whole=self.whole, dims=self.dims)
 
 
+def _kind_without_rows(leaf: Any) -> str | None:
+    """What an array is called that cannot be cut by indexing, or None for the usual kind."""
+    if getattr(leaf, "is_nested", False):
+        return "nested"
+    layout = getattr(leaf, "layout", None)
+    if type(layout).__module__ != "torch" or str(layout) == "torch.strided":
+        return None
+    return str(layout).removeprefix("torch.")
+
+
+def _one_entry_a_row(found: Mapping[str, int]) -> str | None:
+    """Return the path of a list that has as many entries as another part of the batch has rows, if there is one."""
+    entries: dict[str, set[str]] = {}
+    for path in found:
+        steps = path.split(".")
+        for place, step in enumerate(steps[1:], 1):
+            if step.isdecimal():
+                entries.setdefault(".".join(steps[:place]), set()).add(step)
+    for name, numbers in entries.items():
+        others = {rows for path, rows in found.items() if not path.startswith(f"{name}.")}
+        if len(numbers) > 1 and len(numbers) in others:
+            return name
+    return None
+
+
+class _Table:
+    """A data frame, whose rows are not found by plain indexing."""
+
+    def __init__(self, frame: Any) -> None:
+        self._frame = frame
+
+    def __getitem__(self, index: slice | list[int] | int) -> Any:
+        return self._frame.iloc[index]
+
+
 class _Column:
     """A list or tuple with one entry a row, cut as a tensor is."""
 
@@ -288,6 +340,13 @@ class _Column:
         if isinstance(index, list):
             return type(self._entries)([self._entries[row] for row in index])
         return self._entries[index]
+
+
+def _rows_of(leaf: Any) -> Any:
+    """Return what gives rows of a leaf when it is indexed."""
+    if is_column(leaf):
+        return _Column(leaf)
+    return _Table(leaf) if hasattr(leaf, "iloc") else leaf
 
 
 def paths(whole: str | Iterable[str]) -> tuple[str, ...]:

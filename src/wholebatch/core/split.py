@@ -15,10 +15,12 @@ Size: TypeAlias = tuple[str, int]
 """How large micro-batches are: a unit, ``"rows"`` or ``"tokens"``, and how many of it."""
 
 
-_PASS = 200
-"""What a micro-batch costs beside its padded tokens, for passing through the model once more. Unit: tokens.
+_PASS, _PASS_AT_MOST = 75, 200
+"""What a micro-batch costs beside its padded tokens, for passing through the model once more: a hundredth of the
+budget, within these bounds. Unit: tokens.
 
-A small byte-level transformer on a CPU took 1.9 ms for a pass and 8.8 us for a token; elsewhere a pass is dearer.
+Byte-level transformers on a CPU took 0.8 to 0.9 ms for a pass where a token took 9 to 12 us, 1.3 ms where it took 17,
+and 6.4 ms where it took 290: 22 to 92 tokens. Whoever can hold many tokens has a device on which a pass is dearer.
 """
 
 _FILLINGS = 16
@@ -69,9 +71,9 @@ class Tokens:
     """Micro-batches of rows of like length, as many as a budget of padded tokens holds.
 
     The rows of a logical batch may be reordered without changing its gradient, so they are sorted by length, and cut
-    where that costs least: a micro-batch costs its padded tokens, plus 200 for passing through the model once more. So
-    it may close before it is full, where the next rows are much shorter. The longest rows come first, so that a lack
-    of memory shows at once.
+    where that costs least: a micro-batch costs its padded tokens, plus some for passing through the model once more, a
+    hundredth of the budget within 75 to 200. So it may close before it is full, where the next rows are much shorter.
+    The longest rows come first, so that a lack of memory shows at once.
 
     Args:
         tokens: The budget: rows times the longest row of a micro-batch. Unit: tokens. A row that is longer than the
@@ -112,10 +114,10 @@ class Tokens:
 
     def cut(self, lengths: Sequence[int]) -> list[Indices]:
         """Return the micro-batches of rows of these lengths, the longest first; see `cut_by_length`."""
-        return cut_by_length(lengths, lambda length: self.tokens // max(1, length))
+        return cut_by_length(lengths, lambda length: self.tokens // max(1, length), self.tokens)
 
 
-def cut_by_length(lengths: Sequence[int], most: Callable[[int], int]) -> list[Indices]:
+def cut_by_length(lengths: Sequence[int], most: Callable[[int], int], tokens: int) -> list[Indices]:
     """Return micro-batches of rows of like length, the longest first, that cost least; see `Tokens`.
 
     The least cost of the first n rows follows from that of fewer rows and one micro-batch more. That micro-batch may
@@ -125,18 +127,20 @@ def cut_by_length(lengths: Sequence[int], most: Callable[[int], int]) -> list[In
     Args:
         lengths: Of each row. Unit: tokens.
         most: How many rows of a length fit at once; less than one counts as one.
+        tokens: The budget, or about what fits at once. Unit: tokens.
 
     Example:
-        >>> cut_by_length([3, 6, 2, 5], lambda length: 12 // length)
+        >>> cut_by_length([3, 6, 2, 5], lambda length: 12 // length, 12)
         [[1, 3], [0, 2]]
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    a_pass = min(_PASS_AT_MOST, max(_PASS, tokens / 100))
     costs = [0.0] + [math.inf] * len(order)
     starts = [0] * len(costs)
     for start, row in enumerate(order):
         rows = min(max(1, most(lengths[row])), len(order) - start)
         for count in range(rows, 0, -math.ceil(rows / _FILLINGS)):
-            cost = costs[start] + _PASS + count * lengths[row]
+            cost = costs[start] + a_pass + count * lengths[row]
             if cost < costs[start + count]:
                 costs[start + count], starts[start + count] = cost, start
     cut: list[Indices] = []

@@ -98,7 +98,8 @@ def _make_dataclass(like: Any, names: list[str], values: list[Any]) -> Any:
 
 
 def is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "__getitem__")
+    # The class is asked: a dict may answer for any attribute, and a nested tensor raises where its shape is asked for.
+    return hasattr(type(leaf), "shape") and hasattr(leaf, "__getitem__")
 
 
 def is_column(leaf: Any) -> bool:

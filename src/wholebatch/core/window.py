@@ -1,6 +1,6 @@
 """Where are we? The state of one window, and which micro-batch opens and closes it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -120,6 +120,11 @@ def check_stream(items: Any, micro_batches: Any) -> None:
         raise WindowError(
             f"A window of {micro_batches} micro-batches would never become an update.",
             hint="pass micro_batches=1 or more.",
+        )
+    if isinstance(items, Mapping):
+        raise WindowError(
+            f"A {type(items).__name__} is no loader of micro-batches.",
+            hint="pass what yields it; a single logical batch goes to accumulator.step(batch).",
         )
     if not (hasattr(items, "__iter__") or hasattr(items, "__getitem__")):
         raise WindowError(

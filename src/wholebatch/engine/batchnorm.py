@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from wholebatch.core.errors import BatchNormError
 from wholebatch.engine.device import modules
-from wholebatch.engine.meetings.exactnorm import is_exact
+from wholebatch.engine.meetings.exactnorm import is_exact, require_module
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -79,7 +79,7 @@ def convert_batch_norm(
         The model, or its replacement where `model` is itself a batch norm layer.
 
     Raises:
-        BatchNormError: `to` is none of the three, or a lazy layer does not know its channels yet.
+        BatchNormError: `model` is no module, `to` is none of the three, or a lazy layer does not know its channels yet.
 
     Example:
         >>> convert_batch_norm(nn.Sequential(nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48)))[1].num_groups
@@ -141,7 +141,7 @@ def freeze_batch_norm(model: Module) -> Module:
         The model.
 
     Raises:
-        BatchNormError: A layer keeps no running statistics, or has not seen a batch yet.
+        BatchNormError: `model` is no module, or a layer keeps no running statistics, or has not seen a batch yet.
 
     Example:
         >>> model = freeze_batch_norm(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))).train()
@@ -220,6 +220,7 @@ def _depends(layer: nn.Module) -> bool:
 
 
 def _require_channels(model: nn.Module) -> None:
+    require_module(model)
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and isinstance(layer, _LazyNormBase) and layer.has_uninitialized_params():
             raise BatchNormError(

@@ -1,5 +1,6 @@
 """What does a micro-batch add to the window? The declared objective: a loss, and the targets that it averages over."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -101,7 +102,7 @@ class Objective:
         reduction: What `loss_fn` returns.
 
     Raises:
-        LossError: `loss_fn` cannot be called.
+        LossError: `loss_fn` cannot be called with a model and a micro-batch.
         WeightError: `targets` cannot be called, or the reduction does not exist.
     """
 
@@ -111,6 +112,7 @@ class Objective:
                 f"loss_fn is a {type(loss_fn).__name__}, which cannot be called.",
                 hint="pass a function: loss_fn(model, micro_batch).",
             )
+        _check_arguments(loss_fn)
         if targets is not None and not callable(targets):
             raise WeightError(
                 f"targets is a {type(targets).__name__}, which cannot be called.",
@@ -171,6 +173,30 @@ class Objective:
                 hint="let one of them count: leave out targets=..., or return the loss alone.",
             )
         return part
+
+
+def _check_arguments(loss_fn: LossFn | None) -> None:
+    """Refuse what compares outputs with labels, as losses of `torch.nn` do, and what takes other arguments."""
+    kind = loss_fn if inspect.isroutine(loss_fn) else type(loss_fn)
+    name, home = getattr(kind, "__name__", ""), getattr(kind, "__module__", None) or ""
+    if home in ("torch.nn.functional", "torch._C._nn") or home.startswith("torch.nn.modules.loss"):
+        raise LossError(
+            f"loss_fn is {name}, which compares outputs with labels; it is called as loss_fn(model, micro_batch).",
+            hint="write the forward pass around it, as in "
+            "def loss_fn(model, micro_batch): return criterion(model(micro_batch['x']), micro_batch['y']).",
+        )
+    try:
+        signature = inspect.signature(getattr(loss_fn, "forward", loss_fn)) if loss_fn is not None else None
+    except (TypeError, ValueError):  # something built in may not say what it takes
+        return
+    try:
+        if signature is not None:
+            signature.bind(None, None)
+    except TypeError:
+        raise LossError(
+            f"loss_fn takes {signature}, and it is called as loss_fn(model, micro_batch).",
+            hint="let it take these two, the model first; bind everything else beforehand, with functools.partial.",
+        ) from None
 
 
 def _check_loss(loss: Any, graph: bool) -> None:

@@ -39,8 +39,9 @@ class Windows:
         self._left_open: Mapping[str, Any] | None = None  # a window of another process, which the next goes on with
         guard = _guard(weakref.ref(self))
         for each in rules.setup.optimizers:
-            hook = each.register_step_pre_hook(guard)
-            weakref.finalize(self, hook.remove)
+            if hasattr(each, "_optimizer_step_pre_hooks"):  # a wrapper may leave out super().__init__()
+                hook = each.register_step_pre_hook(guard)
+                weakref.finalize(self, hook.remove)
 
     def open(
         self,
@@ -63,7 +64,7 @@ class Windows:
             goes_on: Whether it goes on with the window that another process has left open, if there is one.
 
         Raises:
-            WindowError: The last window is still open.
+            WindowError: The last window is still open, or a schedule is stepped by somebody else too.
         """
         if self.current is not None:
             raise WindowError(
@@ -76,6 +77,7 @@ class Windows:
                 "A window was open when the state was saved, and waits for its other micro-batches.",
                 hint="go on with it: accumulator.window(); or give it up: accumulator.window().rollback().",
             )
+        self.rules.setup.schedules.require_to_be_alone()
         self.rules.setup.group.open(self.renew_sums)
         self.renew_sums()
         if targets is not None:

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from wholebatch.core.errors import OptimizerError, OutOfMemoryError
 from wholebatch.engine import memory
@@ -17,6 +17,7 @@ from wholebatch.engine.ranks.group import Group
 from wholebatch.engine.ranks.membership import group_of
 from wholebatch.engine.reasons import Say, silent
 from wholebatch.engine.steps.consuming import Consumption, takers
+from wholebatch.engine.steps.scheduling import Schedules
 from wholebatch.engine.steps.stepping import Stepping
 
 OnNonFinite: TypeAlias = Literal["skip", "raise"]
@@ -34,6 +35,7 @@ class Setup:
         device: Where the model takes its input.
         update: Steps the optimizers, once or not at all.
         group: The ranks that train the model together.
+        schedules: Steps the schedulers.
         stepping: Whether a window is stepping the optimizers at this moment.
     """
 
@@ -43,6 +45,7 @@ class Setup:
     device: torch.device
     update: Stepping
     group: Group
+    schedules: Schedules
     stepping: bool = False
 
     @classmethod
@@ -81,7 +84,8 @@ class Setup:
             _check_scheduler(scheduler, optimizers)
         device = input_device(model)
         group = group_of(model, optimizers, say, reduce_in=reduce_in, communication=communication)
-        return cls(model, optimizers, schedulers, device, Stepping(optimizers, device), group)
+        stepping = Stepping(optimizers, device)
+        return cls(model, optimizers, schedulers, device, stepping, group, Schedules(schedulers))
 
     def consumption(self) -> Consumption | None:
         """Return what hands gradients over to the optimizers that take them in as they arrive; None if none does."""
@@ -119,30 +123,24 @@ class Setup:
         finally:
             self.stepping = False
 
-    def schedule(self, loss: float) -> None:
-        """Step the schedules: one update has been applied.
-
-        Args:
-            loss: What a `ReduceLROnPlateau` looks at.
-        """
-        for scheduler in self.schedulers:
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(loss)
-            else:
-                scheduler.step()
-
 
 def check_belonging(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Check that optimizers can step a model.
 
     Raises:
-        OptimizerError: They are not of the right kind, an optimizer holds parameters that are not the model's, needs a
-            closure, or shares a parameter with another.
+        OptimizerError: They are not of the right kind, a parameter has no shape yet, an optimizer holds parameters that
+            are not the model's, needs a closure, or shares a parameter with another.
     """
     if not isinstance(model, nn.Module):
         raise OptimizerError(
             f"The model is a {type(model).__name__}, not a torch.nn.Module.",
             hint="pass the module itself; several modules go together in a torch.nn.ModuleList or ModuleDict.",
+        )
+    lazy = [name for name, each in model.named_parameters() if isinstance(each, UninitializedParameter)]
+    if lazy:
+        raise OptimizerError(
+            f"Lazy parameters have no shape yet: {', '.join(lazy[:5])}.",
+            hint="run the model on one batch first, under torch.no_grad().",
         )
     if not optimizers:
         raise OptimizerError("There is no optimizer.", hint="pass one, such as torch.optim.AdamW(model.parameters()).")

@@ -45,7 +45,7 @@ class Rules:
     batch_norm: BatchNorm
 
 
-_NOTHING = "no micro-batch held a target, so there was nothing to learn"
+_NOTHING = "no micro-batch held a target or made a loss (loss_fn returned None), so there was nothing to learn"
 
 
 _MAKE_IT_AGAIN = (
@@ -431,10 +431,11 @@ class Window:
             with group.moving(), self._rules.precision.settling(read.scaled_norm):
                 group.deliver(self.sums, read.factor * clip)
                 late = self._step()
+                torch.clear_autocast_cache()  # or an autocast around the whole loop would go on with the old weights
             self.sums.commit()
             self._end(Phase.CLOSED)
             self._update = self._record(loss=read.loss, norm=read.norm, lr=lr, skipped=None)
-            self._rules.setup.schedule(read.loss)
+            self._rules.setup.schedules.step(read.loss)
         if late is not None:
             raise late
         return self._update

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wholebatch.core.batch import Layout, LogicalBatch, paths
-from wholebatch.core.errors import NonFiniteError, OptimizerError, SplitError, WeightError
+from wholebatch.core.errors import ConfigError, NonFiniteError, OptimizerError, SplitError, WeightError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
@@ -77,12 +77,12 @@ def verify(
 
     Returns:
         The certificate: the errors by cut, and by parameter in units of eps, and the causes where the updates differ,
-        each with the line to change. Of model and loss: ``"batch norm"``, ``"dropout"``, ``"randomness"``,
-        ``"reduction"``, ``"targets"``, ``"balancing loss"``, ``"not a sum over rows"``. Of a step: ``"mean of means"``,
-        ``"ragged last window"``, ``"temperature counted k times"``, ``"balancing loss"``, ``"optimizer stepped per
-        micro-batch"``, ``"scheduler per micro-batch"``, ``"retry on partial gradients"``, ``"stagnating bf16 sums"``,
-        ``"clipping before the sum"``, ``"dropped micro-batches"``, ``"not divided"``, ``"wrong divisor"``,
-        ``"weights"``, ``"no update"``.
+        each with the line to change. Of model and loss: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"carried
+        over"``, ``"reduction"``, ``"targets"``, ``"balancing loss"``, ``"not a sum over rows"``. Of a step:
+        ``"mean of means"``, ``"ragged last window"``, ``"temperature counted k times"``, ``"balancing loss"``,
+        ``"optimizer stepped per micro-batch"``, ``"scheduler per micro-batch"``, ``"retry on partial gradients"``,
+        ``"stagnating bf16 sums"``, ``"clipping before the sum"``, ``"dropped micro-batches"``, ``"not divided"``,
+        ``"wrong divisor"``, ``"weights"``, ``"no update"``.
 
     Raises:
         SplitError: The batch has fewer than two rows, or its parts disagree on how many rows there are.
@@ -116,6 +116,11 @@ def verify(
         raise OptimizerError(
             f"The model is a {type(model).__name__}, not a torch.nn.Module.",
             hint="pass the module first: wb.verify(model, loss_fn, batch).",
+        )
+    if micro_batch is not None and not isinstance(micro_batch, Rows | Tokens):
+        raise ConfigError(
+            f"micro_batch={micro_batch!r} says nothing about which rows go together.",
+            hint="pass wb.Rows(8) or wb.Tokens(4096, length=...), or leave it out.",
         )
     whole = paths(whole)
     rows = Layout(collate, whole, dims).logical(batch)

@@ -191,6 +191,32 @@ def test_a_loader_goes_on_where_it_was(tmp_path):
     assert [each.tolist() for each in fresh] == rest
 
 
+@OLD
+def test_a_loader_of_micro_batches_goes_on_between_two_updates(tmp_path):
+    def begun():
+        model, accumulator = make(micro_batch=wb.Rows(8))
+        data = list(torch.arange(66.0).reshape(22, 3) / 66)
+        loader = StatefulDataLoader(data, batch_size=2, num_workers=2, generator=torch.Generator())
+        return model, accumulator, loader
+
+    model, accumulator, loader = begun()
+    whole = list(accumulator.updates(loader, micro_batches=3))
+    assert len(whole) == 4
+    _, accumulator, loader = begun()
+    for update in accumulator.updates(loader, micro_batches=3):
+        if update.number == 2:
+            wb.save(tmp_path / "run", accumulator, loader)
+            break
+    other, accumulator, loader = begun()
+    torch.rand(5)  # another process stands elsewhere
+    wb.load(tmp_path / "run", accumulator, loader)
+    rest = list(accumulator.updates(loader, micro_batches=3))
+    assert [(each.number, each.rows, each.loss) for each in rest] == [
+        (each.number, each.rows, each.loss) for each in whole[2:]
+    ]
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 def test_a_disk_that_is_full_leaves_the_last_file_whole(tmp_path):
     script = """
         import resource, sys

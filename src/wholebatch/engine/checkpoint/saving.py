@@ -61,7 +61,7 @@ def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
     text, tensors = taken_apart(state)
     save_file = _safetensors().torch.save_file
     target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside = target.with_name(f".{target.name}.part")  # one name: what a killed process left is written over
     try:
         save_file(tensors, beside, metadata={"format": _FORMAT, "state": json.dumps(text)})
         _to_disk(beside)

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from wholebatch.core.errors import ConfigError, WindowError
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.precision import Precision
+from wholebatch.engine.randomness import RandomState
 from wholebatch.engine.setup import Setup
-from wholebatch.engine.transaction import RandomState
 
 
 def state_of(windows: Windows, precision: Precision) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from torch import nn
 
 from wholebatch.core.split import Indices
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.checks.pieces import Piece, Probe, compare, errors, evaluating, is_rounding, weighted_sum
+from wholebatch.engine.checks.carrying import carried
+from wholebatch.engine.checks.pieces import Piece, Probe, compare, errors, is_rounding, weighted_sum
+from wholebatch.engine.checks.silence import DROPOUT, evaluating, silenced
 from wholebatch.engine.device import input_device
-from wholebatch.engine.transaction import RandomState
+from wholebatch.engine.randomness import RandomState
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,8 @@ class Cause:
     """Why a cut changes the gradient.
 
     Attributes:
-        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"reduction"``, ``"targets"``, ``"not finite"``,
-            ``"balancing loss"`` or ``"not a sum over rows"``. A user's own step has further ones, in
+        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"carried over"``, ``"reduction"``, ``"targets"``,
+            ``"not finite"``, ``"balancing loss"`` or ``"not a sum over rows"``. A user's own step has further ones, in
             `wholebatch.evidence.certificate`.
         found: What was found, as a sentence.
         hint: What to do about it.
@@ -73,18 +75,16 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
         return found is None or is_rounding(found, probe.tolerance)
 
     def draws() -> bool:
-        first, second = probe.run(whole), probe.run(whole)
-        if first is None or second is None:
-            return False
-        return float((first.gradient - second.gradient).norm()) > probe.tolerance * float(first.gradient.norm())
+        return _draws(probe, whole)
 
     def stirs() -> bool:
-        before = RandomState.now(input_device(probe.model))
-        probe.run(whole)
-        return not before.stands()
+        return _stirs(probe, whole)
 
     if agree() or (probe.coarsen(lambda: probe.run(whole)) and agree()):
         return causes
+    buffers = carried(probe, whole)
+    if buffers:
+        return [carried_cause(buffers)]
     layers = batch_dependent_layers(probe.model)
     with evaluating([layer for name, layer in probe.model.named_modules() if name in layers]):
         if layers:
@@ -95,6 +95,9 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
         random = [random_cause(probe.model)]
         seen = random if draws() else []
         drawn = bool(seen) or stirs()
+        if drawn and judged_in_training(probe, whole):
+            with silenced(probe.model):
+                return causes + ([] if agree() else _arithmetic_causes(probe, whole, parts)) + random
         with evaluating(list(probe.model.modules()) if drawn else []):
             try:
                 if drawn and (agree() or draws() or stirs()):
@@ -102,6 +105,30 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
             except Exception:  # some models give no loss in this mode, and what was found is all that can be
                 return causes + random
             return causes + seen + _arithmetic_causes(probe, whole, parts)
+
+
+def judged_in_training(probe: Probe, whole: Indices) -> bool:
+    """Return whether a model gives the same gradient for the same rows in training mode, once dropout is silent.
+
+    Then a gradient that the cut changes there is no matter of chance, even if evaluation mode shows nothing of it.
+    """
+    with silenced(probe.model):
+        return not (_draws(probe, whole) or _stirs(probe, whole))
+
+
+def _draws(probe: Probe, whole: Indices) -> bool:
+    """Whether the same rows give another gradient the second time."""
+    first, second = probe.run(whole), probe.run(whole)
+    if first is None or second is None:
+        return False
+    return float((first.gradient - second.gradient).norm()) > probe.tolerance * float(first.gradient.norm())
+
+
+def _stirs(probe: Probe, whole: Indices) -> bool:
+    """Whether running some rows takes numbers from a random stream."""
+    before = RandomState.now(input_device(probe.model))
+    probe.run(whole)
+    return not before.stands()
 
 
 def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cause]:
@@ -166,7 +193,9 @@ def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -
                 f"another one for each micro-batch. It reaches {_listed(reached)}; all other parameters have the "
                 "gradient of the undivided batch.",
                 "compute it over the whole logical batch, from statistics that are summed over all micro-batches: "
-                "wb.losses.load_balancing, or wb.sum_over_batch(x).",
+                "wb.losses.load_balancing, or wb.sum_over_batch(x). A mean over another number than the targets is "
+                "one of them: its sum, divided by wb.sum_over_batch(count). A term that has nothing to do with rows, "
+                "such as a regulariser beside a sum, is the third of (loss_sum, targets, once).",
             )
         ]
     return [_NOT_A_SUM]
@@ -187,6 +216,17 @@ def _reached_by_a_term(probe: Probe, undivided: Piece, pieces: Sequence[Piece]) 
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def carried_cause(buffers: Sequence[str]) -> Cause:
+    """Return the cause that these buffers and attributes are, by their names in the model."""
+    return Cause(
+        "carried over",
+        f"The gradient depends on what every forward pass changes in the model ({_listed(buffers)}): a micro-batch "
+        "sees what the one before it left, and an update changes it once for each.",
+        "change it once an update, after accumulator.step(batch), and not in the forward pass.",
+        layers=tuple(buffers),
+    )
 
 
 def batch_norm_cause(layers: Sequence[str]) -> Cause:
@@ -212,9 +252,8 @@ def meets_nobody_cause() -> Cause:
 
 def random_cause(model: nn.Module) -> Cause:
     """Return the cause that random numbers are, with the dropout layers of a model by name."""
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
     names = [
-        name for name, layer in model.named_modules() if isinstance(layer, kinds) and layer.training and layer.p > 0
+        name for name, layer in model.named_modules() if isinstance(layer, DROPOUT) and layer.training and layer.p > 0
     ]
     if names:
         return Cause(

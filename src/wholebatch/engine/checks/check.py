@@ -8,12 +8,14 @@ from typing import Any
 from torch import nn
 
 from wholebatch.core.batch import Layout, LogicalBatch
-from wholebatch.core.errors import VerifyError
+from wholebatch.core.errors import BatchNormError, MeetingError, VerifyError
 from wholebatch.core.split import Indices, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.checks.causes import Cause, diagnose
-from wholebatch.engine.checks.pieces import Probe, compare, evaluating, is_rounding
+from wholebatch.engine.checks.carrying import carried
+from wholebatch.engine.checks.causes import Cause, carried_cause, diagnose, judged_in_training
+from wholebatch.engine.checks.pieces import Probe, compare, is_rounding
+from wholebatch.engine.checks.silence import evaluating, silenced
 from wholebatch.engine.device import input_device
 from wholebatch.engine.fit.cutting import Cutting
 from wholebatch.engine.forward import Forward
@@ -105,8 +107,8 @@ def check_first(
 ) -> str | None:
     """Compare a few rows of the first logical batch, cut and uncut, and leave no trace.
 
-    Randomness and batch norm are left to their own rules here: a model that draws random numbers, or computes over
-    the batch by the user's wish, is compared in evaluation mode.
+    Randomness and batch norm are left to their own rules here: dropout is silent, batch norm that computes over the
+    batch by the user's wish is in evaluation mode, and so is a model that draws random numbers all the same.
 
     Args:
         model: The module.
@@ -122,6 +124,8 @@ def check_first(
 
     Raises:
         VerifyError: The cut changes the gradient; the error names the cause.
+        BatchNormError: Batch norm outside of the model's layers does not run on one row.
+        MeetingError: The loss takes a gradient through what meets.
     """
     pieces = _few(rows.rows, fitting, lengths)
     if not pieces:
@@ -133,6 +137,9 @@ def check_first(
         dependent = set(batch_dependent_layers(model))
         with evaluating([layer for name, layer in model.named_modules() if name in dependent]):
             found = [_compare_piece(probe, piece) for piece in pieces]
+    except (ValueError, RuntimeError) as error:
+        _explain(error, meets=probe.meets)
+        raise
     finally:
         transaction.roll_back()
     errors = [each for each in found if isinstance(each, float)]
@@ -140,8 +147,12 @@ def check_first(
         return None
     if not errors:
         return f"The first batch was not compared cut and uncut: {found[0]}."
-    compared = sum(map(len, pieces))
-    return f"The first batch was compared cut and uncut on {compared} rows: equal to {max(errors):.1e} (relative)."
+    compared, mode = sum(map(len, pieces)), ""
+    if any(isinstance(each, _Evaluating) for each in errors):
+        mode = ", in evaluation mode, since two passes in training mode differ by themselves"
+    return (
+        f"The first batch was compared cut and uncut on {compared} rows: equal to {max(errors):.1e} (relative){mode}."
+    )
 
 
 def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
@@ -152,24 +163,65 @@ def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
         return max(found)
     if probe.coarsen(lambda: probe.run(piece)) and is_rounding(found, probe.tolerance):  # such as autocast in the loss
         return max(found)
-    with evaluating(list(probe.model.modules())):
-        try:
-            found = compare(probe, piece, parts) or [0.0]
-        except Exception as error:  # some models give no loss in this mode
-            return f"they differ in training mode, and in evaluation mode the loss raises {type(error).__name__}"
-        if is_rounding(found, probe.tolerance):
-            return max(found)
-        found, causes = _look_closer(probe, piece, parts, found)
+    buffers = carried(probe, piece)
+    if buffers:
+        cause = carried_cause(buffers)
+        raise VerifyError(_off_by(found, piece) + cause.found, hint=f"{cause.hint} check=None takes it as it is.")
+    if not judged_in_training(probe, piece):
+        with evaluating(list(probe.model.modules())):
+            judged = _judge(probe, piece, parts, found)
+            return _Evaluating(judged) if isinstance(judged, float) else judged
+    with silenced(probe.model):
+        return _judge(probe, piece, parts, found)
+
+
+class _Evaluating(float):
+    """An error that was found in evaluation mode, since training mode cannot be compared."""
+
+
+def _explain(error: Exception, *, meets: bool) -> None:
+    """Raise a clearer error for those that say that rows are looked at together."""
+    if "Expected more than 1 value per channel" in str(error):
+        raise BatchNormError(
+            "Batch norm that is no layer of this model (a function, or a second model in training mode) computes over "
+            "the rows that it is given, and a single row has no variance.",
+            hint="put what normalises into the model as layers, for wb.exact_batch_norm(model); a second model that "
+            "does not learn goes into evaluation mode: teacher.eval().",
+        ) from error
+    if meets and "through the graph a second time" in str(error):
+        raise MeetingError(
+            "A gradient is taken inside the loss, through layers that look at the whole logical batch: it would be "
+            "that of one micro-batch, and use up the graph of all.",
+            hint="let those layers look at each row for itself: wb.convert_batch_norm(model) or "
+            "wb.freeze_batch_norm(model).",
+        ) from error
+
+
+def _judge(probe: Probe, piece: list[int], parts: list[list[int]], found: list[float]) -> float | str:
+    """Compare as `_compare_piece` does, in the mode in which layers are now."""
+    try:
+        found = compare(probe, piece, parts) or [0.0]
+    except Exception as error:  # some models give no loss in this mode
+        return f"they differ in training mode, and in evaluation mode the loss raises {type(error).__name__}"
+    if is_rounding(found, probe.tolerance):
+        return max(found)
+    found, causes = _look_closer(probe, piece, parts, found)
     if not causes:
         return max(found)
     if any(cause.name in ("dropout", "randomness") for cause in causes):
-        return "model or loss draw random numbers in evaluation mode too"
+        return "model or loss draw random numbers in evaluation mode too, or carry something over to the next pass"
     if any(cause.name == "not finite" for cause in causes):
         return math.nan
     raise VerifyError(
-        f"The cut changes the gradient: on {len(piece)} rows of the first batch, one against the others, it is off by "
-        f"{max(found):.2g} (relative). " + " ".join(cause.found for cause in causes),
+        _off_by(found, piece) + " ".join(cause.found for cause in causes),
         hint=" ".join(cause.hint for cause in causes) or "look closer with wb.verify(model, loss_fn, batch).",
+    )
+
+
+def _off_by(found: list[float], piece: list[int]) -> str:
+    return (
+        f"The cut changes the gradient: on {len(piece)} rows of the first batch, one against the others, it is off by "
+        f"{max(found):.2g} (relative). "
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.split import Indices
 from wholebatch.core.weights import mean_weights
+from wholebatch.engine.backward import run_backward
 from wholebatch.engine.checks.rounding import CoarsestDtype
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.meetings.company import Alone, among, recomputing_with
@@ -170,7 +171,7 @@ class Probe:
         sums = GradientSum(self.parameters, [], "weights")
         sums.start()
         try:
-            torch.autograd.backward(losses, weights)
+            run_backward(losses, weights)
             return flat_gradient(self.parameters, self._sample).double()
         finally:
             sums.roll_back()
@@ -314,16 +315,3 @@ def weighted_sum(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
     factors = [1 / total if piece.is_sum else weight for piece, weight in zip(pieces, weights, strict=True)]
     terms = torch.stack([factor * piece.gradient for factor, piece in zip(factors, pieces, strict=True)])
     return terms.sum(0), terms.abs().sum(0)
-
-
-@contextmanager
-def evaluating(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Put layers into evaluation mode, each by itself, and back again."""
-    modes = [(layer, layer.training) for layer in layers]
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode

@@ -62,8 +62,8 @@ class ByLength:
         if tokens is None:
             if self.need.peak(len(lengths), max(lengths), alone=True) <= usable(self.need, self.budget):
                 return [range(len(lengths))]
-            return cut_by_length(lengths, self.most)
-        return cut_by_length(lengths, lambda length: min(self.most(length), tokens // max(1, length)))
+            return cut_by_length(lengths, self.most, max(lengths) * self.most(max(lengths)))
+        return cut_by_length(lengths, lambda length: min(self.most(length), tokens // max(1, length)), tokens)
 
     def most(self, length: int) -> int:
         """Return how many rows of a length fit at once; 0: not even one."""

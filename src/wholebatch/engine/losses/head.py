@@ -43,7 +43,7 @@ def linear_cross_entropy(
         The loss; shape ``[]``, in float32 where the weights are narrower. A mean over nothing is not a number.
 
     Raises:
-        LossError: Shapes do not fit together, or `chunk` is less than one.
+        LossError: Shapes do not fit together, a label is no class, or an argument is not one of those above.
 
     Example:
         >>> hidden, weight = torch.randn(2, 7, 16), torch.randn(1000, 16)
@@ -65,9 +65,27 @@ def linear_cross_entropy(
     rows = max(1, positions * weight.shape[1] // weight.shape[0]) if chunk == "auto" else chunk
     if rows < 1:
         raise LossError(f"A chunk of {rows} positions holds nothing.", hint='pass chunk="auto" or a positive number.')
+    if reduction not in ("mean", "sum"):
+        raise LossError(f"reduction={reduction!r} is not one of the choices.", hint='pass "mean" or "sum".')
     kept = labels.flatten()
+    _check_labels(kept, len(weight), ignore_index)
+    kept = kept.long()
     loss: Tensor = _Head.apply(hidden.flatten(0, -2), weight, bias, kept, ignore_index, rows)  # type: ignore[no-untyped-call]
     return loss if reduction == "sum" else loss / (kept != ignore_index).sum()
+
+
+def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Refuse labels that are no classes; on an accelerator, which would have to be waited for, indexing does."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise LossError(f"Labels are {labels.dtype}, not the numbers of classes.", hint="pass integers: labels.long().")
+    if labels.device.type != "cpu" or type(labels) is not Tensor or torch.compiler.is_compiling():
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if wrong.any():
+        raise LossError(
+            f"A label is {int(labels[wrong][0])}, and classes are 0 to {classes - 1}; ignore_index is {ignore_index}.",
+            hint="pass ignore_index=... if it marks what is not to be learned.",
+        )
 
 
 class _Head(torch.autograd.Function):
@@ -87,7 +105,7 @@ class _Head(torch.autograd.Function):
             part, label = hidden[start : start + rows], labels[start : start + rows]
             logits = functional.linear(part, weight, bias)
             counts = (label != ignore_index).unsqueeze(1)
-            place = label.clamp(min=0).unsqueeze(1)
+            place = label.masked_fill(label == ignore_index, 0).unsqueeze(1)
             log_p = logits.to(wide).log_softmax(dim=1)
             loss -= (log_p.gather(1, place) * counts).sum()
             if wants_hidden or wants_weight or wants_bias:

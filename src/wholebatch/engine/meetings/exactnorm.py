@@ -35,6 +35,9 @@ def exact_batch_norm(model: Module) -> Module:
     Returns:
         The model.
 
+    Raises:
+        BatchNormError: `model` is no module.
+
     Example:
         >>> import wholebatch as wb
         >>> model = exact_batch_norm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
@@ -45,10 +48,24 @@ def exact_batch_norm(model: Module) -> Module:
         >>> model[1].num_batches_tracked
         tensor(1)
     """
+    require_module(model)
     for layer in model.modules():
         if isinstance(layer, _BatchNorm) and not isinstance(layer, _Exact) and not hasattr(layer, "is_frozen"):
             object.__setattr__(layer, "__class__", _exact(type(layer)))
     return model
+
+
+def require_module(model: object) -> None:
+    """Raise an error if something is no module, such as a list of some.
+
+    Raises:
+        BatchNormError: It is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise BatchNormError(
+            f"Batch norm is looked for in a module, and this is a {type(model).__name__}.",
+            hint="pass the torch.nn.Module itself; several go one by one, or together in a torch.nn.ModuleList.",
+        )
 
 
 def exact_layers(model: nn.Module) -> list[str]:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wholebatch.engine.device import modules
-from wholebatch.engine.transaction import RandomState, Transaction
+from wholebatch.engine.randomness import RandomState
+from wholebatch.engine.transaction import Transaction
 
 
 class Moments:

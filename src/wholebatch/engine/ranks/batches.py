@@ -65,6 +65,8 @@ class LogicalBatches(Sampler[list[int]]):
             raise ConfigError(
                 f"balance={balance!r} is no way to share rows out.", hint='pass "tokens", "rows" or None.'
             )
+        if not hasattr(rows, "__index__"):
+            raise SplitError(f"rows={rows!r} is no whole number.", hint="pass how many rows make a logical batch.")
         if rows < 1:
             raise SplitError(f"A logical batch of {rows} rows holds nothing.", hint="pass rows=1 or more.")
         if (rank is None) != (ranks is None) or (rank is not None and ranks is not None and not 0 <= rank < ranks):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.checks.causes import Cause, batch_norm_cause, diagnose, meets_nobody_cause, random_cause
-from wholebatch.engine.checks.pieces import Probe, evaluating
+from wholebatch.engine.checks.pieces import Probe
+from wholebatch.engine.checks.silence import evaluating
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.transaction import Transaction
 from wholebatch.evidence.certificate.cuts import Cut

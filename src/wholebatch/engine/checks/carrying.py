@@ -1,0 +1,127 @@
+"""What does a pass leave behind for the next one? Buffers and attributes that it changes, and that the loss reads.
+
+In a cut batch a micro-batch then sees what the one before it left, and an update moves them once for each.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from wholebatch.core.split import Indices
+from wholebatch.engine.batchnorm import batch_dependent_layers
+from wholebatch.engine.checks.pieces import Probe
+from wholebatch.engine.checks.silence import silenced
+from wholebatch.engine.device import input_device
+from wholebatch.engine.meetings.exactnorm import exact_layers
+from wholebatch.engine.transaction import Transaction
+
+
+def carried(probe: Probe, whole: Indices) -> list[str]:
+    """Return the buffers and attributes that a pass changes, by name, if the gradient of the next pass depends on them.
+
+    Batch norm and spectral norm are left out: both are looked after, or known, elsewhere.
+
+    Args:
+        probe: Runs the rows.
+        whole: The undivided rows.
+    """
+    transaction = Transaction(probe.model, input_device(probe.model))
+    transaction.begin()
+    attributes = _Attributes(probe.model)
+    try:
+        with silenced(probe.model):
+            first = _gradient(probe, whole)
+            moved = sorted(_moved_buffers(probe, transaction) + attributes.moved())
+            if first is None or not moved:
+                return []
+            transaction.roll_back_random()
+            after = _gradient(probe, whole)
+            transaction.roll_back()
+            attributes.put_back()
+            again = _gradient(probe, whole)
+    finally:
+        transaction.roll_back()
+        attributes.put_back()
+    if after is None or again is None:
+        return []
+    bound = probe.tolerance * float(first.norm())
+    is_reproduced = float((again - first).norm()) <= bound
+    return moved if is_reproduced and float((after - first).norm()) > bound else []
+
+
+def _gradient(probe: Probe, whole: Indices) -> Tensor | None:
+    piece = probe.run(whole)
+    return None if piece is None else piece.gradient
+
+
+def _moved_buffers(probe: Probe, transaction: Transaction) -> list[str]:
+    """The buffers that are not what they were when the transaction began."""
+    known = {*batch_dependent_layers(probe.model), *exact_layers(probe.model)}
+    moved = []
+    for name, module in probe.model.named_modules():
+        if name in known or _is_spectral(module):
+            continue
+        for key, buffer in module._buffers.items():
+            before = transaction.copy_of_buffer(module, key)
+            if buffer is not None and (before is None or not _same(before, buffer)):
+                moved.append(_named(name, key))
+    return moved
+
+
+def _is_spectral(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
+
+
+class _Attributes:
+    """Numbers and tensors that the modules of a model keep as plain attributes, as they were at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, Tensor]]] = []
+        for name, module in model.named_modules():
+            if _is_spectral(module):
+                continue
+            held = {key: value for key, value in vars(module).items() if _is_kept(key, value)}
+            copies = {key: value.detach().clone() for key, value in held.items() if isinstance(value, Tensor)}
+            self._kept.append((name, module, held, copies))
+
+    def moved(self) -> list[str]:
+        """Return the names of those that are others now, or hold other values."""
+        return [
+            _named(name, key)
+            for name, module, held, copies in self._kept
+            for key, value in held.items()
+            if not self._is_still(vars(module).get(key), value, copies.get(key))
+        ]
+
+    def put_back(self) -> None:
+        """Make all what they were."""
+        for _, module, held, copies in self._kept:
+            for key, value in held.items():
+                if key in copies and not _same(copies[key], value.detach()):
+                    with torch.no_grad():
+                        value.copy_(copies[key])
+                vars(module)[key] = value
+
+    @staticmethod
+    def _is_still(now: Any, then: Any, copy: Tensor | None) -> bool:
+        if isinstance(now, Tensor):
+            return copy is not None and _same(copy, now.detach())
+        return copy is None and type(now) is type(then) and now == then
+
+
+def _is_kept(key: str, value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.layout is torch.strided and not value.requires_grad
+    return (value is None or isinstance(value, int | float)) and key != "training" and not key.startswith("_")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _named(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
