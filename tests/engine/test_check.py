@@ -546,19 +546,20 @@ def test_what_the_loss_reads_and_every_pass_moves_is_named(where, way):
 
 
 class WarmsUp(nn.Module):
-    """Counts its passes in a plain number, by which it scales what comes out."""
+    """Counts its passes in a plain number or tensor, by which it scales what comes out."""
 
-    def __init__(self):
+    def __init__(self, passes):
         super().__init__()
-        self.layers, self.passes = mlp(), 0
+        self.layers, self.passes = mlp(), passes
 
     def forward(self, x):
         self.passes += self.training
         return self.layers(x) * (1 - 0.5**self.passes)
 
 
-def test_a_number_that_counts_passes_is_named_and_put_back():
-    animal = Animal(WarmsUp, regression, mean_square)
+@pytest.mark.parametrize("passes", [0, torch.tensor(0)], ids=["number", "tensor"])
+def test_what_counts_passes_is_named(passes):
+    animal = Animal(lambda: WarmsUp(passes), regression, mean_square)
     model = animal.model()
     with pytest.raises(wb.VerifyError, match=r"changes in the model \(passes\)"):
         accumulator_of(animal, model).step(regression(12, torch.float64))
@@ -581,3 +582,29 @@ def test_spectral_norm_is_no_mistake(norm):
     accumulator = accumulator_of(animal, animal.model())
     assert accumulator.step(regression(12, torch.float64)).applied
     assert "in evaluation mode" in accumulator.reasons[0]
+
+
+@pytest.mark.parametrize("way", ["first", "verify"])
+def test_weights_that_every_pass_moves_are_named(way):
+    def decayed(model, batch):
+        with torch.no_grad():
+            model[0].weight.mul_(0.9)
+        return mean_square(model, batch)
+
+    animal, batch = Animal(mlp, regression, decayed), regression(12, torch.float64)
+    if way == "first":
+        with pytest.raises(wb.VerifyError, match=r"changes in the model \(0.weight\)"):
+            accumulator_of(animal, animal.model()).step(batch)
+    else:
+        assert wb.verify(animal.model(), decayed, batch).causes[0].name == "carried over"
+
+
+def test_weights_that_a_pass_puts_into_their_bounds_are_no_mistake():
+    def bounded(model, batch):
+        with torch.no_grad():
+            model[0].weight.clamp_(-0.1, 0.1)
+        return mean_square(model, batch)
+
+    animal = Animal(mlp, regression, bounded)
+    accumulator = accumulator_of(animal, animal.model())
+    assert accumulator.step(regression(12, torch.float64)).applied

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wholebatch.core.tree import map_leaves
+
 
 @dataclass(frozen=True, slots=True)
 class RandomState:
@@ -47,8 +49,9 @@ class RandomState:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states, for `of`."""
-        return {"cpu": self.cpu, "on device": self.on_device, "python": self.python, "numpy": self.numpy}
+        """Return the states, for `of`: tensors, and numbers in place of NumPy's, so that ``torch.load`` takes them."""
+        numpy = map_leaves(lambda leaf: leaf.tolist() if hasattr(leaf, "tolist") else leaf, self.numpy)
+        return {"cpu": self.cpu, "on device": self.on_device, "python": self.python, "numpy": numpy}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> "RandomState":

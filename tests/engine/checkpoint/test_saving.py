@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -379,3 +380,33 @@ def test_a_schedule_that_does_not_say_where_it_is_is_refused():
     _, accumulator = make(lr_scheduler=Own())
     with pytest.raises(wb.ConfigError, match="A Own does not say where it is"):
         accumulator.state_dict()
+
+
+def an_accumulator():
+    model = nn.Linear(2, 1)
+    return wb.Accumulator(model, torch.optim.AdamW(model.parameters()), lambda model, x: model(x).mean())
+
+
+@pytest.mark.parametrize("way", [wb.save, wb.load], ids=["save", "load"])
+def test_a_model_in_the_place_of_the_accumulator_is_refused(way, tmp_path):
+    wb.save(tmp_path / "run.safetensors", an_accumulator())
+    with pytest.raises(wb.ConfigError, match=r"This is a Linear, not a wb.Accumulator") as error:
+        way(tmp_path / "run.safetensors", nn.Linear(2, 1))
+    assert "wb.save(path, accumulator)" in error.value.hint
+
+
+@pytest.mark.parametrize("state", [None, {}, {"weights": {}}], ids=str)
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(wb.ConfigError, match="is no state of an accumulator"):
+        an_accumulator().load_state_dict(state)
+
+
+def test_torch_keeps_a_state_and_loads_it_without_pickle(tmp_path):
+    first, second = an_accumulator(), an_accumulator()
+    x = torch.randn(3, 2)
+    assert first.step(x).applied
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    drawn = np.random.rand(2)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert (np.random.rand(2) == drawn).all()
+    assert first.step(x).loss == second.step(x).loss

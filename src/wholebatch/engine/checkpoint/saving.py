@@ -57,6 +57,7 @@ def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
         >>> window.update.targets, window.update.micro_batches
         (4, 2)
     """
+    _require_accumulator(accumulator)
     state = {"accumulator": accumulator.state_dict(), "loader": _position(loader), "extra": extra}
     text, tensors = taken_apart(state)
     save_file = _safetensors().torch.save_file
@@ -108,6 +109,7 @@ def load(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
         >>> wb.load(path, accumulator)
         ['epoch', 3]
     """
+    _require_accumulator(accumulator)
     state = _read(Path(path))
     position = state["loader"]
     if position is not None and not hasattr(loader, "load_state_dict"):
@@ -124,6 +126,14 @@ def load(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
     if position is not None:
         loader.load_state_dict(position)
     return state["extra"]
+
+
+def _require_accumulator(accumulator: Any) -> None:
+    if not isinstance(accumulator, Accumulator):
+        raise ConfigError(
+            f"This is a {type(accumulator).__name__}, not a wb.Accumulator.",
+            hint="pass the accumulator: wb.save(path, accumulator). It knows its model, optimizers and schedules.",
+        )
 
 
 def _position(loader: Any) -> Any:

@@ -48,7 +48,7 @@ def state_of(windows: Windows, precision: Precision) -> dict[str, Any]:
     }
 
 
-def take_over(windows: Windows, precision: Precision, state: Mapping[str, Any]) -> None:
+def take_over(windows: Windows, precision: Precision, state: Any) -> None:
     """Go on from a state. If it does not belong here, nothing changes.
 
     Args:
@@ -57,11 +57,16 @@ def take_over(windows: Windows, precision: Precision, state: Mapping[str, Any]) 
         state: As `state_of` returned it.
 
     Raises:
-        ConfigError: Model, optimizers, schedules or precision are not those of the state.
+        ConfigError: It is none, or model, optimizers, schedules or precision are not those of the state.
         WindowError: A window is open.
     """
     setup = windows.rules.setup
     _require_one(setup)
+    if not isinstance(state, Mapping) or not state.keys() >= _PARTS:
+        raise ConfigError(
+            f"This {type(state).__name__} is no state of an accumulator.",
+            hint="pass what accumulator.state_dict() returned; what wb.save wrote is for wb.load(path, accumulator).",
+        )
     if windows.current is not None:
         raise WindowError(
             "A window is open, and its gradient would be that of other weights.",
@@ -82,6 +87,9 @@ def take_over(windows: Windows, precision: Precision, state: Mapping[str, Any]) 
     precision.load_state_dict(state["loss scale"])
     windows.load_state_dict(state["window"])
     RandomState.of(state["random"], setup.device).restore()
+
+
+_PARTS = {"window", "weights", "versions", "buffers", "kinds", "optimizers", "schedules", "loss scale", "random"}
 
 
 class _Versioned(dict[str, Any]):

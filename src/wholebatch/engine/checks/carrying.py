@@ -1,4 +1,4 @@
-"""What does a pass leave behind for the next one? Buffers and attributes that it changes, and that the loss reads.
+"""What does a pass leave behind for the next one? Buffers, attributes and weights that it changes, and that it reads.
 
 In a cut batch a micro-batch then sees what the one before it left, and an update moves them once for each.
 """
@@ -20,7 +20,7 @@ from wholebatch.engine.transaction import Transaction
 
 
 def carried(probe: Probe, whole: Indices) -> list[str]:
-    """Return the buffers and attributes that a pass changes, by name, if the gradient of the next pass depends on them.
+    """Return what a pass changes in the model, by name, if the gradient of the next pass depends on it.
 
     Batch norm and spectral norm are left out: both are looked after, or known, elsewhere.
 
@@ -31,11 +31,17 @@ def carried(probe: Probe, whole: Indices) -> list[str]:
     transaction = Transaction(probe.model, input_device(probe.model))
     transaction.begin()
     attributes = _Attributes(probe.model)
+    written = [parameter._version for parameter in probe.parameters]
     try:
         with silenced(probe.model):
             first = _gradient(probe, whole)
             moved = sorted(_moved_buffers(probe, transaction) + attributes.moved())
-            if first is None or not moved:
+            weights = [
+                name
+                for name, parameter, version in zip(probe.names, probe.parameters, written, strict=True)
+                if parameter._version != version
+            ]
+            if first is None or not (moved or weights):
                 return []
             transaction.roll_back_random()
             after = _gradient(probe, whole)
@@ -48,8 +54,10 @@ def carried(probe: Probe, whole: Indices) -> list[str]:
     if after is None or again is None:
         return []
     bound = probe.tolerance * float(first.norm())
-    is_reproduced = float((again - first).norm()) <= bound
-    return moved if is_reproduced and float((after - first).norm()) > bound else []
+    if float((after - first).norm()) <= bound:
+        return []
+    # Weights are not put back, so that a gradient on them cannot be had again.
+    return moved + weights if weights or float((again - first).norm()) <= bound else []
 
 
 def _gradient(probe: Probe, whole: Indices) -> Tensor | None:

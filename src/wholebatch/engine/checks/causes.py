@@ -53,10 +53,10 @@ _NOT_A_SUM = Cause(
 _MEETS_AND_DIFFERS = Cause(
     "not a sum over rows",
     "The micro-batches meet, and still the gradient is not that of the undivided rows: something looks at the rows "
-    "of a micro-batch as if they were all, or at all as if they were its own.",
+    "of a micro-batch as if they were all, or at all as if they were its own, or takes a gradient inside the loss.",
     "average over the rows that are here (queries) and compare them with all (keys, wb.gather); the places of the rows "
     "that are here are wb.own_rows(x), and a statistic of the batch is wb.sum_over_batch(x) / "
-    "wb.sum_over_batch(len(x)).",
+    "wb.sum_over_batch(len(x)). A gradient penalty needs layers that look at each row for itself.",
 )
 
 
@@ -224,7 +224,7 @@ def carried_cause(buffers: Sequence[str]) -> Cause:
         "carried over",
         f"The gradient depends on what every forward pass changes in the model ({_listed(buffers)}): a micro-batch "
         "sees what the one before it left, and an update changes it once for each.",
-        "change it once an update, after accumulator.step(batch), and not in the forward pass.",
+        "change it once an update, after accumulator.step(batch), and hold it fixed in the forward pass.",
         layers=tuple(buffers),
     )
 
