@@ -2,7 +2,8 @@
 
 import pytest
 
-from wholebatch.core.need import Need, Passes, Trace, few_looks, lagrange
+from wholebatch.core.need import Need, Passes, lagrange
+from wholebatch.core.trace import Trace, few_looks
 
 KINDS = ("data", "activations", "temporary", "temporary", "gradients", "activations", "data")
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from wholebatch.core.need import Need, Passes, Trace
+from wholebatch.core.need import Need, Passes
 from wholebatch.core.planner import Planner, Task
 from wholebatch.core.sizes import candidates, evened, fastest, line, usable
 from wholebatch.core.split import Rows, Tokens
+from wholebatch.core.trace import Trace
 from wholebatch.core.ways import Ladder, Way
 
 GOLDEN = Path(__file__).parent / "golden" / "plans.txt"

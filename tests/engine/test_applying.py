@@ -86,6 +86,15 @@ def test_a_way_that_is_chosen_is_known_for_rows_of_any_length():
     assert "recompute" in " ".join(said.reasons)
 
 
+def test_the_random_states_that_recomputing_blocks_keep_are_planned():
+    """Each block keeps one until its backward pass; with small rows they are a good part of all."""
+    model = stack(torch.float32)
+    wb.checkpoint_blocks(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = wb.plan(model, optimizer, loss_fn, torch.randn(4, 2, 16), 64, "1GiB", timed=False)
+    assert "agree with it to the byte" in plan.reasons[-1]
+
+
 def trained(model, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"micro_batch": wb.Rows(3), "check": None} | options

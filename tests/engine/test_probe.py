@@ -409,6 +409,16 @@ def test_a_timeline_ends_what_passes_its_limit():
             torch.zeros(1000)
 
 
+def test_a_timeline_sees_the_random_states_that_recomputing_blocks_keep():
+    with Timeline(torch.device("cpu")) as timeline:
+        states = [torch.get_rng_state() for _ in range(3)]
+    assert timeline.peak_bytes == sum(each.numel() for each in states)
+    with Timeline(torch.device("cpu")) as timeline:
+        pass
+    assert torch.get_rng_state.__name__ == "get_rng_state"
+    assert timeline.peak_bytes == 0
+
+
 def test_a_timeline_counts_sparse_and_shared_memory_once():
     with Timeline(CPU) as timeline:
         x = torch.zeros(100)

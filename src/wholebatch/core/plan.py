@@ -58,7 +58,8 @@ class Plan:
         hand: What applies it.
 
     Example:
-        >>> from wholebatch.core.need import Passes, Trace
+        >>> from wholebatch.core.need import Passes
+        >>> from wholebatch.core.trace import Trace
         >>> from wholebatch.core.planner import Planner, Task
         >>> from wholebatch.core.ways import Way
         >>> def run(rows):

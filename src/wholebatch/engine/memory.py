@@ -5,16 +5,16 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
 from wholebatch.core.errors import RankError
-from wholebatch.core.need import Kind, Trace
+from wholebatch.core.trace import Kind, Trace
+from wholebatch.engine.profiling import BETWEEN, changes_of, profiled
 
 if sys.platform == "linux":
     import resource
@@ -215,14 +215,13 @@ def tensor_peak() -> Iterator[TensorPeak]:
         (8000, 8000)
     """
     peak = TensorPeak()
-    with _profile() as profile:
+    with profiled() as profile:
         yield peak
-    for _, change, _ in _changes(profile):
+    for _, change, _ in changes_of(profile):
         peak.left_bytes += change
         peak.peak_bytes = max(peak.peak_bytes, peak.left_bytes)
 
 
-_BETWEEN = "wholebatch: between"
 _SCRATCH: Kind = "scratch"
 
 
@@ -243,15 +242,15 @@ def trace_peaks(device: torch.device, run: Callable[[Callable[[], None]], None])
         return None
 
     def between() -> None:
-        with torch.profiler.record_function(_BETWEEN):
+        with torch.profiler.record_function(BETWEEN):
             pass
 
-    with _profile() as profile:
+    with profiled() as profile:
         run(between)
     changes: list[int] = []
     second: int | None = None
-    for _, change, name in _changes(profile):
-        if name == _BETWEEN:
+    for _, change, name in changes_of(profile):
+        if name == BETWEEN:
             second = len(changes)
         elif change:
             changes.append(change)
@@ -272,89 +271,6 @@ def _peaks_of_halves(device: torch.device, run: Callable[[Callable[[], None]], N
     between()
     changes = [change for peak in peaks for change in (peak, -peak)]
     return Trace(tuple(changes), (_SCRATCH,) * len(changes), 2)
-
-
-class _Profile:
-    """What PyTorch's profiler has seen: each time that memory was taken or given back.
-
-    Attributes:
-        events: Filled in at the end.
-    """
-
-    events: Sequence[Any] = ()
-
-
-@contextmanager
-def _profile() -> Iterator[_Profile]:
-    """Let the profiler see memory and marks, and no operations, which makes it quick; all of them where it must."""
-    found = _Profile()
-    with _unheard():
-        stop = _started()
-    try:
-        yield found
-    finally:
-        with _unheard():
-            found.events = stop()
-
-
-def _started() -> Callable[[], Sequence[Any]]:
-    """Start the profiler and return what stops it. Its public face takes a second for its first start."""
-    try:
-        from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
-        from torch._C._profiler import (
-            ProfilerActivity,
-            ProfilerConfig,
-            ProfilerState,
-            RecordScope,
-            _ExperimentalConfig,
-        )
-
-        settings = ProfilerConfig(
-            ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig(), "memory"
-        )
-        activities = {ProfilerActivity.CPU}
-        _prepare_profiler(settings, activities)
-        _enable_profiler(settings, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
-    except (ImportError, AttributeError, TypeError):  # another version of PyTorch
-        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        profile.start()
-
-        def stopped() -> Sequence[Any]:
-            profile.stop()
-            found: Any = profile.profiler
-            events: Sequence[Any] = found.kineto_results.events()
-            return events
-
-        return stopped
-    return lambda: _disable_profiler().events()
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """Keep what C code writes to stderr from being seen: the profiler announces each start and stop there."""
-    try:
-        sys.stderr.flush()
-        heard = os.dup(2)
-    except (AttributeError, OSError, ValueError):  # there is no stderr that C code could write to
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(heard, 2)
-        os.close(nowhere)
-        os.close(heard)
-
-
-def _changes(profile: _Profile) -> list[tuple[int, int, str]]:
-    """When memory was taken or given back, how much of it, and the marks between, in order."""
-    seen = ((event.name(), event) for event in profile.events)
-    return sorted(
-        ((event.start_ns(), event.nbytes(), name) for name, event in seen if name in ("[memory]", _BETWEEN)),
-        key=lambda each: each[0],
-    )
 
 
 def synchronize(device: torch.device) -> None:

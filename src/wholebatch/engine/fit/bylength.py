@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes, say_rows
-from wholebatch.core.need import Need, Passes, Size, Trace
+from wholebatch.core.need import Need, Passes
 from wholebatch.core.sizes import largest_rows, usable
 from wholebatch.core.split import Indices, Rows, cut_by_length, padding
+from wholebatch.core.trace import Size, Trace
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.fit.fitting import Fitting
 from wholebatch.engine.fit.lengths import lengths_of
@@ -111,7 +112,7 @@ def plan_by_length(
         OverBudget: A few rows pass the budget.
     """
     probe = fitting.probe_of(rows)
-    budget, whose = fitting.budget_of(probe)
+    budget, whose = fitting.budget_of()
     order = sorted(range(rows.rows), key=lengths.__getitem__)
     rows_of = {lengths[row]: row for row in (order[0], order[len(order) // 2], order[-1])}
     longest = max(rows_of)

@@ -1,7 +1,6 @@
 """How is a logical batch cut, and how after memory ran out? The rule that the user gave, the plan's, or a finer one."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,17 +8,14 @@ from typing import Literal
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes
 from wholebatch.core.errors import OutOfMemoryError
-from wholebatch.core.need import Need
 from wholebatch.core.split import Indices, Rows, Size, Tokens, padding
 from wholebatch.engine import memory as device_memory
 from wholebatch.engine.fit.bylength import ByLength, pays, plan_by_length, varying_lengths
 from wholebatch.engine.fit.fitting import Fitting
 from wholebatch.engine.fit.lengths import lengths_of
+from wholebatch.engine.fit.share import Share, no_finer
 from wholebatch.engine.fit.watching import Watch
 from wholebatch.engine.reasons import Say
-
-CLEAN = 8
-"""After so many logical batches without a shortage, twice the rows are tried again."""
 
 
 @dataclass(slots=True)
@@ -46,62 +42,6 @@ class Shortage:
     said: str
     rows: int | None
     elsewhere: list[Size] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Share:
-    """How many rows of one kind of batch are taken at once.
-
-    Attributes:
-        asked: Rows of the batch for which it was planned.
-        planned: As planned; None: nobody could, so all of them.
-        holds: How much the largest row held then.
-        rows: Now: as planned, or fewer after a shortage.
-        clean: Logical batches since the last shortage or growth.
-        shortages: How often memory ran out, by rows at once.
-        unit: What is counted: rows, or padded tokens where rows are sorted by length.
-        need: What training takes, by rows, where it is known.
-    """
-
-    asked: int
-    planned: int | None
-    holds: int
-    rows: int
-    clean: int = 0
-    shortages: Counter[int] = field(default_factory=Counter)
-    unit: Literal["rows", "tokens"] = "rows"
-    need: Need | None = None
-
-    def speaks_for(self, rows: int, holds: int) -> bool:
-        """Whether what is known holds for a batch of so many rows, the largest of which holds so much."""
-        return self.planned is None or (holds <= self.holds and (self.planned < self.asked or rows <= self.asked))
-
-    def takes(self, at_once: int, rows: int) -> int | None:
-        """Return what a window takes above what is there between two, or None where nobody knows. Unit: bytes."""
-        if self.need is None:
-            return None
-        return self.need.peak(at_once, alone=at_once >= rows) - self.need.resident_bytes
-
-    def grow(self) -> bool:
-        """Take twice the rows again when a shortage seems to have passed; return whether that was so.
-
-        A number of rows that ran out twice is not tried again, nor are more.
-        """
-        goal = self.asked if self.planned is None else self.planned
-        if self.rows >= goal:
-            return False
-        self.clean += 1
-        more = min(2 * self.rows, goal)
-        barred = any(times > 1 and rows <= more for rows, times in self.shortages.items())
-        if self.clean <= CLEAN or barred:
-            return False
-        self.clean, self.rows = 0, more
-        return True
-
-    def shrink(self, at_once: int, finer: int) -> None:
-        """Take fewer rows: memory ran out with so many at once."""
-        self.shortages[at_once] += 1
-        self.clean, self.rows = 0, finer
 
 
 class Cutting:
@@ -155,11 +95,7 @@ class Cutting:
         if grown:
             self._watch.look_again()
         if not self._eased(share, rows.rows, say if not grown else None) and grown:
-            say(
-                f"{CLEAN} logical batches went by without a shortage: micro-batches of {share.rows} {share.unit} are "
-                "tried again.",
-                logging.INFO,
-            )
+            say(share.tried_again, logging.INFO)
         if known is not None and varying is not None:
             cut = known.cut(varying, share.rows if share.rows < share.asked else None)
             return cut, padding(varying, cut)
@@ -180,11 +116,7 @@ class Cutting:
         several = [part for part in cut if len(part) > 1]
         if shortage.rows == 1 or not several:
             where = "in a micro-batch of one row" if shortage.rows == 1 else "outside of any micro-batch"
-            raise OutOfMemoryError(
-                f"Memory ran out {where}, and no cut is finer: {shortage.said}",
-                hint='shorter rows, precision="bf16", activation checkpointing, a smaller model, or an optimizer with '
-                "less state; weights are as before.",
-            )
+            raise no_finer(where, shortage.said)
         before = self.micro_batch
         finer: Rows | Tokens
         if isinstance(before, Tokens):

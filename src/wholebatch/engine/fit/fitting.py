@@ -11,12 +11,15 @@ from torch import Tensor
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.errors import OutOfMemoryError
-from wholebatch.core.need import Need, Passes, Size, Trace
+from wholebatch.core.need import Need, Passes
 from wholebatch.core.sizes import evened, largest_rows, usable
+from wholebatch.core.trace import Size, Trace
 from wholebatch.core.tree import flatten
-from wholebatch.engine.fit.probe import Probe, Sample
+from wholebatch.engine.fit.probe import Probe
+from wholebatch.engine.fit.resident import held_bytes, weight_sizes
 from wholebatch.engine.fit.room import available_bytes
 from wholebatch.engine.fit.rowsize import largest_row, row_size
+from wholebatch.engine.fit.sample import Sample
 from wholebatch.engine.fit.timeline import OverBudget
 from wholebatch.engine.fit.timing import fastest_of
 from wholebatch.engine.meetings.exactnorm import exact_layers
@@ -92,7 +95,7 @@ class Fitting:
         """
         self.need = None
         probe = self.probe_of(rows)
-        budget, whose = self.budget_of(probe)
+        budget, whose = self.budget_of()
         row = largest_row(probe.sample)
         need: Need | None
         try:
@@ -132,7 +135,7 @@ class Fitting:
     def peak(self, rows: LogicalBatch, at_once: int) -> tuple[int, int]:
         """Return what micro-batches of so many rows take, and the budget. Unit: bytes."""
         probe = self.probe_of(rows)
-        budget, _ = self.budget_of(probe)
+        budget, _ = self.budget_of()
         need = self._need(probe, rows.rows, largest_row(probe.sample), None)
         return need.peak(at_once, alone=at_once >= rows.rows), budget
 
@@ -141,11 +144,11 @@ class Fitting:
         sample = Sample(rows.given, self.collate, self.whole, self.dims)
         return Probe(self.setup, self.objective, self.precision, self.sum_in, sample)
 
-    def budget_of(self, probe: Probe) -> tuple[int, str]:
+    def budget_of(self) -> tuple[int, str]:
         """Return the budget, and how it is called. Unit: bytes."""
         if self.budget is not None:
             return self.budget, "of the budget"
-        return probe.held_bytes + available_bytes(self.setup.device), "that are free"
+        return held_bytes(self.setup) + available_bytes(self.setup.device), "that are free"
 
     def _need(self, probe: Probe, rows: int, row: int, budget: int | None) -> Need:
         """What training takes, from a few real rows.
@@ -158,7 +161,7 @@ class Fitting:
         if room is not None and room < 0:
             raise OverBudget
         each, traces, hidden = self._first_trace(probe, rows, row, room)
-        first, weights = traces[each, 0], probe.weight_sizes
+        first, weights = traces[each, 0], weight_sizes(self.setup)
         need = Need(resident, Passes.of({**traces, (2 * each, 0): first.doubled(each, weights)}), step)
         if budget is not None:  # what so few rows take, as often as there are rows, is at least what these take
             share = need.peak(rows, alone=True) / max(1, usable(need, budget))

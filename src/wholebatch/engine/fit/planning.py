@@ -22,8 +22,10 @@ from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.fit.applying import apply
 from wholebatch.engine.fit.checkpointing import recomputing
 from wholebatch.engine.fit.offloading import offloading
-from wholebatch.engine.fit.probe import Probe, Sample
+from wholebatch.engine.fit.probe import Probe
 from wholebatch.engine.fit.rowsize import largest_row
+from wholebatch.engine.fit.sample import Sample
+from wholebatch.engine.fit.timing import clock
 from wholebatch.engine.fit.ways import Ways
 from wholebatch.engine.narrow import SumIn, check_sum_in
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
@@ -241,4 +243,4 @@ class Planning:
         row = self._rows_of[max(self._rows_of)]
         model = self._probe.setup.model
         with recomputing(model, way.blocks), offloading(model) if way.offload else nullcontext():
-            return self._probe.clock(sizes, row, patience=PATIENCE)
+            return clock(self._probe, sizes, row, patience=PATIENCE)

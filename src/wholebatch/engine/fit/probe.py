@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,49 +12,22 @@ from torch import Tensor, nn
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.errors import LossError
-from wholebatch.core.need import Need, Passes, Size, Trace, few_looks
+from wholebatch.core.need import Need, Passes
+from wholebatch.core.trace import Size, Trace, few_looks
 from wholebatch.core.tree import map_leaves
 from wholebatch.engine import memory
 from wholebatch.engine.device import move
 from wholebatch.engine.fit.blocks import Ledger
-from wholebatch.engine.fit.fakes import Fakes, state_bytes
-from wholebatch.engine.fit.optimizing import step_need
+from wholebatch.engine.fit.fakes import Fakes
+from wholebatch.engine.fit.resident import beside_passes
+from wholebatch.engine.fit.sample import Sample
 from wholebatch.engine.fit.timeline import Timeline
 from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import Setup
-from wholebatch.engine.steps.stepping import copy_bytes
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.transaction import Transaction
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows like those that will be trained on, of which any number of copies can be had.
-
-    Attributes:
-        batch: As a logical batch.
-        collate, whole, dims: As for `wb.Accumulator`.
-        copied: Whether the micro-batches of training are copies, since their rows do not stand side by side.
-    """
-
-    batch: Any
-    collate: Callable[[list[Any]], Any] | None = None
-    whole: Iterable[str] = ()
-    dims: int | Mapping[str, int] | None = None
-    copied: bool = False
-
-    @property
-    def rows(self) -> LogicalBatch:
-        """The rows themselves."""
-        return LogicalBatch(self.batch, collate=self.collate, whole=self.whole, dims=self.dims)
-
-    def repeat(self, row: int, times: int) -> LogicalBatch:
-        """Return a logical batch of one row, so many times: what it takes is a line in their number."""
-        if self.collate is not None:
-            return LogicalBatch([self.batch[row]] * times, collate=self.collate)
-        return LogicalBatch(self.rows.take([row] * times), whole=self.whole, dims=self.dims)
 
 
 @dataclass
@@ -86,17 +59,9 @@ class Probe:
         """Where the model takes its input."""
         return self.setup.device
 
-    @property
-    def held_bytes(self) -> int:
-        """What is there already of what training takes: weights, buffers and the optimizer's state. Unit: bytes."""
-        model = self.setup.model
-        tensors = [*model.parameters(), *model.buffers()]
-        return _bytes(tensors, self.device) + state_bytes(self.setup.optimizers, self.device.type)
-
-    @property
-    def weight_sizes(self) -> set[int]:
-        """The sizes of weights, and of their copies in 16 and 32 bits. Unit: bytes."""
-        return {each.numel() * size for each in self.setup.model.parameters() for size in (2, 4, each.element_size())}
+    def beside(self) -> tuple[dict[str, int], int]:
+        """Return what training takes beside its passes, as `beside_passes` says it."""
+        return beside_passes(self.setup, self.sum_in, self.reasons)
 
     def need(self, sizes: Sequence[Size], rows_of: Mapping[int, int], *, limit: int | None = None) -> Need:
         """Return what training takes, from passes on fake tensors; on real ones where those do not get through.
@@ -186,39 +151,6 @@ class Probe:
             return None
         one = found.traces[1, 0]
         return Passes.of({(1, 0): one, (2, 0): one.doubled()})
-
-    def clock(self, sizes: Sequence[int], row: int, *, patience: float = float("inf")) -> dict[int, float]:
-        """Time passes of some sizes, from small to large, as long as memory holds and the next is not too long.
-
-        A size that the model refuses, as batch norm does a single row, is left out.
-
-        Args:
-            sizes: Rows of each pass.
-            row: Which row of the sample.
-            patience: The longest that a pass may be expected to take. Unit: seconds.
-
-        Returns:
-            Time of a pass by its rows. Unit: seconds.
-
-        Raises:
-            Exception: What the model said, if it refuses them all.
-        """
-        seconds: dict[int, float] = {}
-        refused: Exception | None = None
-        for place, rows in enumerate(sorted(sizes)):
-            if seconds and max(seconds.values()) * rows / max(seconds) > patience:
-                break
-            try:
-                if place == 0:  # the first pass of all compiles and allocates
-                    self.seconds(rows, row)
-                seconds[rows] = self.seconds(rows, row)
-            except Exception as error:
-                if memory.is_out_of_memory(error):
-                    return seconds
-                refused = error
-        if refused is not None and not seconds:
-            raise refused
-        return seconds
 
     def seconds(self, rows: int, row: int = 0, *, times: int = 1) -> float:
         """Return the time of a forward and a backward pass, the shortest of some. Unit: seconds."""
@@ -362,22 +294,6 @@ class Probe:
         cut = LogicalBatch(whole, whole=self.sample.whole, dims=self.sample.dims)
         return [lambda start=start: cut.take(range(start, start + rows)) for start in range(0, batch.rows, rows)]  # type: ignore[misc]
 
-    def beside(self) -> tuple[dict[str, int], int]:
-        """Return what training takes beside its passes: what is there all the time, and what the step takes."""
-        model, device = self.setup.model, self.device
-        weights = _bytes(model.parameters(), device)
-        buffers = 2 * _bytes(model.buffers(), device)  # a window keeps a copy
-        if device.type == "cpu":  # and one of the random state, besides its loss
-            buffers += torch.get_rng_state().numel() + 4
-        learning = [each for each in model.parameters() if each.requires_grad]
-        gradients = _bytes(learning, device)
-        sums = GradientSum(self.setup.parameters, [], self.sum_in).own_bytes
-        largest = max((each.numel() * each.element_size() for each in learning), default=0)
-        state, temporary = step_need(self.setup.optimizers, device, gradients, self.reasons)
-        copied = copy_bytes(self.setup.optimizers, state)
-        resident = {"weights": weights, "buffers": buffers, "optimizer state": state}
-        return resident, max(gradients + temporary + copied, sums + largest if sums else 0)
-
     @contextmanager
     def _untouched(self) -> Iterator[None]:
         """Put everything back at the end that a pass may change: buffers, random streams, gradients, modes."""
@@ -400,13 +316,3 @@ class Probe:
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-
-
-def _bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """What tensors take on a device, shared memory once. Unit: bytes."""
-    storages = {
-        (each.untyped_storage().data_ptr(), each.untyped_storage().nbytes())
-        for each in tensors
-        if each.device.type == device.type and each.layout == torch.strided
-    }
-    return sum(size for _, size in storages)

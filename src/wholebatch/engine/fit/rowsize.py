@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from wholebatch.engine.fit.probe import Sample
+from wholebatch.engine.fit.sample import Sample
 
 
 def largest_row(sample: Sample) -> int:

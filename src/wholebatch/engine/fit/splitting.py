@@ -18,7 +18,7 @@ from wholebatch.core.errors import BatchNormError, OutOfMemoryError, SplitError
 from wholebatch.core.split import Indices, Rows
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
-from wholebatch.engine.fit.cutting import CLEAN, Share
+from wholebatch.engine.fit.share import Share, no_finer
 from wholebatch.engine.forward import Forward
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.reasons import Say
@@ -115,11 +115,7 @@ class Splitting:
             OutOfMemoryError: It was one.
         """
         if at_once == 1:
-            raise OutOfMemoryError(
-                f"Memory ran out in a micro-batch of one row, and no cut is finer: {said}",
-                hint='shorter rows, precision="bf16", activation checkpointing, a smaller model, or an optimizer with '
-                "less state; weights are as before.",
-            )
+            raise no_finer("in a micro-batch of one row", said)
         finer = -(-at_once // 2)
         if self._share is None:
             self._share = Share(rows.rows, None, 0, rows.rows)
@@ -133,14 +129,8 @@ class Splitting:
 
     def closed(self) -> None:
         """Take more rows again, when enough windows went by without a shortage."""
-        if self._share is None:
-            return
-        if self._share.grow():
-            self._say(
-                f"{CLEAN} logical batches went by without a shortage: micro-batches of {self._share.rows} rows are "
-                "tried again.",
-                logging.INFO,
-            )
+        if self._share is not None and self._share.grow():
+            self._say(self._share.tried_again, logging.INFO)
 
     def _tried(self, window: Window, micro_batch: Any, rows: int | None) -> str | None:
         """Run a part, and return what was said where memory ran out; then nothing has happened.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wholebatch.core.need import Kind, Trace
+from wholebatch.core.trace import Kind, Trace
 from wholebatch.core.tree import flatten
 
 
@@ -60,6 +60,22 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self.hidden: set[str] = set()
+
+    def __enter__(self) -> "Timeline":
+        self._get_rng_state = torch.get_rng_state
+        torch.get_rng_state = self._seen_rng_state
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        torch.get_rng_state = self._get_rng_state
+
+    def _seen_rng_state(self) -> Tensor:
+        """Return the random state, which no operation makes; a block that recomputes keeps one."""
+        state = self._get_rng_state()
+        self._see(state)
+        return state
 
     def ignore(self, tree: Any) -> None:
         """Leave out tensors that were there before."""

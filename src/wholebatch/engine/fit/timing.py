@@ -1,5 +1,7 @@
 """Which of the sizes that fit is the fastest? A few passes tell, where a window is long enough to be worth them."""
 
+from collections.abc import Sequence
+
 from wholebatch.core.budget import say_rate
 from wholebatch.engine import memory
 from wholebatch.engine.fit.probe import Probe
@@ -52,6 +54,41 @@ def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
         chosen = _best(each)
     said = ", ".join(f"{say_rate(1 / one)} with {size}" for size, one in sorted(each.items()) if one > 0)
     return chosen, f" (rows a second: {said})"
+
+
+def clock(probe: Probe, sizes: Sequence[int], row: int, *, patience: float = float("inf")) -> dict[int, float]:
+    """Time passes of some sizes, from small to large, as long as memory holds and the next is not too long.
+
+    A size that the model refuses, as batch norm does a single row, is left out.
+
+    Args:
+        probe: Runs passes.
+        sizes: Rows of each pass.
+        row: Which row of the sample.
+        patience: The longest that a pass may be expected to take. Unit: seconds.
+
+    Returns:
+        Time of a pass by its rows. Unit: seconds.
+
+    Raises:
+        Exception: What the model said, if it refuses them all.
+    """
+    seconds: dict[int, float] = {}
+    refused: Exception | None = None
+    for place, rows in enumerate(sorted(sizes)):
+        if seconds and max(seconds.values()) * rows / max(seconds) > patience:
+            break
+        try:
+            if place == 0:  # the first pass of all compiles and allocates
+                probe.seconds(rows, row)
+            seconds[rows] = probe.seconds(rows, row)
+        except Exception as error:
+            if memory.is_out_of_memory(error):
+                return seconds
+            refused = error
+    if refused is not None and not seconds:
+        raise refused
+    return seconds
 
 
 def _best(each: dict[int, float]) -> int:

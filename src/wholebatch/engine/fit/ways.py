@@ -6,14 +6,16 @@ from dataclasses import replace
 
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.errors import OutOfMemoryError
-from wholebatch.core.need import Need, Passes, Size
+from wholebatch.core.need import Need, Passes
 from wholebatch.core.sizes import largest_rows
+from wholebatch.core.trace import Size
 from wholebatch.core.ways import Block, Way, by_worth
 from wholebatch.engine import memory
 from wholebatch.engine.fit.blocks import Ledger
 from wholebatch.engine.fit.checkpointing import find_blocks, recomputing
 from wholebatch.engine.fit.offloading import HOSTED, offloading
 from wholebatch.engine.fit.probe import Probe
+from wholebatch.engine.fit.resident import held_bytes
 from wholebatch.engine.fit.room import available_bytes
 from wholebatch.engine.fit.timeline import OverBudget
 from wholebatch.engine.precision import Precision
@@ -63,7 +65,7 @@ class Ways:
         probe = self._probe
         need = self._look(probe, self._rows_of)
         if self._given is None:
-            self.budget = available_bytes(probe.device) + probe.held_bytes
+            self.budget = available_bytes(probe.device) + held_bytes(probe.setup)
             probe.reasons.append(
                 f"No budget was given: {say_bytes(self.budget)} is what this machine leaves to training."
             )
