@@ -27,7 +27,8 @@ at 512; of each corpus every n-th row by length, so that the sample pads as the 
 they are (learning rate 0), so that every round does the same. Takes about twenty minutes of one core.
 
 Each way lives in a process of its own (apart.py), as it would for whoever trains with it alone: most micro-batches have
-a shape of their own, oneDNN compiles kernels for each and keeps 1,024 of them, too few for all ways together.
+a shape of their own, oneDNN compiles kernels for each and keeps 1,024 of them, too few for all ways together. Each
+round has fresh processes: where one's memory happens to lie makes it 2 % faster or slower for as long as it lives.
 """
 
 import os
@@ -173,8 +174,9 @@ class Measured:
     parts: list[list[bytes]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def warm_up(self) -> None:
-        """Make a first update, and see what its micro-batches are."""
+    def begin(self, apart: Apart) -> None:
+        """Go on in another process: make a first update there, and see what its micro-batches are."""
+        self.apart = apart
         self.apart.call("run")
         self.parts = self.apart.call("shown")
 
@@ -307,38 +309,36 @@ def measure(corpus: str, longest: int, *, rows: int, rounds: int, budget: int, b
     work, mean = round(squares / tokens), round(tokens / rows)
 
     shape = (blocks, longest)
-    with ExitStack() as stack:
+    ways: dict[str, Measured] = {}
+    for _ in range(rounds):
+        with ExitStack() as stack:
 
-        def apart(make: Callable[..., Way], *given: object) -> Measured:
-            return Measured(stack.enter_context(Apart(make, shape, *given)))
+            def apart(name: str, make: Callable[..., Way], *given: object) -> None:
+                begun = stack.enter_context(Apart(make, shape, *given))
+                ways.setdefault(name, Measured(begun)).begin(begun)
 
-        ways = {
-            HAND: apart(by_hand, batch),
-            OURS: apart(accumulated, batch, budget),
-            DENSE: apart(accumulated, dense(tokens, work), budget),
-            MEAN: apart(accumulated, dense(tokens, mean), budget),
-            LIGHTNING: apart(with_lightning, batch),
-            TRAINER: apart(with_trainer, batch, "random"),
-            GROUPED: apart(with_trainer, batch, "group_by_length"),
-            **{name: apart(with_trainer, batch, "batch_rebalance", each) for each, name in REBALANCED.items()},
-        }
-        for way in ways.values():
-            way.warm_up()
-        ways[AS_LARGE] = apart(accumulated, batch, ways[RIVAL].largest)
-        ways[AS_LARGE].warm_up()
-        documents_seen = {name: way for name, way in ways.items() if name not in (DENSE, MEAN)}
-        for name, way in documents_seen.items():
-            if sorted(row for part in way.parts for row in part) != sorted(batch):
-                raise RuntimeError(f"{name} did not see each row once")
-        for _ in range(rounds):
+            apart(HAND, by_hand, batch)
+            apart(OURS, accumulated, batch, budget)
+            apart(DENSE, accumulated, dense(tokens, work), budget)
+            apart(MEAN, accumulated, dense(tokens, mean), budget)
+            apart(LIGHTNING, with_lightning, batch)
+            apart(TRAINER, with_trainer, batch, "random")
+            apart(GROUPED, with_trainer, batch, "group_by_length")
+            for each, name in REBALANCED.items():
+                apart(name, with_trainer, batch, "batch_rebalance", each)
+            apart(AS_LARGE, accumulated, batch, ways[RIVAL].largest)
             taken: dict[str, list[float]] = {name: [] for name in ways}
             for name in ROUND:
                 taken[name].append(ways[name].apart.call("run"))
             for name, seconds in taken.items():
                 ways[name].seconds.append(statistics.mean(seconds))
-        judged = Contender(*shape)
-        exact = exact_gradient(judged, batch)
-        errors = {name: way.error(exact) for name, way in documents_seen.items()}
+            judged = Contender(*shape)
+            exact = exact_gradient(judged, batch)
+            documents_seen = {name: way for name, way in ways.items() if name not in (DENSE, MEAN)}
+            errors = {name: way.error(exact) for name, way in documents_seen.items()}
+    for name, way in documents_seen.items():
+        if sorted(row for part in way.parts for row in part) != sorted(batch):
+            raise RuntimeError(f"{name} did not see each row once")
     few = batch[: 4 * PLAIN_ROWS]
     hand_written(judged, few, mean_of_means=True)
     mistaken = error(judged.gradient, exact_gradient(judged, few))
@@ -386,7 +386,9 @@ def measure(corpus: str, longest: int, *, rows: int, rounds: int, budget: int, b
 def main() -> int:
     parser = arguments(__doc__, "benchmarks/varlen.py")
     parser.add_argument("--rows", type=int, help="rows of the logical batch (512; with --quick 128)")
-    parser.add_argument("--rounds", type=int, help="rounds, after one for warming up (5; with --quick 1)")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds, each in fresh processes that warm up first (5; with --quick 1)"
+    )
     parser.add_argument("--budget", type=int, default=2048, help="tokens a micro-batch (2048)")
     parser.add_argument("--blocks", type=int, default=1, help="blocks of the transformer (1)")
     options = parser.parse_args()
