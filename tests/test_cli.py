@@ -500,7 +500,9 @@ def test_the_doctor_tells_what_is_here():
 
 
 def test_the_doctor_tells_what_is_missing_and_what_brings_it(monkeypatch):
-    monkeypatch.setattr("wholebatch.cli.doctor._installed", {"torch": "2.1.0", "numpy": "2.0", "safetensors": "0.8"}.get)
+    monkeypatch.setattr(
+        "wholebatch.cli.doctor._installed", {"torch": "2.1.0", "numpy": "2.0", "safetensors": "0.8"}.get
+    )
     said = examine()
     assert "2.1.0, but it has to be" in said
     assert "pip install 'wholebatch[torch]'" in said
