@@ -91,6 +91,20 @@ def test_a_tensor_that_is_there_twice_is_written_once():
     assert torch.equal(put_together(text, tensors)["b"], weight)
 
 
+def test_tensors_that_are_made_on_the_way_are_not_taken_for_each_other():
+    """What is copied to be written is free again at once, and the next copy may lie where it lay."""
+    tensors = [torch.randn(40, 30, dtype=torch.complex64).T.conj() for _ in range(6)]
+    back = put_together(*taken_apart(tensors))
+    assert all(torch.equal(one, other.resolve_conj()) for one, other in zip(back, tensors, strict=True))
+
+
+def test_views_of_one_tensor_are_written_apart():
+    weight = torch.arange(6.0)
+    text, tensors = taken_apart({"a": weight, "b": weight.view(2, 3), "c": weight.view(torch.int32)})
+    assert len({each.data_ptr() for each in tensors.values()}) == 3
+    assert torch.equal(put_together(text, tensors)["b"], weight.view(2, 3))
+
+
 def test_names_that_look_like_paths_do_not_meet():
     state = {"a/b": torch.ones(1), "a": {"b": torch.zeros(1)}}
     back = put_together(*taken_apart(state))

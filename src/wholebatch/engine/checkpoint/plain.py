@@ -38,7 +38,8 @@ def taken_apart(state: Any) -> tuple[Any, dict[str, Tensor]]:
         {'step': 3, 'moments': (tensor([1., 1.]), None)}
     """
     tensors: dict[str, Tensor] = {}
-    seen: dict[tuple[object, ...], str] = {}
+    stored: set[int] = set()
+    seen: dict[tuple[object, ...], tuple[str, Tensor]] = {}  # with the tensor, or its place could become another's
 
     def keep(tensor: Tensor, path: str) -> str:
         plain = tensor.detach()
@@ -47,11 +48,13 @@ def taken_apart(state: Any) -> tuple[Any, dict[str, Tensor]]:
             while path in tensors:  # of a dict with such a name in it
                 path += "~"
             on_host = plain.cpu().contiguous()
-            if on_host.untyped_storage().nbytes() != on_host.nbytes:  # a part of a larger tensor
+            storage = on_host.untyped_storage()
+            if storage.nbytes() != on_host.nbytes or storage.data_ptr() in stored:  # a part or a view of another
                 on_host = on_host.clone()
+            stored.add(on_host.untyped_storage().data_ptr())
             tensors[path] = on_host
-            seen[key] = path
-        return seen[key]
+            seen[key] = path, plain
+        return seen[key][0]
 
     def apart(value: Any, path: str) -> Any:
         match value:
@@ -80,7 +83,11 @@ def taken_apart(state: Any) -> tuple[Any, dict[str, Tensor]]:
         if type(value).__module__.partition(".")[0] == "numpy":
             if hasattr(value, "shape") and value.shape and not value.dtype.hasobject:
                 as_bytes = torch.frombuffer(bytearray(value.tobytes() or b"\0"), dtype=torch.uint8)
-                return {"$array": keep(as_bytes, path), "dtype": str(value.dtype), "shape": list(value.shape)}
+                return {
+                    "$array": keep(as_bytes, path.strip("/")),
+                    "dtype": str(value.dtype),
+                    "shape": list(value.shape),
+                }
             if hasattr(value, "item") and not value.dtype.hasobject:
                 return apart(value.item(), path)
         raise ConfigError(
@@ -114,10 +121,8 @@ def put_together(text: Any, tensors: dict[str, Tensor]) -> Any:
                 how = {"is_coalesced": value["coalesced"], "check_invariants": True}
                 return torch.sparse_coo_tensor(indices, values, value["shape"], **how)
             case "$array":
-                numbers = tensors[content].numpy().tobytes()
-                empty = 0 in value["shape"]
-                array = torch.frombuffer(bytearray(numbers), dtype=torch.uint8).numpy()
-                return (array[:0] if empty else array).view(value["dtype"]).reshape(value["shape"])
+                array = tensors[content].numpy()
+                return (array[:0] if 0 in value["shape"] else array).view(value["dtype"]).reshape(value["shape"])
             case "$bytes":
                 return base64.b64decode(content)
             case "$dtype":
