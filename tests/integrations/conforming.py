@@ -1,4 +1,8 @@
-"""The conformance scenes in the words of the integrations: ``--wholebatch-adapter=integrations.conforming:NAME``."""
+"""The conformance scenes in the words of the integrations: ``KERAS_BACKEND=jax python conforming.py whole-jax``.
+
+Systems, joined by commas, and after them scenes, if it is not to be all. Also for pytest:
+``--wholebatch-adapter=integrations.conforming:whole_torch``.
+"""
 
 import json
 import sys
@@ -155,8 +159,10 @@ SYSTEMS = {each.name: each for each in (whole_torch, whole_jax, windows_torch, w
 
 
 if __name__ == "__main__":
-    system = SYSTEMS[sys.argv[1]]
-    for scene in SCENES:
-        if isinstance(scene.task, Task) and scene.task.ranks == 1:
-            verdict = judge(system, scene)
-            print(json.dumps([scene.name, verdict.outcome, verdict.why]))
+    names, wanted = sys.argv[1].split(","), sys.argv[2].split(",") if len(sys.argv) > 2 else []
+    for name in names:
+        for scene in SCENES:
+            alone = isinstance(scene.task, Task) and scene.task.ranks == 1
+            if alone and (not wanted or scene.name in wanted):
+                verdict = judge(SYSTEMS[name], scene)
+                print(json.dumps([name, scene.name, verdict.outcome, verdict.why]))
