@@ -185,7 +185,8 @@ def two_outputs():
         "loss_weights": {"token": 0.3, "row": 2.0},
         "metrics": {"row": [Squares_metric()]},
     }
-    return whole(both, compiled, lambda: sgd(global_clipnorm=0.1), IDS, {"token": LABELS, "row": Y})
+    targets = {"token": LABELS, "row": Y}
+    return whole(both, compiled, lambda: sgd(global_clipnorm=0.1), IDS, targets, validation_data=(IDS, targets))
 
 
 @scene
@@ -372,6 +373,29 @@ def refusals():
         "no steps": refusal(lambda: GradientAccumulateOptimizer("sgd", 0)),
     }
 
+
+def memory():
+    """Return the bytes that the compiled train step needs beside its arguments, by rows, cut and uncut."""
+    keras.config.set_dtype_policy("float32")
+    found = {}
+    for name in ("cut", "whole"):
+        layers = [keras.layers.Dense(64, activation="relu") for _ in range(4)]
+        model = keras.Sequential([keras.Input((16,)), *layers, keras.layers.Dense(1)])
+        model = WholeBatchModel(model, 64) if name == "cut" else model
+        fitted(model, {"loss": "mse"}, keras.optimizers.SGD(0.1), np.ones((64, 16)), np.ones((64, 1)), epochs=1)
+        optimizing, metrics = model.optimizer.variables, model.metrics_variables
+        every = (model.trainable_variables, model.non_trainable_variables, optimizing, metrics)
+        state = tuple([variable.value for variable in variables] for variables in every)
+        found[name] = []
+        for count in (512, 8192):
+            data = tuple(jax.ShapeDtypeStruct((count, width), "float32") for width in (16, 1))
+            compiled = jax.jit(model.train_step).lower(state, data).compile()
+            found[name].append(compiled.memory_analysis().temp_size_in_bytes)
+    return found
+
+
+if BACKEND == "jax":
+    scene(memory)
 
 if __name__ == "__main__":
     answers = {"torch loaded": "torch" in sys.modules}

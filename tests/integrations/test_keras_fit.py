@@ -118,6 +118,14 @@ def test_an_overflow_skips_the_whole_update_and_lowers_the_scale_once(backend):
     assert told(backend)["overflow"] == [True, 2]
 
 
+def test_memory_is_that_of_a_micro_batch():
+    """On JAX, where compiling says what a train step needs: the same for 16 times the rows; uncut, 16 times."""
+    needs = answers("jax")["memory"]
+    assert needs["cut"][1] <= 1.02 * needs["cut"][0]
+    assert needs["whole"][1] > 10 * needs["whole"][0]
+    assert needs["whole"][0] > needs["cut"][0]
+
+
 def test_dropout_is_allowed(backend):
     assert told(backend)["dropout"] > 0
 
@@ -143,6 +151,14 @@ def test_batch_norm_may_be_fixed_or_accepted(backend, case):
 def test_pytorch_stays_away_from_keras_on_jax():
     assert answers("jax")["torch loaded"] is False
     assert answers("torch")["torch loaded"] is True
+
+
+@pytest.mark.parametrize(("room", "framework"), [("keras", "Keras"), ("jax", "JAX")])
+def test_a_missing_framework_says_which_install_brings_it(room, framework):
+    source = f"import sys; sys.modules[{room!r}] = None; import wholebatch.integrations.{room}"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert f"MissingExtraError: wholebatch.integrations.{room} needs {framework}" in done.stderr
+    assert f"hint: pip install 'wholebatch[{room}]'" in done.stderr
 
 
 def test_another_backend_is_refused(tmp_path):

@@ -83,6 +83,11 @@ class WholeBatchModel(Wrapping):
         *state, data = given
         return backend.step(self, *state, Sliced(keras.utils.unpack_x_y_sample_weight(data), self.micro_batch))
 
+    def test_step(self, *given: Any) -> Any:
+        """Measure a batch, in micro-batches as well; called by ``evaluate`` and for validation."""
+        *state, data = given
+        return backend.test_step(self, *state, Sliced(keras.utils.unpack_x_y_sample_weight(data), self.micro_batch))
+
     def get_config(self) -> dict[str, Any]:
         """Return what makes another model like this one."""
         return {**super().get_config(), "micro_batch": self.micro_batch}

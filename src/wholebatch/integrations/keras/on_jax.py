@@ -1,4 +1,4 @@
-"""How does a train step on JAX go through a logical batch? In one scan, so that it compiles to the memory of a part."""
+"""How does a step on JAX go through a logical batch? In one scan, so that it compiles to the memory of a part."""
 
 import itertools
 from typing import Any
@@ -42,10 +42,32 @@ def step(model: Any, state: Any, batch: Sliced | Held) -> Any:
         trainable, optimizing = apply()
     else:  # a window without a target is no update
         trainable, optimizing = lax.cond(counted, apply, lambda: (list(trainable), list(optimizing)))
-    with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
-        logs = report(model, values, loss, batch.rows)
-    metrics = [scope.get_current_value(variable) for variable in model.metrics_variables]
+    logs, metrics = _reported(model, metrics, values, loss, batch.rows)
     return logs, (trainable, fixed, optimizing, metrics)
+
+
+def test_step(model: Any, state: Any, batch: Sliced) -> Any:
+    """Return the metrics of a batch, on which nothing is trained, and the state."""
+    trainable, fixed, metrics = state
+    with divided(model._compile_loss) as losses:
+        a_pass = Pass(model, losses, None, metrics)
+        _set_divisors(a_pass, trainable, fixed, batch)
+
+        def add(carried: Any, part: Any) -> Any:
+            fixed, metrics, values, loss = carried
+            fixed, metrics, more, both = a_pass.measure(trainable, fixed, metrics, part, num_rows(part) / batch.rows)
+            return fixed, metrics, [old + each for old, each in zip(values, more, strict=True)], loss + both
+
+        zero = jnp.zeros((), keras.config.floatx())
+        fixed, metrics, values, loss = _through(batch, (fixed, metrics, [zero] * len(losses), zero), add)
+    logs, metrics = _reported(model, metrics, values, loss, batch.rows)
+    return logs, (trainable, fixed, metrics)
+
+
+def _reported(model: Any, metrics: Any, values: Any, loss: Any, rows: int) -> tuple[Any, list[Any]]:
+    with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
+        logs = report(model, values, loss, rows)
+    return logs, [scope.get_current_value(variable) for variable in model.metrics_variables]
 
 
 STATE = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
@@ -157,7 +179,8 @@ class Pass:
 
     def __init__(self, model: Any, losses: list[Divided], optimizing: Any, metrics: Any) -> None:
         self._model, self.losses = model, losses
-        self._optimizing = list(zip(model.optimizer.variables, optimizing, strict=True))
+        self._training = optimizing is not None
+        self._optimizing = list(zip(model.optimizer.variables, optimizing, strict=True)) if self._training else []
         # A call of the loss moves the trackers of the outputs; what it makes of them is not kept.
         self._trackers = list(zip(model.metrics_variables, metrics, strict=True))
 
@@ -173,9 +196,7 @@ class Pass:
         """Return the gradient of what these rows add to the loss; the states, the loss of each output, and the loss."""
 
         def scaled(trainable: Any) -> Any:
-            y_pred, moved, terms = self._forward(trainable, fixed, part)
-            with self._scope(trainable, moved):
-                both = contribution(self._model, self.losses, part, y_pred, share, terms)
+            y_pred, moved, both = self._loss(trainable, fixed, part, share)
             with keras.StatelessScope(self._optimizing):
                 return self._model.optimizer.scale_loss(both), (
                     y_pred,
@@ -188,10 +209,22 @@ class Pass:
         # As in Keras on JAX, the metrics see predictions that carry no mask any more.
         return grads, (moved, self._measured(metrics, part, y_pred), values, both)
 
+    def measure(self, trainable: Any, fixed: Any, metrics: Any, part: Any, share: Any) -> Any:
+        """Return what `gradient` does beside the gradient."""
+        y_pred, moved, both = self._loss(trainable, fixed, part, share)
+        return moved, self._measured(metrics, part, y_pred), [loss.value for loss in self.losses], both
+
+    def _loss(self, trainable: Any, fixed: Any, part: Any, share: Any) -> Any:
+        y_pred, moved, terms = self._forward(trainable, fixed, part)
+        with self._scope(trainable, moved):
+            return y_pred, moved, contribution(self._model, self.losses, part, y_pred, share, terms)
+
     def _forward(self, trainable: Any, fixed: Any, part: Any) -> Any:
         model = self._model
-        y_pred, moved, terms = model.stateless_call(trainable, fixed, part[0], return_losses=True, training=True)
-        if model.batch_norm == "refuse":
+        y_pred, moved, terms = model.stateless_call(
+            trainable, fixed, part[0], return_losses=True, training=self._training
+        )
+        if self._training and model.batch_norm == "refuse":
             states = zip(model.non_trainable_variables, fixed, moved, strict=True)
             refuse_moved(model, [variable for variable, old, new in states if new is not old and not is_seed(variable)])
         return y_pred, moved, terms

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import keras
 
-from wholebatch.core.errors import WindowError
+from wholebatch.core.errors import ConfigError, WindowError
 from wholebatch.integrations.keras.holding import Window
 from wholebatch.integrations.keras.wrapping import Wrapping
 
@@ -92,6 +92,12 @@ class ExactWindows(Wrapping):
         """Make what ``fit`` and ``train_on_batch`` call with each micro-batch."""
         if force or getattr(self, "train_function", None) is None:
             self.check()
+            if self.steps_per_execution != 1:
+                raise ConfigError(
+                    f"compile was given steps_per_execution={self.steps_per_execution}, so that the windows would not "
+                    "see each micro-batch.",
+                    hint="leave that out.",
+                )
             self.train_function = backend.stepping(self)
             self.train_function = backend.guarded(self)
 
