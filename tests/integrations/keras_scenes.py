@@ -356,6 +356,15 @@ def refusals():
         def train_step(self, *data):
             return {}
 
+    class Centred(keras.layers.Layer):
+        def call(self, x):
+            return x - ops.sum(x, axis=0, keepdims=True) / ops.shape(x)[0]
+
+    class Adds(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(ops.sum(ops.square(x)))
+            return x
+
     normed = [Mixed(3), keras.layers.BatchNormalization()]
     fixed = [Mixed(3), keras.layers.BatchNormalization(trainable=False)]
     return {
@@ -364,6 +373,10 @@ def refusals():
         "batch norm, fixed": refusal(lambda: fits(fixed)),
         "a loss that is one number": refusal(lambda: fits([Mixed(3)], lambda a, b: ops.mean(ops.square(a - b)))),
         "rows compared": refusal(lambda: fits([Mixed(3)], keras.losses.Circle(), y=LABELS[:, 0])),
+        "rows that meet": refusal(lambda: fits([Mixed(3), Centred()])),
+        "rows that meet, accepted": refusal(lambda: fits([Mixed(3), Centred()], check=None)),
+        "a sum taken for a mean": refusal(lambda: fits([Mixed(3), Adds()])),
+        "a sum said to be one": refusal(lambda: fits([Mixed(3), Adds()], add_loss="sum")),
         "no reduction": refusal(lambda: fits([Mixed(3)], Squares(reduction="none"))),
         "own accumulation": refusal(lambda: fits([Mixed(3)], options={"gradient_accumulation_steps": 2})),
         "own step": refusal(lambda: WholeBatchModel(OwnStep())),

@@ -22,6 +22,8 @@ HINTS = {
     "batch norm": ("BatchNormError", "moving_mean", "GroupNormalization"),
     "a loss that is one number": ("LossError", "one number for all rows", "axis=-1"),
     "rows compared": ("LossError", "compares the rows", "wb.gather"),
+    "rows that meet": ("MeetingError", "rows see each other", "check=None"),
+    "a sum taken for a mean": ("LossError", "no mean over rows", "add_loss='sum'"),
     "no reduction": ("LossError", "'none'", "'sum_over_batch_size'"),
     "own accumulation": ("OptimizerError", "accumulates gradients itself", "once an update"),
     "own step": ("ConfigError", "train_step of its own", "GradientAccumulateOptimizer"),
@@ -143,8 +145,10 @@ def test_what_a_cut_batch_cannot_do_is_refused_with_a_hint(backend, case):
     assert hint in said.partition("hint:")[2]
 
 
-@pytest.mark.parametrize("case", ["batch norm, accepted", "batch norm, fixed"])
-def test_batch_norm_may_be_fixed_or_accepted(backend, case):
+@pytest.mark.parametrize(
+    "case", ["batch norm, accepted", "batch norm, fixed", "rows that meet, accepted", "a sum said to be one"]
+)
+def test_what_is_said_is_accepted(backend, case):
     assert told(backend)["refusals"][case] == "nothing"
 
 

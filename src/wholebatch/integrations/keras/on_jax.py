@@ -9,10 +9,11 @@ import keras
 from jax import lax
 
 from wholebatch.core.errors import WholeBatchError
+from wholebatch.integrations.keras.checking import check_rows
 from wholebatch.integrations.keras.cutting import Held, Sliced, num_rows, rows_of, shapes
 from wholebatch.integrations.keras.dividing import Divided, divided
 from wholebatch.integrations.keras.moving import is_seed, refuse_moved
-from wholebatch.integrations.keras.terms import contribution, report
+from wholebatch.integrations.keras.terms import additive, contribution, report
 
 
 def step(model: Any, state: Any, batch: Sliced | Held) -> Any:
@@ -81,12 +82,26 @@ def guarded(model: Any) -> Any:
 
     def train_or_give_back(state: Any, iterator: Any) -> Any:
         try:
+            if not model.checked:
+                data = next(iterator)
+                iterator = itertools.chain([data], iterator)
+                _check(model, state, keras.utils.unpack_x_y_sample_weight(data))
             return train_function(state, iterator)
         except WholeBatchError:
             _give_back(model, state)
             raise
 
     return train_or_give_back
+
+
+def _check(model: Any, state: Any, data: Any) -> None:
+    def sums(state: Any, part: Any, optimizing: Any) -> Any:
+        trainable, fixed, _, metrics = state
+        with divided(model._compile_loss) as losses:
+            return Pass(model, losses, optimizing, metrics).additive(trainable, fixed, part)
+
+    compiled = jax.jit(sums) if model.jit_compile and not model.run_eagerly else sums
+    check_rows(model, data, lambda part, training: compiled(state, part, state[2] if training else None))
 
 
 def _give_back(model: Any, state: Any) -> None:
@@ -191,6 +206,12 @@ class Pass:
             self._model._compile_loss(part[1], y_pred, part[2])
         zero = jnp.zeros((), keras.config.floatx())
         return [zero if loss.count is None else loss.count.astype(zero.dtype) for loss in self.losses]
+
+    def additive(self, trainable: Any, fixed: Any, part: Any) -> list[Any]:
+        """Return what adds up over rows."""
+        y_pred, moved, terms = self._forward(trainable, fixed, part)
+        with self._scope(trainable, moved):
+            return additive(self._model, self.losses, part, y_pred, terms, num_rows(part))
 
     def gradient(self, trainable: Any, fixed: Any, metrics: Any, part: Any, share: Any) -> Any:
         """Return the gradient of what these rows add to the loss; the states, the loss of each output, and the loss."""

@@ -6,10 +6,11 @@ import keras
 import torch
 from keras import ops
 
+from wholebatch.integrations.keras.checking import check_rows
 from wholebatch.integrations.keras.cutting import Held, Sliced, num_rows
 from wholebatch.integrations.keras.dividing import Divided, divided
 from wholebatch.integrations.keras.moving import is_seed, refuse_moved
-from wholebatch.integrations.keras.terms import contribution, kept, report
+from wholebatch.integrations.keras.terms import additive, contribution, kept, report
 
 
 def step(model: Any, batch: Sliced | Held) -> Any:
@@ -61,8 +62,23 @@ def _through(model: Any, losses: list[Divided], batch: Sliced | Held, forward: A
 
 
 def guarded(model: Any) -> Any:
-    """Return what ``fit`` calls; a refusal leaves the model as it was anyway."""
-    return model.train_function
+    """Return what ``fit`` calls, after a look at the first rows."""
+    train_function = model.train_function
+
+    def measured(part: Any, training: bool) -> Any:
+        with torch.no_grad(), divided(model._compile_loss) as losses:
+            before = [*kept(model), *((each, ops.copy(each.value)) for each in model.non_trainable_variables)]
+            y_pred = model(part[0], training=training)
+            sums = additive(model, losses, part, y_pred, model.losses, num_rows(part))
+            for variable, value in before:
+                variable.assign(value)
+            return sums
+
+    def check_and_train(data: Any) -> Any:
+        check_rows(model, keras.utils.unpack_x_y_sample_weight(data[0]), measured)
+        return train_function(data)
+
+    return check_and_train
 
 
 def stepping(model: Any) -> Any:
