@@ -12,6 +12,7 @@ from wholebatch.core.batch import Layout, LogicalBatch, paths
 from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError, SplitError
 from wholebatch.core.record import Update
+from wholebatch.core.schedules.schedule import Schedule
 from wholebatch.core.split import Indices, Rows, Tokens
 from wholebatch.core.weights import Count, Reduction
 from wholebatch.engine import memory
@@ -27,6 +28,7 @@ from wholebatch.engine.making import Making
 from wholebatch.engine.meetings.company import OneByOne
 from wholebatch.engine.meetings.lockstep import Execution, Lockstep
 from wholebatch.engine.narrow import SumIn, check_sum_in
+from wholebatch.engine.noise import noise_of
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
@@ -83,11 +85,15 @@ class Accumulator:
             8 bits of each number. None: as they are summed.
         communication: For sharded weights: ``"once"`` gathers them and reduces gradients once a window, holding all of
             both meanwhile; ``"each"`` does so with every pass, and holds no more than a layer and a share.
+        noise_scale: Whether the gradient noise scale is measured, from micro-batches against their window, and put
+            into the record; or over about how many windows it is averaged, 100 by default. It takes windows of two
+            micro-batches or more, whose rows were not sorted.
         balance: ``"tokens"`` lets rows of each logical batch that `step` is handed move between ranks, so that all have
             equally much to do; with `collate`. None: each rank trains on the rows that it is handed.
 
     Attributes:
         reasons: What was chosen automatically, and why; one sentence each.
+        noise: The averages of which the noise scale is made, where it is measured; else None.
 
     Raises:
         OptimizerError: Model, optimizer and scheduler do not belong together.
@@ -132,6 +138,7 @@ class Accumulator:
         reduce_in: ReduceIn | None = None,
         communication: Communication = "once",
         balance: Balance | None = None,
+        noise_scale: bool | int = False,
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
@@ -151,8 +158,16 @@ class Accumulator:
         self._reasons = say = Reasons()
         self.reasons = say.said
         self._setup = Setup.of(
-            model, optimizer, lr_scheduler, reduce_in=reduce_in, communication=communication, say=say
+            model,
+            optimizer,
+            lr_scheduler,
+            reduce_in=reduce_in,
+            communication=communication,
+            measures=noise_scale is not False,
+            say=say,
         )
+        noise = noise_of(noise_scale, self._setup.optimizers, micro_batch, say)
+        self.noise = noise.average if noise is not None else None
         check_clip_norm(self._setup.optimizers, clip_norm)
         objective = Objective(loss_fn, targets, reduction)
         self._precision = Precision(precision, self._setup.device)
@@ -166,6 +181,7 @@ class Accumulator:
             clip_norm=clip_norm,
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
+            noise=noise,
         )
         self._layout = Layout(collate, paths(whole), dims)
         wire = self._setup.group.wire
@@ -249,7 +265,7 @@ class Accumulator:
             self._cutting.follow(sizes, self._reasons)
             retries += 1
 
-    def updates(self, loader: Iterable[Any], *, micro_batches: int) -> Iterator[Update]:
+    def updates(self, loader: Iterable[Any], *, micro_batches: int | Schedule) -> Iterator[Update]:
         """Make updates from a loader that already yields micro-batches.
 
         The tail is an update of its own, weighted by what is in it; nothing is left over for the next epoch. A
@@ -258,7 +274,8 @@ class Accumulator:
         Args:
             loader: Yields micro-batches; its length need not be known. None takes its place in a window and adds
                 nothing.
-            micro_batches: How many make one logical batch.
+            micro_batches: How many make one logical batch, of each rank; or one of `wb.schedules` that says so for each
+                logical batch, by how many windows came before it.
 
         Yields:
             The record of each update, as soon as it has happened.

@@ -35,6 +35,7 @@ def state_of(windows: Windows, precision: Precision) -> dict[str, Any]:
                 hint="give it state_dict and load_state_dict, or one of torch.optim.lr_scheduler in its place.",
             )
     weights = setup.model.state_dict()
+    noise = windows.rules.noise
     return {
         "window": windows.state_dict(),
         "weights": dict(weights),
@@ -45,6 +46,7 @@ def state_of(windows: Windows, precision: Precision) -> dict[str, Any]:
         "schedules": [each.state_dict() for each in setup.schedulers],
         "loss scale": precision.state_dict(),
         "random": RandomState.now(setup.device).state_dict(),
+        "noise": None if noise is None else noise.average.state_dict(),
     }
 
 
@@ -86,6 +88,9 @@ def take_over(windows: Windows, precision: Precision, state: Any) -> None:
         schedule.load_state_dict(saved)
     precision.load_state_dict(state["loss scale"])
     windows.load_state_dict(state["window"])
+    noise = windows.rules.noise
+    if noise is not None and state.get("noise") is not None:
+        noise.average.load_state_dict(state["noise"])
     RandomState.of(state["random"], setup.device).restore()
 
 
