@@ -90,11 +90,11 @@ class NoiseScale:
         310.1 targets, 0.67 wasted at 620
     """
 
-    def __init__(self, windows: int = 100) -> None:
+    def __init__(self, windows: int = 50) -> None:
         if isinstance(windows, bool) or not hasattr(windows, "__index__") or windows < 1:
             raise ConfigError(
                 f"noise_scale={windows!r} is no number of windows to average over.",
-                hint="pass True, which averages over about 100 windows, or how many, such as noise_scale=50.",
+                hint="pass True, which averages over about 50 windows, or how many, such as noise_scale=200.",
             )
         self.windows = windows
         self.last: NoiseSample | None = None

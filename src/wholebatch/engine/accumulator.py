@@ -86,7 +86,7 @@ class Accumulator:
         communication: For sharded weights: ``"once"`` gathers them and reduces gradients once a window, holding all of
             both meanwhile; ``"each"`` does so with every pass, and holds no more than a layer and a share.
         noise_scale: Whether the gradient noise scale is measured, from micro-batches against their window, and put
-            into the record; or over about how many windows it is averaged, 100 by default. It takes windows of two
+            into the record; or over about how many windows it is averaged, 50 by default. It takes windows of two
             micro-batches or more, whose rows were not sorted.
         balance: ``"tokens"`` lets rows of each logical batch that `step` is handed move between ranks, so that all have
             equally much to do; with `collate`. None: each rank trains on the rows that it is handed.

@@ -49,8 +49,8 @@ def noise_of(noise_scale: bool | int, optimizers: Sequence[Optimizer], micro_bat
     if isinstance(micro_batch, Tokens):
         say(
             "noise_scale: micro-batches by tokens hold rows of like length, and differ from one another by more than "
-            "chance, so that the noise scale comes out too large; measure with wb.Rows.",
-            logging.WARNING,
+            "chance, so that the noise scale comes out somewhat too large; wb.Rows does not sort.",
+            logging.INFO,
         )
     return noise
 

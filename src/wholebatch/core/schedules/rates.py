@@ -123,6 +123,11 @@ class Change:
         )
         return cls(float(factor), rule, before, tuple({name: _plain(each[name]) for name in each} for each in after))
 
+    @property
+    def pairs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """What changes in each parameter group: the settings before and after."""
+        return list(zip(self.before, self.after, strict=True))
+
     def apply(self, optimizer: Any, lr_scheduler: Any = None) -> None:
         """Change the optimizer, and let schedules of the learning rate go on from there.
 
@@ -206,6 +211,11 @@ class Rates:
         change.apply(self._optimizer, self._lr_scheduler)
         self.at = size
         return change
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group as it stands."""
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, int]:
         """Return for which size the settings are right; the optimizer's own state holds them."""
