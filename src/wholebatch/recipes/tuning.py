@@ -178,7 +178,7 @@ def _reasons(
     why: str | None,
 ) -> list[str]:
     said = []
-    per_row = timed[-1].targets / timed[-1].rows
+    rows = noise.scale / timed[-1].targets * timed[-1].rows if noise.scale is not None else 0.0
     if noise.scale is None or chosen is None:
         unknown = "Noise drowns the gradient, so that the noise scale is too large to be given a number"
         said.append(
@@ -189,8 +189,8 @@ def _reasons(
     else:
         high = f"{noise.high:,.0f}" if noise.high is not None else "no bound"
         said.append(
-            f"The gradient noise scale is about {noise.scale:,.0f} targets, or {noise.scale / per_row:,.0f} rows (nine "
-            f"in ten: {noise.low or 0.0:,.0f} to {high} targets; {noise.windows} windows): a logical batch of that size "
+            f"The gradient noise scale is about {noise.scale:,.0f} targets, or {rows:,.0f} rows (nine in ten: "
+            f"{noise.low or 0.0:,.0f} to {high} targets; {noise.windows} windows): a logical batch of that size "
             "wastes half of its targets, a smaller one less."
         )
         alike = f"{NEAR:.0%} of the best progress"
