@@ -30,7 +30,7 @@ class Measured:
         >>> windows = [NoiseSample(300.0, 1.0 + 0.1 * (k % 3), 7, 64) for k in range(30)]
         >>> found = Measured.of(windows)
         >>> f"{found.scale:.0f}, {found.low:.0f} to {found.high:.0f}"
-        '273, 266 to 279'
+        '273, 267 to 279'
     """
 
     scale: float | None
