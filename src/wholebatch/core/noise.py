@@ -9,7 +9,8 @@ tr S / |G|^2 (An Empirical Model of Large-Batch Training, arXiv 1812.06162).
 """
 
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from wholebatch.core.errors import ConfigError
@@ -67,13 +68,14 @@ class NoiseSample:
 
 
 class NoiseScale:
-    """The gradient noise scale, from averages over windows.
+    """The gradient noise scale, from averages over the last windows.
 
-    Each average forgets: a window counts 1 - 1 / `windows` times as much after the next. Numerator and denominator are
-    averaged apart, since a mean of ratios would be biased, and are divided at the end.
+    Numerator and denominator are averaged apart, since a mean of ratios would be biased, and divided at the end. What
+    is too old does not count at all: gradients are so much larger at the beginning of training that an average that
+    forgets little by little would be that of the beginning for hundreds of windows.
 
     Args:
-        windows: Over about how many windows they are taken.
+        windows: Over how many windows they are taken.
 
     Attributes:
         windows: As given.
@@ -87,40 +89,34 @@ class NoiseScale:
         >>> for window in range(3):
         ...     noise.add(NoiseSample(variance=30.0 + window, signal=0.1, degrees=7, targets=64))
         >>> print(f"{noise.scale:.1f} targets, {noise.wasted(620):.2f} wasted at 620")
-        310.1 targets, 0.67 wasted at 620
+        310.0 targets, 0.67 wasted at 620
     """
 
-    def __init__(self, windows: int = 50) -> None:
+    def __init__(self, windows: int = 30) -> None:
         if isinstance(windows, bool) or not hasattr(windows, "__index__") or windows < 1:
             raise ConfigError(
                 f"noise_scale={windows!r} is no number of windows to average over.",
-                hint="pass True, which averages over about 50 windows, or how many, such as noise_scale=200.",
+                hint="pass True, which averages over the last 30 windows, or how many, such as noise_scale=100.",
             )
         self.windows = windows
         self.last: NoiseSample | None = None
-        self._variance = self._degrees = 0.0
-        self._signal = self._targets = 0.0
+        self._samples: deque[NoiseSample] = deque(maxlen=int(windows))
 
     def add(self, sample: NoiseSample | None) -> None:
         """Take in what a window said; None changes nothing."""
         self.last = sample
-        if sample is None:
-            return
-        rate = 1 / self.windows
-        self._variance += rate * (sample.degrees * sample.variance - self._variance)
-        self._degrees += rate * (sample.degrees - self._degrees)
-        self._signal += rate * (sample.targets * sample.signal - self._signal)
-        self._targets += rate * (sample.targets - self._targets)
+        if sample is not None:
+            self._samples.append(sample)
 
     @property
     def variance(self) -> float | None:
         """The average of tr S, in which a window weighs as many as it has degrees of freedom; None before the first."""
-        return self._variance / self._degrees if self._degrees else None
+        return weighed_mean([(each.variance, each.degrees) for each in self._samples])
 
     @property
     def signal(self) -> float | None:
         """The average of ``|G|^2``, in which a window weighs as many as it has targets; None before the first."""
-        return self._signal / self._targets if self._targets else None
+        return weighed_mean([(each.signal, each.targets) for each in self._samples])
 
     @property
     def scale(self) -> float | None:
@@ -128,8 +124,7 @@ class NoiseScale:
 
         Unit: targets.
         """
-        variance, signal = self.variance, self.signal
-        return variance / signal if variance is not None and signal is not None and signal > 0 else None
+        return scale_of(self._samples)
 
     def wasted(self, targets: float) -> float | None:
         """Return the share of a logical batch that a smaller one would not have needed: ``1 / (1 + scale / targets)``.
@@ -142,18 +137,34 @@ class NoiseScale:
         """
         return None if self.scale is None else wasted_share(targets, self.scale)
 
-    def state_dict(self) -> dict[str, float]:
-        """Return the averages, for a run that goes on in another process."""
-        return {name: getattr(self, f"_{name}") for name in _AVERAGES}
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """Return what the last windows said, for a run that goes on in another process."""
+        return {"samples": [[each.variance, each.signal, each.degrees, each.targets] for each in self._samples]}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from averages that `state_dict` has returned."""
-        for name in _AVERAGES:
-            setattr(self, f"_{name}", float(state[name]))
+    def load_state_dict(self, state: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """Go on from what `state_dict` has returned."""
         self.last = None
+        self._samples.clear()
+        for variance, signal, degrees, targets in state["samples"]:
+            self._samples.append(NoiseSample(variance, signal, int(degrees), targets))
 
 
-_AVERAGES = ("variance", "degrees", "signal", "targets")
+def scale_of(samples: Iterable[NoiseSample]) -> float | None:
+    """Return the noise scale that several windows say together; None where noise drowns the gradient.
+
+    Args:
+        samples: What each of them says.
+    """
+    samples = list(samples)
+    variance = weighed_mean([(each.variance, each.degrees) for each in samples])
+    signal = weighed_mean([(each.signal, each.targets) for each in samples])
+    return variance / signal if variance is not None and signal is not None and signal > 0 else None
+
+
+def weighed_mean(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Return the mean of values with weights; None of none."""
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else None
 
 
 def wasted_share(targets: float, noise_scale: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wholebatch.core.noise import NoiseSample, wasted_share
+from wholebatch.core.noise import NoiseSample, scale_of, wasted_share
 from wholebatch.core.schedules.rates import Change
 
 RESAMPLED = 1000
@@ -48,22 +48,14 @@ class Measured:
         draw = random.Random(0)
         again = sorted(
             math.inf if scale is None else scale
-            for scale in (_scale(draw.choices(samples, k=len(samples))) for _ in range(RESAMPLED if samples else 0))
+            for scale in (scale_of(draw.choices(samples, k=len(samples))) for _ in range(RESAMPLED if samples else 0))
         )
         low, high = (again[len(again) // 20], again[-1 - len(again) // 20]) if again else (math.inf, math.inf)
-        return cls(_scale(samples), _finite(low), _finite(high), len(samples))
+        return cls(scale_of(samples), _finite(low), _finite(high), len(samples))
 
 
 def _finite(number: float) -> float | None:
     return number if number < math.inf else None
-
-
-def _scale(samples: Sequence[NoiseSample]) -> float | None:
-    degrees, targets = sum(each.degrees for each in samples), sum(each.targets for each in samples)
-    if not degrees or not targets:
-        return None
-    signal = sum(each.targets * each.signal for each in samples) / targets
-    return sum(each.degrees * each.variance for each in samples) / degrees / signal if signal > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

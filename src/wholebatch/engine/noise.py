@@ -59,7 +59,7 @@ class Noise:
     """Measures the gradient noise scale of an accumulator's windows.
 
     Args:
-        windows: Over about how many windows averages are taken.
+        windows: Over how many windows averages are taken.
         say: Takes the reason why nothing is measured.
 
     Attributes:
