@@ -87,6 +87,23 @@ def test_a_window_says_what_its_gradients_say(name):
     assert_alike(measured(animal, batch, COUNTS)[0], direct(animal, batch, COUNTS))
 
 
+def test_micro_batches_of_a_row_give_the_covariance_of_the_rows():
+    """tr S is the trace of the sample covariance, from per-row gradients that `torch.func` computes."""
+    animal = CALM["mlp"]
+    model, batch = animal.model(), animal.batch(ROWS, torch.float64)
+    weights = dict(model.named_parameters())
+
+    def loss(weights, x, y):
+        return (torch.func.functional_call(model, weights, (x,)) - y).square().mean()
+
+    rows = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, batch["x"], batch["y"])
+    gradients = torch.cat([rows[name].flatten(1) for name in weights], 1).detach()
+    found, update = measured(animal, batch, (), "step", micro_batch=wb.Rows(1))
+    assert found.variance == pytest.approx(float(torch.cov(gradients.T).trace()), rel=EXACT)
+    assert found.signal == pytest.approx(float(gradients.mean(0).square().sum()) - found.variance / ROWS, rel=1e-9)
+    assert update.micro_batches == ROWS
+
+
 @pytest.mark.parametrize("way", ["window", "known"])
 @pytest.mark.parametrize("name", ["mlp", "shared weights"])
 def test_early_and_late_scaling_say_the_same(name, way):
