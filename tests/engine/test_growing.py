@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import wholebatch as wb
 from menagerie import CALM, mean_square
@@ -86,6 +87,45 @@ def test_growth_by_noise_through_a_loader_that_reads_ahead(workers):
         assert sorted(seen) == list(range(ALL))
         assert sizes[:-1] == [schedule.at(first + place) for place in range(len(sizes) - 1)]
     assert sizes[0] == 16
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("by_noise", [False, True], ids=["stepped", "by noise"])
+def test_a_loader_that_is_stopped_in_the_middle_of_an_epoch_goes_on(by_noise):
+    """torchdata walks over what was yielded before, so that the sampler has to draw the same sizes again."""
+
+    def make():
+        schedule = wb.schedules.ByNoise(2, largest=16, every=2, smoothing=0.0) if by_noise else None
+        schedule = schedule or wb.schedules.Stepped(2, {13: 5, 20: 9})
+        sampler = wb.LogicalBatches(ALL, schedule)
+        return schedule, sampler, StatefulDataLoader(range(ALL), batch_sampler=sampler, collate_fn=list)
+
+    def drawn(schedule, loader, epoch, made=0, stop=None):
+        seen = []
+        for rows in loader:
+            seen.append(rows)
+            made += 1
+            known = {"loss": 1.0, "targets": len(rows), "rows": len(rows), "micro_batches": 2, "lr": 0.1}
+            schedule.note(wb.Update(number=made, noise_scale=40.0, **known))
+            if len(seen) == stop:
+                break
+        return seen
+
+    schedule, sampler, loader = make()
+    first = drawn(schedule, loader, 0)
+    sampler.set_epoch(1)
+    second = drawn(schedule, loader, 1, len(first))
+    schedule, sampler, loader = make()
+    drawn(schedule, loader, 0)
+    sampler.set_epoch(1)
+    before = drawn(schedule, loader, 1, len(first), stop=2)
+    state, position = schedule.state_dict(), loader.state_dict()
+    schedule, sampler, loader = make()
+    schedule.load_state_dict(state)
+    sampler.set_epoch(1)
+    loader.load_state_dict(position)
+    assert before + drawn(schedule, loader, 1, len(first) + 2) == second
+    assert len({len(rows) for rows in first + second}) > 2
 
 
 def grown(schedule, stop=None, tmp_path=None):

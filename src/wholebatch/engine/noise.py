@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from wholebatch.core.errors import OptimizerError
 from wholebatch.core.noise import NoiseSample, NoiseScale
@@ -157,6 +157,7 @@ class _Ear:
 def _listen(parameter: Any, ear: _Ear) -> RemovableHandle:
     place = id(parameter)
 
+    @unserializable_hook  # a model that is pickled leaves it behind
     def note(gradient: Tensor) -> None:
         if ear.listening:
             if place in ear.norms:
