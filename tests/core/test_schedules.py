@@ -211,13 +211,25 @@ def lr_schedules(optimizer):
     yield lambda o: schedules.CosineAnnealingLR(o, 20, eta_min=0.001)
     yield lambda o: schedules.LambdaLR(o, lambda step: 1 / (1 + step))
     yield lambda o: schedules.StepLR(o, 3, gamma=0.5)
+    yield lambda o: schedules.CyclicLR(o, 0.01, 0.1, step_size_up=5, cycle_momentum=False)
     yield lambda o: schedules.OneCycleLR(o, 0.1, total_steps=20)
     yield lambda o: schedules.SequentialLR(
         o, [schedules.LinearLR(o, 0.1, total_iters=5), schedules.CosineAnnealingLR(o, 15)], [5]
     )
 
 
-@pytest.mark.parametrize("place", range(5))
+def test_a_warm_up_that_stands_at_zero_goes_on_too():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    change = Change.of(optimizer, 4, "linear")
+    change.apply(optimizer, [schedule])
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.04)
+    assert optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("place", range(6))
 def test_a_schedule_of_the_learning_rate_goes_on_from_the_new_one(place):
     """From a change on it is everywhere what it would have been, times the factor."""
 

@@ -157,7 +157,6 @@ class _Ear:
 def _listen(parameter: Any, ear: _Ear) -> RemovableHandle:
     place = id(parameter)
 
-    @unserializable_hook  # a model that is pickled leaves it behind
     def note(gradient: Tensor) -> None:
         if ear.listening:
             if place in ear.norms:
@@ -168,7 +167,8 @@ def _listen(parameter: Any, ear: _Ear) -> RemovableHandle:
 
     learns = parameter.requires_grad
     parameter.requires_grad_(True)  # a frozen weight takes no hook, but keeps one until it is unfrozen
-    handle: RemovableHandle = parameter.register_hook(note)
+    unpickled: Any = unserializable_hook  # a model that is pickled leaves the hook behind
+    handle: RemovableHandle = parameter.register_hook(unpickled(note))
     parameter.requires_grad_(learns)
     return handle
 

@@ -136,18 +136,17 @@ class Change:
             lr_scheduler: One schedule or several that step it: the learning rates that they start from change too, or
                 their next step would bring the old ones back.
         """
-        for group, old, new in zip(optimizer.param_groups, self.before, self.after, strict=True):
+        scale = _scale(self.factor, self.rule)
+        for group, new in zip(optimizer.param_groups, self.after, strict=True):
             for name, value in new.items():
                 if hasattr(group[name], "fill_"):
                     group[name].fill_(value)
                 else:
                     group[name] = value
-            ratio = new["lr"] / old["lr"] if old.get("lr") else 1.0
             for name in ("initial_lr", "max_lr", "min_lr"):  # of OneCycleLR, CyclicLR and all that have a beginning
                 if name in group:
-                    group[name] = group[name] * ratio
+                    group[name] = group[name] * scale
         schedules = lr_scheduler if isinstance(lr_scheduler, Sequence) else [lr_scheduler]
-        scale = _scale(self.factor, self.rule)
         for each in schedules:
             _rescale(each, scale)
 
@@ -234,7 +233,7 @@ def _rescale(schedule: Any, scale: float) -> None:
     """Multiply the learning rates that a schedule, or those inside of it, starts from."""
     for inner in getattr(schedule, "_schedulers", []):
         _rescale(inner, scale)
-    for name in ("base_lrs", "min_lrs"):
+    for name in ("base_lrs", "max_lrs", "min_lrs"):
         if hasattr(schedule, name):
             setattr(schedule, name, [each * scale for each in getattr(schedule, name)])
     if hasattr(schedule, "eta_min"):  # of CosineAnnealingLR
