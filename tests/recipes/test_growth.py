@@ -113,6 +113,8 @@ def test_rows_that_meet_have_no_noise_scale():
     tuning = tuned(Meets(), 4)
     assert tuning.chosen is None
     assert "micro-batches meet" in tuning.reasons[0]
+    assert "to be tried, not computed" in tuning.reasons[-1]
+    assert not any("rules, not measurements" in reason for reason in tuning.reasons)
 
 
 def test_what_does_not_fit_is_not_tuned():

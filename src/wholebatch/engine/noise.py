@@ -102,7 +102,7 @@ class Noise:
         if ear.twice:
             return None
         if not norms:
-            return torch.zeros(())
+            return torch.zeros((), device=self._parameters[0].device)
         device = norms[0].device
         if len({(norm.device, norm.dtype) for norm in norms}) > 1:
             norms = [norm.to(device, widest(norm)) for norm in norms]

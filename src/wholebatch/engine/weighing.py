@@ -144,7 +144,7 @@ class Weighing:
         if square is None:
             self.spread = math.nan
         elif isinstance(count, Tensor):
-            count = count.to(square.device)
+            count = count.to(square.device, non_blocking=square.device.type != "cpu")
             self.spread = self.spread + torch.where(count > 0, square / count, 0.0)
             self.parts = self.parts + (count > 0)
         else:

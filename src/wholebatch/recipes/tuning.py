@@ -210,13 +210,21 @@ def _reasons(
     else:
         said.append("Speed hardly depends on the logical batch here, so a larger one saves no time, only updates.")
     began = updates // 2 + 1
-    said.append(
-        f"The noise scale was measured over updates {began} to {updates}. It rises as training goes on: measure it "
-        "along the way (train --noise-scale), or let the logical batch grow with it (train --grow-to ... --grow noise)."
-    )
+    if noise.scale is not None:
+        said.append(
+            f"The noise scale was measured over updates {began} to {updates}. It rises as training goes on: measure it "
+            "along the way (train --noise-scale), or let the logical batch grow with it (train --grow-to ... --grow "
+            "noise)."
+        )
+    elif why is not None and "meet" in why:
+        return [*said, _COUPLED]
     return [*said, *_ADVICE]
 
 
+_COUPLED = (
+    "Where micro-batches meet, the loss or a layer sees the whole logical batch: its size is a part of what is trained, "
+    "as with the negatives of a contrastive loss, and is to be tried, not computed from noise."
+)
 _ADVICE = (
     (
         "On one device, a small logical batch with Adam's beta2 at the same half-life in targets often does as well or "
