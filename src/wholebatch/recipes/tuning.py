@@ -222,8 +222,8 @@ def _reasons(
 
 
 _COUPLED = (
-    "Where micro-batches meet, the loss or a layer sees the whole logical batch: its size is a part of what is trained, "
-    "as with the negatives of a contrastive loss, and is to be tried, not computed from noise."
+    "Where micro-batches meet, the loss or a layer sees the whole logical batch: its size is a part of what is "
+    "trained, as with the negatives of a contrastive loss, and is to be tried, not computed from noise."
 )
 _ADVICE = (
     (
