@@ -331,6 +331,16 @@ class Accumulator:
         """
         take_over(self._windows, self._precision, state)
 
+    @property
+    def loss_scale(self) -> dict[str, Any] | None:
+        """The state of the dynamic loss scale, as `torch.amp.GradScaler` has it; None where there is none."""
+        return self._precision.state_dict()
+
+    @loss_scale.setter
+    def loss_scale(self, state: Mapping[str, Any] | None) -> None:
+        self._precision.require(state)
+        self._precision.load_state_dict(state)
+
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""
         return self._precision.autocast()

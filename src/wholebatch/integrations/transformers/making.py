@@ -1,0 +1,182 @@
+"""How does one logical batch of a Trainer become an update? Through an accumulator made when training begins."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from wholebatch.core.errors import WeightError
+from wholebatch.core.record import Update
+from wholebatch.core.split import Rows, Tokens
+from wholebatch.core.weights import Reduction
+from wholebatch.engine.accumulator import Accumulator
+from wholebatch.engine.objective import LossFn
+from wholebatch.engine.transaction import Transaction
+from wholebatch.integrations.transformers.objective import NAMED, Rule, TrainerLoss, looking
+from wholebatch.integrations.transformers.rows import Collate, Taken, longest_first
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user said of windows; see `WholeBatchTrainer`."""
+
+    micro_batch: Literal["auto"] | Rows | Tokens | None
+    memory: str | int | None
+    targets: str | Callable[[Any], Any] | None
+    reduction: Reduction
+    loss_fn: LossFn | None
+    passed_on: Mapping[str, Any]
+
+
+class Updates:
+    """Makes the updates of one call of `train`.
+
+    Args:
+        trainer: Prepared for training.
+        model: As Accelerate has wrapped it.
+        options: Of the user.
+
+    Attributes:
+        accumulator: Of rows, or, where the loader collates them itself, of its micro-batches.
+        passed: What of the inputs of the last window is counted.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module, options: Options) -> None:
+        self._trainer = trainer
+        self._model = model
+        self._options = options
+        self._inputs = getattr(trainer.model, "main_input_name", "input_ids")
+        self._keeps = trainer.args.include_num_input_tokens_seen != "no"
+        self._collate = Collate(trainer.data_collator, self._inputs, keeps=self._keeps)
+        self._loss = TrainerLoss(trainer, options.targets, options.reduction)
+        self._optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        self._before_step = _BeforeStep(trainer, self._optimizer)
+        self._collates: bool | None = None
+        self.accumulator: Accumulator | None = None
+        self.passed: dict[str, Tensor] = {}
+
+    def make(self, taken: Taken) -> Update:
+        """Make the update of one logical batch."""
+        trainer = self._trainer
+        average, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
+        self._before_step.due = True
+        try:
+            accumulator = self._accumulator(collates=taken.rows is not None)
+            if self._loss.rule is None and self._options.loss_fn is None:
+                self._find_rule(taken)
+            if taken.rows is not None:
+                rows = longest_first(taken.rows)
+                update = accumulator.step(rows if rows else None)
+                self._count(self._collate.passed(len(rows)))
+            else:
+                (update,) = accumulator.updates(taken.micro_batches, micro_batches=len(taken.micro_batches))
+                self._count([self._collate.seen(each) for each in taken.micro_batches])
+            return update
+        finally:
+            trainer.args.average_tokens_across_devices = average
+
+    def save_loss_scale(self) -> None:
+        """Hand the loss scale over to the scaler that the Trainer saves."""
+        scaler = self._trainer.accelerator.scaler
+        if scaler is not None and self.accumulator is not None:
+            scaler.load_state_dict(self.accumulator.loss_scale)
+
+    def end(self) -> None:
+        """Give the events of the Trainer back to its loop."""
+        self._before_step.remove()
+
+    def _accumulator(self, *, collates: bool) -> Accumulator:
+        if self.accumulator is not None and self._collates is collates:
+            return self.accumulator
+        options, trainer = self._options, self._trainer
+        default = "auto" if options.memory is not None else Rows(trainer.args.train_batch_size)
+        given = options.targets is not None
+        self._collates = collates
+        self.accumulator = Accumulator(
+            self._model,
+            self._optimizer,
+            options.loss_fn or self._loss,
+            targets=self._loss.count if given or options.loss_fn is None else None,
+            reduction=options.reduction,
+            micro_batch=options.micro_batch if options.micro_batch is not None else default,
+            memory=options.memory,
+            collate=self._collate if collates else None,
+            clip_norm=trainer.args.max_grad_norm or None,
+            precision="fp16" if trainer.accelerator.scaler is not None else "fp32",  # bf16 is in the forward pass
+            **options.passed_on,
+        )
+        return self.accumulator
+
+    def _find_rule(self, taken: Taken) -> None:
+        """Find out what the loss averages over, on all ranks the same."""
+        trainer = self._trainer
+        before = Transaction(trainer.model, trainer.args.device)
+        before.begin()
+        found: Rule | None = None
+        wrong: WeightError | None = None
+        try:
+            with looking(trainer):
+                if taken.rows is None:
+                    found = self._loss.measure(None, taken.micro_batches, 1)
+                elif taken.rows:
+                    found = self._loss.measure(self._collate, taken.rows, trainer.args.train_batch_size)
+        except WeightError as error:
+            wrong = error
+        finally:
+            before.roll_back()
+        rules = [(found, wrong)] if not _several() else self._gather(found, wrong)
+        for rule, error in rules:
+            if error is not None:
+                raise error
+            self._loss.rule = self._loss.rule or rule
+
+    def _gather(self, found: Rule | None, wrong: WeightError | None) -> list[tuple[Rule | None, WeightError | None]]:
+        mine = (found.name if found is not None else None, wrong)
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, mine)
+        return [(self._loss.rule_named(name) if name is not None else None, error) for name, error in said]
+
+    def _count(self, seen: list[dict[str, Tensor]]) -> None:
+        """Keep what of the inputs of a window is counted, as one micro-batch."""
+        names = {name for each in seen for name in each}
+        self.passed = {
+            name: torch.cat([each[name].flatten() for each in seen if name in each]) for name in sorted(names)
+        }
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _BeforeStep:
+    """Lets `on_pre_optimizer_step` see the gradient of the logical batch: when the optimizer is about to step.
+
+    Args:
+        trainer: Whose loop would send the event when the step is over.
+        optimizer: What steps.
+    """
+
+    def __init__(self, trainer: Any, optimizer: Any) -> None:
+        self._trainer = trainer
+        self._handler = trainer.callback_handler
+        self.due = False
+        self._hook: Any = None
+        if hasattr(optimizer, "_optimizer_step_pre_hooks"):  # a wrapper may leave out super().__init__()
+            self._hook = optimizer.register_step_pre_hook(self._send)
+            self._handler.on_pre_optimizer_step = lambda _args, _state, control: control
+
+    def _send(self, *_: Any) -> None:
+        if self.due:  # once a window: large models step in pieces
+            self.due = False
+            trainer = self._trainer
+            event = type(self._handler).on_pre_optimizer_step
+            trainer.control = event(self._handler, trainer.args, trainer.state, trainer.control)
+
+    def remove(self) -> None:
+        """Let the loop send it again."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._handler.__dict__.pop("on_pre_optimizer_step", None)

@@ -1,0 +1,332 @@
+"""What does the loss of a Trainer average over? Measured on the first rows: a mean is one only over the right count.
+
+A Trainer does not say. Its loss comes from the model, from ``compute_loss_func``, from label smoothing, or from a
+`compute_loss` of the user; some divide by the ``num_items_in_batch`` that they are given, some ignore it, and whether a
+model shifts its labels shows in its code alone. So a few forward passes tell, without gradients and before training:
+
+- A loss that halves as ``num_items_in_batch`` doubles divides by it. A micro-batch is given its own count.
+- A mean over labels that are not -100 is that of two parts of the labels, each weighted with its count.
+- A mean over rows is that of two parts of the rows.
+
+A loss that is none of these is refused.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.errors import SplitError, WeightError
+from wholebatch.core.weights import Count, Reduction
+
+IGNORED = -100
+"""The label from which nothing is to be learned, in all of transformers."""
+
+ROWS = 8
+"""How many rows are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a loss averages over.
+
+    Attributes:
+        name: By which ranks agree on it.
+        count: ``count(micro_batch)``. Unit: targets.
+        says: The rule as the end of a sentence.
+        told: Whether the loss is to be told its count, as ``num_items_in_batch``.
+    """
+
+    name: str
+    count: Callable[[Any], Count]
+    says: str
+    told: bool = False
+
+
+def count_labels(micro_batch: Any) -> Tensor:
+    """Return how many labels are not -100."""
+    found: Tensor = (micro_batch["labels"] != IGNORED).sum()
+    return found
+
+
+def count_shifted_labels(micro_batch: Any) -> Tensor:
+    """Return how many labels are not -100 where the first of each row has nothing before it to be told from."""
+    if "shift_labels" in micro_batch:
+        found: Tensor = (micro_batch["shift_labels"] != IGNORED).sum()
+        return found
+    found = (micro_batch["labels"][..., 1:] != IGNORED).sum()
+    return found
+
+
+def count_rows(micro_batch: Any) -> int:
+    """Return the rows of a collated micro-batch: the first dimension of its labels, or of its first tensor."""
+    parts = [micro_batch["labels"]] if "labels" in micro_batch else list(micro_batch.values())
+    rows = next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), None)
+    if rows is None:
+        raise WeightError(
+            "A micro-batch holds no tensor with rows, so its targets cannot be counted.",
+            hint="pass targets=..., a function that counts what the loss averages over.",
+        )
+    return rows
+
+
+LABELS = Rule("labels", count_labels, "the labels that are not -100")
+SHIFTED = Rule("shifted_labels", count_shifted_labels, "the labels that are not -100, but for the first of each row")
+ALL_ROWS = Rule("rows", count_rows, "the rows")
+NAMED = {rule.name: rule for rule in (LABELS, SHIFTED, ALL_ROWS)}
+
+
+class TrainerLoss:
+    """The loss of a trainer as `wb.Accumulator` takes it: ``loss_fn(model, micro_batch)``, a mean over its targets.
+
+    Args:
+        trainer: Whose `compute_loss` it is.
+        targets: The rule, if the user has declared it: a name, or a function of the micro-batch.
+        reduction: What `compute_loss` returns.
+
+    Attributes:
+        rule: What it averages over; None until it is known.
+    """
+
+    def __init__(self, trainer: Any, targets: str | Callable[[Any], Any] | None, reduction: Reduction) -> None:
+        self._trainer = trainer
+        self._reduction = reduction
+        self.rule: Rule | None = None
+        if callable(targets):
+            self.rule = Rule("given", targets, "what targets=... counts", told=True)
+        elif targets in NAMED:
+            named = NAMED[targets]
+            self.rule = Rule(named.name, named.count, named.says, told=True)
+        elif targets is not None:
+            raise WeightError(
+                f"targets={targets!r} is no way to count.",
+                hint=f"pass a function of the micro-batch, or one of {', '.join(map(repr, NAMED))}.",
+            )
+
+    def count(self, micro_batch: Any) -> Count:
+        """Count what a micro-batch's loss averages over."""
+        return (self.rule or LABELS).count(micro_batch)
+
+    def __call__(self, model: Any, micro_batch: Any) -> Tensor:
+        """Return the loss of a micro-batch."""
+        rule = self.rule or LABELS
+        if not rule.told:
+            return self.loss(model, micro_batch, None)
+        return self.loss(model, micro_batch, 1 if self._reduction == "sum" else rule.count(micro_batch))
+
+    def loss(self, model: Any, micro_batch: Any, items: Count | None) -> Tensor:
+        """Return what `compute_loss` makes of a micro-batch."""
+        trainer = self._trainer
+        inputs = trainer._prepare_inputs(micro_batch)  # a copy: compute_loss may take the labels out
+        with trainer.compute_loss_context_manager():
+            items = torch.as_tensor(items, device=trainer.args.device) if items is not None else None
+            loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=items)
+            return loss
+
+    def items(self, micro_batch: Any) -> Any:
+        """Return what the Trainer counts as the items of a micro-batch, or None where it counts none."""
+        items = self._trainer._get_num_items_in_batch([micro_batch], self._trainer.args.device)
+        # It was divided by the ranks that share rows, of which there are none here, and became a float on the way.
+        return items.to(torch.int64) if isinstance(items, Tensor) else items
+
+    def rule_named(self, name: str) -> Rule:
+        """Return the rule of a name, as another rank may have found it."""
+        if name in NAMED:
+            return NAMED[name]
+        return Rule("items", lambda micro_batch: self.items(micro_batch) or 0, "num_items_in_batch", told=True)
+
+    def measure(self, collate: Callable[[list[Any]], Any] | None, rows: Sequence[Any], most: int) -> Rule | None:
+        """Find out what the loss averages over.
+
+        Args:
+            collate: Makes a micro-batch of rows; None: each of `rows` is one.
+            rows: Of the first logical batch.
+            most: How many rows are known to fit into memory together.
+
+        Returns:
+            The rule; None where there is nothing to learn in any of the rows.
+
+        Raises:
+            WeightError: It is none of those that can be told.
+        """
+        look = Look(self)
+        several = min(most, ROWS)
+        pieces = [rows[start : start + several] for start in range(0, len(rows), several)] if collate else list(rows)
+        made: list[Any] = []
+        for piece in pieces:
+            micro_batch = collate(list(piece)) if collate is not None else piece
+            found = look.at_items(micro_batch) or look.at_labels(micro_batch)
+            if found is not None:
+                return found
+            if not look.nothing_to_learn:
+                made.append(micro_batch)
+                if not look.too_few_labels:
+                    break
+        if not made:
+            return None
+        micro_batch = made[-1]
+        if collate is not None and several == 1 and len(rows) > 1 and _rows_of(micro_batch) == 1:
+            micro_batch = collate(list(rows[:2]))
+        found = look.at_labels(micro_batch) or look.at_rows(micro_batch)
+        if found is not None:
+            return found
+        raise WeightError(
+            f"The loss of {type(self._trainer.model).__name__} is a mean neither over labels that are not -100 nor over "
+            "rows, and does not divide by num_items_in_batch, so nobody knows what to divide by when a batch is cut.",
+            hint="declare it: WholeBatchTrainer(..., targets=lambda inputs: ...), which counts what the loss of these "
+            'inputs averages over, such as its summed class weights; a loss that is a sum also takes reduction="sum". '
+            "A loss that compares the rows of a batch with each other needs wb.gather, and targets=\"rows\".",
+        )
+
+
+class Look:
+    """A few forward passes that tell how a loss behaves. They leave no trace of their own.
+
+    Args:
+        loss: Of the trainer.
+
+    Attributes:
+        nothing_to_learn: Whether the labels that were seen last are all -100.
+        too_few_labels: Whether they are too few to tell.
+    """
+
+    def __init__(self, loss: TrainerLoss) -> None:
+        self._loss = loss
+        self._trainer = loss._trainer
+        self._model = loss._trainer.model  # not its wrapper: other ranks may not look at the same time
+        self._eps = 0.0
+        self.nothing_to_learn = False
+        self.too_few_labels = False
+
+    def of(self, micro_batch: Any, items: Count | None = None) -> float:
+        """Return the loss of a micro-batch."""
+        loss = self._loss.loss(self._model, micro_batch, items)
+        if not isinstance(loss, Tensor):
+            raise WeightError(
+                f"compute_loss returned a {type(loss).__name__}, not a tensor.",
+                hint="return the loss as a tensor with one number.",
+            )
+        self._eps = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps / 4)
+        return float(loss.detach())
+
+    def same(self, one: float, other: float, rounding: float = 64) -> bool:
+        """Whether two numbers are equal up to the rounding of losses."""
+        return abs(one - other) <= rounding * self._eps * max(abs(one), abs(other))
+
+    def at_items(self, micro_batch: Any) -> Rule | None:
+        """Return the rule of the Trainer if the loss divides by the ``num_items_in_batch`` that it is given."""
+        items = self._loss.items(micro_batch)
+        if items is None or not float(items):
+            return None
+        once, twice, four = (self.of(micro_batch, items * times) for times in (1, 2, 4))
+        if self.same(once, twice):
+            return None
+        if not self.same(once - twice, 2 * (twice - four), rounding=4096):
+            raise WeightError(
+                f"The loss is {once:.6g}, {twice:.6g} and {four:.6g} with num_items_in_batch of {float(items):g}, twice "
+                "and four times as many: it neither divides by it nor leaves it alone.",
+                hint="divide the summed loss by num_items_in_batch, once.",
+            )
+        return self._loss.rule_named("items")
+
+    def at_labels(self, micro_batch: Any) -> Rule | None:
+        """Return the rule if the loss is a mean over the labels that are not -100, with or without the first."""
+        self.nothing_to_learn = self.too_few_labels = False
+        name = _labels_of(micro_batch)
+        if name is None or not self._takes_ignored(micro_batch[name]):
+            return None
+        there = micro_batch[name] != IGNORED
+        self.nothing_to_learn = not bool(there.any())
+        self.too_few_labels = int(there.sum()) < 3
+        whole = self.of(micro_batch)
+        for rule in self._candidates(micro_batch, name, there):
+            count = float(rule.count(micro_batch))
+            if count < 2 or not math.isfinite(whole):
+                continue
+            parts = [_masked(micro_batch, name, part) for part in _halves(there, rule is SHIFTED and name == "labels")]
+            if self.same(whole * count, sum(self.of(part) * float(rule.count(part)) for part in parts)):
+                return rule
+        return None
+
+    def _takes_ignored(self, labels: Tensor) -> bool:
+        """Whether labels of -100 can be tried: on an accelerator, a loss that does not know them ends the process."""
+        trainer = self._trainer
+        own = trainer.compute_loss_func is None and hasattr(trainer.model, "loss_function")
+        return own or bool((labels == IGNORED).any()) or trainer.args.device.type == "cpu"
+
+    def _candidates(self, micro_batch: Any, name: str, there: Tensor) -> list[Rule]:
+        if name == "shift_labels":
+            return [SHIFTED]
+        if there.ndim < 2:
+            return [LABELS]
+        # Labels of the first place alone: to a loss that shifts them there is nothing left.
+        first = torch.zeros_like(there)
+        first[..., 0] = there[..., 0]
+        if not bool(first.any()):
+            return [SHIFTED]  # then both rules count the same
+        loss = self.of(_masked(micro_batch, name, first))
+        return [SHIFTED, LABELS] if loss == 0 or math.isnan(loss) else [LABELS, SHIFTED]
+
+    def at_rows(self, micro_batch: Any) -> Rule | None:
+        """Return the rule if the loss is a mean over the rows."""
+        rows = _rows_of(micro_batch)
+        if rows is None:
+            return None
+        if rows < 2:
+            return ALL_ROWS  # each window is a single row
+        whole = LogicalBatch(micro_batch)
+        parts = [self.of(whole.take(part)) * len(part) for part in (range(1), range(1, rows))]
+        # Autocast rounds by what is in a batch.
+        rounding = 2**20 if self._trainer.args.bf16 or self._trainer.args.fp16 else 1024
+        return ALL_ROWS if self.same(self.of(micro_batch) * rows, sum(parts), rounding) else None
+
+
+def _labels_of(micro_batch: Any) -> str | None:
+    """Return under which name whole-numbered labels are."""
+    for name in ("shift_labels", "labels"):
+        labels = micro_batch.get(name) if isinstance(micro_batch, Mapping) else None
+        if isinstance(labels, Tensor) and labels.ndim and not labels.is_floating_point():
+            return name
+    return None
+
+
+def _rows_of(micro_batch: Any) -> int | None:
+    try:
+        return LogicalBatch(micro_batch).rows
+    except SplitError:
+        return None
+
+
+def _masked(micro_batch: Any, name: str, there: Tensor) -> dict[str, Any]:
+    """Return a micro-batch with the labels of some places, and -100 elsewhere."""
+    return {**micro_batch, name: micro_batch[name].masked_fill(~there, IGNORED)}
+
+
+def _halves(there: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Return the places of labels in two parts of different sizes, so that no other mean comes to the same."""
+    places = there.clone()
+    if shifted:
+        places[..., 0] = False
+    found = places.flatten().nonzero().flatten()
+    first = torch.zeros_like(places).flatten()
+    first[found[: max(1, len(found) // 3)]] = True
+    first = first.reshape(places.shape)
+    return first, there & ~first
+
+
+@contextmanager
+def looking(trainer: Any) -> Iterator[None]:
+    """Let a model be looked at: in evaluation mode and without gradients."""
+    training = {module: module.training for module in trainer.model.modules()}
+    trainer.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
