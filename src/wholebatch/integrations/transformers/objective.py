@@ -23,6 +23,7 @@ from torch import Tensor
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.errors import SplitError, WeightError
 from wholebatch.core.weights import Count, Reduction
+from wholebatch.engine.randomness import RandomState
 
 IGNORED = -100
 """The label from which nothing is to be learned, in all of transformers."""
@@ -199,12 +200,14 @@ class Look:
         self._loss = loss
         self._trainer = loss._trainer
         self._model = loss._trainer.model  # not its wrapper: other ranks may not look at the same time
+        self._random = RandomState.now(loss._trainer.args.device)
         self._eps = 0.0
         self.nothing_to_learn = False
         self.too_few_labels = False
 
     def of(self, micro_batch: Any, items: Count | None = None) -> float:
-        """Return the loss of a micro-batch."""
+        """Return the loss of a micro-batch, with the random numbers of all others."""
+        self._random.restore()
         loss = self._loss.loss(self._model, micro_batch, items)
         if not isinstance(loss, Tensor):
             raise WeightError(
@@ -214,7 +217,7 @@ class Look:
         self._eps = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps / 4)
         return float(loss.detach())
 
-    def same(self, one: float, other: float, rounding: float = 64) -> bool:
+    def same(self, one: float, other: float, rounding: float = 16) -> bool:
         """Whether two numbers are equal up to the rounding of losses."""
         return abs(one - other) <= rounding * self._eps * max(abs(one), abs(other))
 
@@ -224,7 +227,7 @@ class Look:
         if items is None or not float(items):
             return None
         once, twice, four = (self.of(micro_batch, items * times) for times in (1, 2, 4))
-        if self.same(once, twice):
+        if self.same(once, twice, rounding=4):
             return None
         if not self.same(once - twice, 2 * (twice - four), rounding=4096):
             raise WeightError(
@@ -243,6 +246,8 @@ class Look:
         there = micro_batch[name] != IGNORED
         self.nothing_to_learn = not bool(there.any())
         self.too_few_labels = int(there.sum()) < 3
+        if self.nothing_to_learn:
+            return None
         whole = self.of(micro_batch)
         for rule in self._candidates(micro_batch, name, there):
             count = float(rule.count(micro_batch))
@@ -264,12 +269,10 @@ class Look:
             return [SHIFTED]
         if there.ndim < 2:
             return [LABELS]
-        # Labels of the first place alone: to a loss that shifts them there is nothing left.
-        first = torch.zeros_like(there)
-        first[..., 0] = there[..., 0]
-        if not bool(first.any()):
-            return [SHIFTED]  # then both rules count the same
-        loss = self.of(_masked(micro_batch, name, first))
+        # Labels in the first place alone: to a loss that shifts them there is nothing left.
+        first = torch.full_like(micro_batch[name], IGNORED)
+        first[..., 0] = micro_batch[name][there].max()
+        loss = self.of({**micro_batch, name: first})
         return [SHIFTED, LABELS] if loss == 0 or math.isnan(loss) else [LABELS, SHIFTED]
 
     def at_rows(self, micro_batch: Any) -> Rule | None:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
@@ -19,6 +18,7 @@ from wholebatch.engine.ranks.balancing import Balance
 from wholebatch.engine.ranks.reduction import ReduceIn
 from wholebatch.engine.setup import OnNonFinite
 from wholebatch.engine.window import BatchNorm
+from wholebatch.integrations.transformers.logged import Losses
 from wholebatch.integrations.transformers.making import Options, Updates
 from wholebatch.integrations.transformers.refusals import require_supported
 from wholebatch.integrations.transformers.rows import WAITING, Taken, share_out, take, uncollated
@@ -116,6 +116,7 @@ class WholeBatchTrainer(Trainer):
             },
         )
         self._updates: Updates | None = None
+        self._losses = Losses()
         self.last_update: Update | None = None
 
     @property
@@ -161,7 +162,13 @@ class WholeBatchTrainer(Trainer):
         # The optimizer has stepped; while Accelerate counts gradients as not complete, it does not step once more.
         self.accelerator.gradient_state._set_sync_gradients(False)
         self.optimizer._is_overflow = not update.applied  # then the Trainer does not step its schedule either
-        return torch.tensor(update.loss, device=self.args.device)
+        return torch.tensor(self._losses.add(update), device=self.args.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; the loss of a training step is that of its logical batches."""
+        if "loss" in logs and "learning_rate" in logs and self.is_in_train:
+            logs = self._losses.shown(logs, keep_infinite=not self.args.logging_nan_inf_filter)
+        super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Count the operations of what was padded and passed."""
@@ -172,7 +179,7 @@ class WholeBatchTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._updates = Updates(self, model, self._options)
+        self._updates, self._losses = Updates(self, model, self._options), Losses()
         return model, loader
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
