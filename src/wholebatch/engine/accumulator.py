@@ -88,6 +88,8 @@ class Accumulator:
 
     Attributes:
         reasons: What was chosen automatically, and why; one sentence each.
+        counts_first: Whether `step` counts the targets of a list of rows before the first forward pass, so that losses
+            are divided once, by the count of all; then all its micro-batches are collated at the same time.
 
     Raises:
         OptimizerError: Model, optimizer and scheduler do not belong together.
@@ -150,6 +152,7 @@ class Accumulator:
         check_balance(balance, collate)
         self._reasons = say = Reasons()
         self.reasons = say.said
+        self.counts_first = False
         self._setup = Setup.of(
             model, optimizer, lr_scheduler, reduce_in=reduce_in, communication=communication, say=say
         )
@@ -233,7 +236,7 @@ class Accumulator:
     def _step(self, rows: LogicalBatch) -> Update:
         """Make one update from a logical batch of which this process has some rows, or none."""
         group = self._setup.group
-        if self._windows.rules.sums.consumes:  # targets must be known before a backward pass
+        if self.counts_first or self._windows.rules.sums.consumes:  # the latter need targets before a backward pass
             rows.keep()
         retries = 0
         while True:

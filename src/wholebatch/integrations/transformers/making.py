@@ -54,7 +54,7 @@ class Updates:
         self._loss = TrainerLoss(trainer, options.targets, options.reduction)
         self._optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         self._before_step = _BeforeStep(trainer, self._optimizer)
-        self._collates: bool | None = None
+        self._made_for: tuple[bool, Rule | None] | None = None
         self.accumulator: Accumulator | None = None
         self.passed: dict[str, Tensor] = {}
 
@@ -64,13 +64,13 @@ class Updates:
         average, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
         self._before_step.due = True
         try:
-            accumulator = self._accumulator(collates=taken.rows is not None)
             if self._loss.rule is None and self._options.loss_fn is None:
                 self._find_rule(taken)
+            accumulator = self._accumulator(taken.rows is not None, self._loss.rule)
             if taken.rows is not None:
                 rows = longest_first(taken.rows)
                 update = accumulator.step(rows if rows else None)
-                self._count(self._collate.passed(len(rows)))
+                self._count(self._collate.ended(len(rows)))
             else:
                 (update,) = accumulator.updates(taken.micro_batches, micro_batches=len(taken.micro_batches))
                 self._count([self._collate.seen(each) for each in taken.micro_batches])
@@ -88,19 +88,19 @@ class Updates:
         """Give the events of the Trainer back to its loop."""
         self._before_step.remove()
 
-    def _accumulator(self, *, collates: bool) -> Accumulator:
-        if self.accumulator is not None and self._collates is collates:
+    def _accumulator(self, collates: bool, rule: Rule | None) -> Accumulator:
+        if self.accumulator is not None and self._made_for == (collates, rule):
             return self.accumulator
         options, trainer = self._options, self._trainer
         default = "auto" if options.memory is not None else Rows(trainer.args.train_batch_size)
         given = options.targets is not None
-        self._collates = collates
+        self._made_for = collates, rule
         self.accumulator = Accumulator(
             self._model,
             self._optimizer,
             options.loss_fn or self._loss,
             targets=self._loss.count if given or options.loss_fn is None else None,
-            reduction=options.reduction,
+            reduction=options.reduction if options.loss_fn is not None else self._loss.reduction,
             micro_batch=options.micro_batch if options.micro_batch is not None else default,
             memory=options.memory,
             collate=self._collate if collates else None,
@@ -108,6 +108,7 @@ class Updates:
             precision="fp16" if trainer.accelerator.scaler is not None else "fp32",  # bf16 is in the forward pass
             **options.passed_on,
         )
+        self.accumulator.counts_first = True
         return self.accumulator
 
     def _find_rule(self, taken: Taken) -> None:

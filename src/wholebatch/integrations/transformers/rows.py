@@ -137,7 +137,10 @@ def longest_first(rows: list[Any]) -> list[Any]:
 
 
 class Collate:
-    """Collates rows, and keeps count of the input that passes.
+    """Collates the rows of one logical batch, each micro-batch once, and keeps count of the input that passes.
+
+    A micro-batch is asked for when its targets are counted, when it passes, and once more where micro-batches meet; and
+    a collator may draw random numbers, such as which tokens are masked.
 
     Args:
         collator: Of the user. Some change the rows that they are given, and a row may be collated again.
@@ -149,15 +152,21 @@ class Collate:
         self._collator = collator
         self._inputs = inputs
         self._keeps = keeps
+        self._made: dict[tuple[int, ...], Any] = {}
         self._passed: list[tuple[int, Any]] = []
 
     def __call__(self, rows: list[Any]) -> Any:
-        micro_batch = self._collator([copy.copy(row) if isinstance(row, MutableMapping) else row for row in rows])
+        key = tuple(map(id, rows))
+        if key not in self._made:
+            own = [copy.copy(row) if isinstance(row, MutableMapping) else row for row in rows]
+            self._made[key] = self._collator(own)
+        micro_batch = self._made[key]
         self._passed.append((len(rows), self.seen(micro_batch)))
         return micro_batch
 
-    def passed(self, rows: int) -> list[Any]:
-        """Return what of the inputs was kept of the last pass over some rows, and forget all others."""
+    def ended(self, rows: int) -> list[Any]:
+        """Return what of the inputs was kept of the last pass over all rows of the logical batch, and forget it."""
+        self._made = {}
         seen = []
         while rows > 0 and self._passed:
             count, each = self._passed.pop()
