@@ -257,6 +257,7 @@ class Look:
         name = _labels_of(micro_batch)
         if name is None or not self._takes_ignored(micro_batch[name]):
             return None
+        micro_batch = self._told_what_to_decode(micro_batch)
         there = micro_batch[name] != IGNORED
         self.nothing_to_learn = not bool(there.any())
         self.too_few_labels = int(there.sum()) < 3
@@ -271,6 +272,13 @@ class Look:
             if self.same(whole * count, sum(self.of(part) * float(rule.count(part)) for part in parts)):
                 return rule
         return None
+
+    def _told_what_to_decode(self, micro_batch: Any) -> Any:
+        """Return a micro-batch in which labels are no input: an encoder-decoder model reads on from those before."""
+        decode = getattr(self._model, "prepare_decoder_input_ids_from_labels", None)
+        if decode is None or "decoder_input_ids" in micro_batch or "labels" not in micro_batch:
+            return micro_batch
+        return {**micro_batch, "decoder_input_ids": decode(labels=micro_batch["labels"].to(self._model.device))}
 
     def _takes_ignored(self, labels: Tensor) -> bool:
         """Whether labels of -100 can be tried: on an accelerator, a loss that does not know them ends the process."""
