@@ -18,6 +18,7 @@ from wholebatch.engine.ranks.balancing import Balance
 from wholebatch.engine.ranks.reduction import ReduceIn
 from wholebatch.engine.setup import OnNonFinite
 from wholebatch.engine.window import BatchNorm
+from wholebatch.integrations.transformers.balancing import balanced
 from wholebatch.integrations.transformers.logged import Losses
 from wholebatch.integrations.transformers.making import Options, Updates
 from wholebatch.integrations.transformers.refusals import require_supported
@@ -127,7 +128,8 @@ class WholeBatchTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `transformers.Trainer.train`."""
         try:
-            return super().train(*args, **kwargs)
+            with balanced(self.model):
+                return super().train(*args, **kwargs)
         finally:
             self.accelerator.gradient_state._set_sync_gradients(True)
             if self._updates is not None:
