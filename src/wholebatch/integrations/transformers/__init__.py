@@ -1,9 +1,9 @@
 """The Hugging Face Trainer: the same script with one word changed, and every update that of its whole logical batch.
 
-    from wholebatch.integrations.transformers import WholeBatchTrainer
+from wholebatch.integrations.transformers import WholeBatchTrainer
 
-    trainer = WholeBatchTrainer(model, args, train_dataset=dataset, data_collator=collator)
-    trainer.train()
+trainer = WholeBatchTrainer(model, args, train_dataset=dataset, data_collator=collator)
+trainer.train()
 """
 
 import importlib.util

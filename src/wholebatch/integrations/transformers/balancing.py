@@ -48,7 +48,8 @@ def load_balancing_loss(
         likely = likely + (probabilities.float() * counts.unsqueeze(-1)).sum(dim=0)
         tokens = tokens + counts.sum()
     chosen, likely, tokens = sum_over_batch(torch.cat([chosen, likely, tokens])).split([num_experts, num_experts, 1])
-    return num_experts * (chosen / tokens * likely / tokens).sum()
+    loss: Tensor = num_experts * (chosen / tokens * likely / tokens).sum()
+    return loss
 
 
 @contextmanager
@@ -75,4 +76,7 @@ def _is_the_same(own: Callable[..., Any]) -> bool:
     draw = torch.Generator().manual_seed(0)
     logits = tuple(torch.randn(6, 4, generator=draw) for _ in range(2))
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    return all(torch.allclose(own(logits, 4, 2, each), torch.as_tensor(load_balancing_loss(logits, 4, 2, each))) for each in (None, mask))
+    return all(
+        torch.allclose(own(logits, 4, 2, each), torch.as_tensor(load_balancing_loss(logits, 4, 2, each)))
+        for each in (None, mask)
+    )

@@ -1,5 +1,6 @@
 """How does one logical batch of a Trainer become an update? Through an accumulator made when training begins."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,11 +13,15 @@ from wholebatch.core.errors import WeightError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
+from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.objective import LossFn
 from wholebatch.engine.transaction import Transaction
-from wholebatch.integrations.transformers.objective import NAMED, Rule, TrainerLoss, looking
+from wholebatch.integrations.transformers.looking import looking, measure
+from wholebatch.integrations.transformers.objective import Rule, TrainerLoss
 from wholebatch.integrations.transformers.rows import Collate, Taken, longest_first
+
+_log = logging.getLogger("wholebatch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Updates:
         self._optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         self._before_step = _BeforeStep(trainer, self._optimizer)
         self._made_for: tuple[bool, Rule | None] | None = None
+        self._reason = ""
         self.accumulator: Accumulator | None = None
         self.passed: dict[str, Tensor] = {}
 
@@ -66,14 +72,14 @@ class Updates:
         try:
             if self._loss.rule is None and self._options.loss_fn is None:
                 self._find_rule(taken)
-            accumulator = self._accumulator(taken.rows is not None, self._loss.rule)
-            if taken.rows is not None:
+            accumulator = self._accumulator(taken.collated, self._loss.rule)
+            if taken.collated:
+                (update,) = accumulator.updates(taken.items, micro_batches=taken.most)
+                self._count([self._collate.seen(each) for each in taken.items])
+            else:
                 rows = longest_first(taken.rows)
                 update = accumulator.step(rows if rows else None)
                 self._count(self._collate.ended(len(rows)))
-            else:
-                (update,) = accumulator.updates(taken.micro_batches, micro_batches=len(taken.micro_batches))
-                self._count([self._collate.seen(each) for each in taken.micro_batches])
             return update
         finally:
             trainer.args.average_tokens_across_devices = average
@@ -88,27 +94,34 @@ class Updates:
         """Give the events of the Trainer back to its loop."""
         self._before_step.remove()
 
-    def _accumulator(self, collates: bool, rule: Rule | None) -> Accumulator:
-        if self.accumulator is not None and self._made_for == (collates, rule):
+    def _accumulator(self, collated: bool, rule: Rule | None) -> Accumulator:
+        if self.accumulator is not None and self._made_for == (collated, rule):
             return self.accumulator
         options, trainer = self._options, self._trainer
-        default = "auto" if options.memory is not None else Rows(trainer.args.train_batch_size)
+        cut: Literal["auto"] | Rows | Tokens = "auto"
+        if options.micro_batch is not None:
+            cut = options.micro_batch
+        elif options.memory is None:
+            cut = Rows(trainer.args.train_batch_size)
         given = options.targets is not None
-        self._made_for = collates, rule
+        self._made_for = collated, rule
         self.accumulator = Accumulator(
             self._model,
             self._optimizer,
             options.loss_fn or self._loss,
             targets=self._loss.count if given or options.loss_fn is None else None,
             reduction=options.reduction if options.loss_fn is not None else self._loss.reduction,
-            micro_batch=options.micro_batch if options.micro_batch is not None else default,
+            micro_batch=cut,
             memory=options.memory,
-            collate=self._collate if collates else None,
+            collate=None if collated else self._collate,
             clip_norm=trainer.args.max_grad_norm or None,
             precision="fp16" if trainer.accelerator.scaler is not None else "fp32",  # bf16 is in the forward pass
             **options.passed_on,
         )
         self.accumulator.counts_first = True
+        self.accumulator.reasons += [self._reason] if self._reason else []
+        if trainer.accelerator.scaler is not None:  # as a checkpoint had it
+            self.accumulator.loss_scale = trainer.accelerator.scaler.state_dict()
         return self.accumulator
 
     def _find_rule(self, taken: Taken) -> None:
@@ -120,19 +133,32 @@ class Updates:
         wrong: WeightError | None = None
         try:
             with looking(trainer):
-                if taken.rows is None:
-                    found = self._loss.measure(None, taken.micro_batches, 1)
-                elif taken.rows:
-                    found = self._loss.measure(self._collate, taken.rows, trainer.args.train_batch_size)
+                found = self._measured(taken)
         except WeightError as error:
             wrong = error
         finally:
             before.roll_back()
         rules = [(found, wrong)] if not _several() else self._gather(found, wrong)
-        for rule, error in rules:
-            if error is not None:
-                raise error
+        for rule, refusal in rules:
+            if refusal is not None:
+                raise refusal
             self._loss.rule = self._loss.rule or rule
+        if self._loss.rule is not None:
+            self._reason = f"The loss was seen, in a few forward passes, to divide by {self._loss.rule.says}."
+            _log.info(self._reason)
+
+    def _measured(self, taken: Taken) -> Rule | None:
+        if taken.collated:
+            return measure(self._loss, None, taken.items, 1)
+        rows = int(self._trainer.args.train_batch_size)
+        while True:
+            try:
+                return measure(self._loss, self._collate, taken.rows, rows)
+            except Exception as error:
+                if rows == 1 or not memory.is_out_of_memory(error):
+                    raise
+            rows = -(-rows // 2)
+            memory.free_cached(self._trainer.args.device)
 
     def _gather(self, found: Rule | None, wrong: WeightError | None) -> list[tuple[Rule | None, WeightError | None]]:
         mine = (found.name if found is not None else None, wrong)

@@ -1,35 +1,17 @@
-"""What does the loss of a Trainer average over? Measured on the first rows: a mean is one only over the right count.
+"""What does the loss of a Trainer average over? The rules that there are, and the loss as an accumulator takes it."""
 
-A Trainer does not say. Its loss comes from the model, from ``compute_loss_func``, from label smoothing, or from a
-`compute_loss` of the user; some divide by the ``num_items_in_batch`` that they are given, some ignore it, and whether a
-model shifts its labels shows in its code alone. So a few forward passes tell, without gradients and before training:
-
-- A loss that halves as ``num_items_in_batch`` doubles divides by it. A micro-batch is given its own count.
-- A mean over labels that are not -100 is that of two parts of the labels, each weighted with its count.
-- A mean over rows is that of two parts of the rows.
-
-A loss that is none of these is refused.
-"""
-
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wholebatch.core.batch import LogicalBatch
-from wholebatch.core.errors import SplitError, WeightError
+from wholebatch.core.errors import WeightError
 from wholebatch.core.weights import Count, Reduction
-from wholebatch.engine.randomness import RandomState
 
 IGNORED = -100
 """The label from which nothing is to be learned, in all of transformers."""
-
-ROWS = 8
-"""How many rows are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +21,7 @@ class Rule:
     Attributes:
         name: By which ranks agree on it.
         count: ``count(micro_batch)``. Unit: targets.
-        says: The rule as the end of a sentence.
+        says: What that is, as the end of a sentence.
         told: Whether the loss is to be told its count, as ``num_items_in_batch``.
         adds_up: Whether it is the sum over its targets when it is told that there is one.
     """
@@ -60,10 +42,8 @@ def count_labels(micro_batch: Any) -> Tensor:
 def count_shifted_labels(micro_batch: Any) -> Tensor:
     """Return how many labels are not -100 where the first of each row has nothing before it to be told from."""
     if "shift_labels" in micro_batch:
-        found: Tensor = (micro_batch["shift_labels"] != IGNORED).sum()
-        return found
-    found = (micro_batch["labels"][..., 1:] != IGNORED).sum()
-    return found
+        return count_labels({"labels": micro_batch["shift_labels"]})
+    return count_labels({"labels": micro_batch["labels"][..., 1:]})
 
 
 def count_rows(micro_batch: Any) -> int:
@@ -93,11 +73,12 @@ class TrainerLoss:
         reduction: What `compute_loss` returns.
 
     Attributes:
+        trainer: As given.
         rule: What it averages over; None until it is known.
     """
 
     def __init__(self, trainer: Any, targets: str | Callable[[Any], Any] | None, reduction: Reduction) -> None:
-        self._trainer = trainer
+        self.trainer = trainer
         self._declared = reduction
         self.rule: Rule | None = None
         if callable(targets):
@@ -129,7 +110,7 @@ class TrainerLoss:
 
     def loss(self, model: Any, micro_batch: Any, items: Count | None) -> Tensor:
         """Return what `compute_loss` makes of a micro-batch."""
-        trainer = self._trainer
+        trainer = self.trainer
         inputs = trainer._prepare_inputs(micro_batch)  # a copy: compute_loss may take the labels out
         with trainer.compute_loss_context_manager():
             items = torch.as_tensor(items, device=trainer.args.device) if items is not None else None
@@ -138,220 +119,15 @@ class TrainerLoss:
 
     def items(self, micro_batch: Any) -> Any:
         """Return what the Trainer counts as the items of a micro-batch, or None where it counts none."""
-        items = self._trainer._get_num_items_in_batch([micro_batch], self._trainer.args.device)
-        # It was divided by the ranks that share rows, of which there are none here, and became a float on the way.
-        return items.to(torch.int64) if isinstance(items, Tensor) else items
+        return self.trainer._get_num_items_in_batch([micro_batch], self.trainer.args.device)
 
     def rule_named(self, name: str) -> Rule:
         """Return the rule of a name, as another rank may have found it."""
         if name in NAMED:
             return NAMED[name]
-        says = "num_items_in_batch" if name == "items" else "num_items_in_batch, and adds what does not divide by it"
+        says = "num_items_in_batch" + ("" if name == "items" else ", and to add what does not divide by it")
         return Rule(name, self._count_items, says, told=True, adds_up=name == "items")
 
     def _count_items(self, micro_batch: Any) -> Count:
         items: Count | None = self.items(micro_batch)
         return 0 if items is None else items
-
-    def measure(self, collate: Callable[[list[Any]], Any] | None, rows: Sequence[Any], most: int) -> Rule | None:
-        """Find out what the loss averages over.
-
-        Args:
-            collate: Makes a micro-batch of rows; None: each of `rows` is one.
-            rows: Of the first logical batch.
-            most: How many rows are known to fit into memory together.
-
-        Returns:
-            The rule; None where there is nothing to learn in any of the rows.
-
-        Raises:
-            WeightError: It is none of those that can be told.
-        """
-        look = Look(self)
-        several = min(most, ROWS)
-        pieces = [rows[start : start + several] for start in range(0, len(rows), several)] if collate else list(rows)
-        made: list[Any] = []
-        for piece in pieces:
-            micro_batch = collate(list(piece)) if collate is not None else piece
-            found = look.at_items(micro_batch) or look.at_labels(micro_batch)
-            if found is not None:
-                return found
-            if not look.nothing_to_learn:
-                made.append(micro_batch)
-                if not look.too_few_labels:
-                    break
-        if not made:
-            return None
-        micro_batch = made[-1]
-        if collate is not None and several == 1 and len(rows) > 1 and _rows_of(micro_batch) == 1:
-            micro_batch = collate(list(rows[:2]))
-        found = look.at_labels(micro_batch) or look.at_rows(micro_batch)
-        if found is not None:
-            return found
-        raise WeightError(
-            f"The loss of {type(self._trainer.model).__name__} is a mean neither over labels that are not -100 nor over "
-            "rows, and does not divide by num_items_in_batch, so nobody knows what to divide by when a batch is cut.",
-            hint="declare it: WholeBatchTrainer(..., targets=lambda inputs: ...), which counts what the loss of these "
-            'inputs averages over, such as its summed class weights; a loss that is a sum also takes reduction="sum". '
-            "A loss that compares the rows of a batch with each other needs wb.gather, and targets=\"rows\".",
-        )
-
-
-class Look:
-    """A few forward passes that tell how a loss behaves. They leave no trace of their own.
-
-    Args:
-        loss: Of the trainer.
-
-    Attributes:
-        nothing_to_learn: Whether the labels that were seen last are all -100.
-        too_few_labels: Whether they are too few to tell.
-    """
-
-    def __init__(self, loss: TrainerLoss) -> None:
-        self._loss = loss
-        self._trainer = loss._trainer
-        self._model = loss._trainer.model  # not its wrapper: other ranks may not look at the same time
-        self._random = RandomState.now(loss._trainer.args.device)
-        self._eps = 0.0
-        self.nothing_to_learn = False
-        self.too_few_labels = False
-
-    def of(self, micro_batch: Any, items: Count | None = None) -> float:
-        """Return the loss of a micro-batch, with the random numbers of all others."""
-        self._random.restore()
-        loss = self._loss.loss(self._model, micro_batch, items)
-        if not isinstance(loss, Tensor):
-            raise WeightError(
-                f"compute_loss returned a {type(loss).__name__}, not a tensor.",
-                hint="return the loss as a tensor with one number.",
-            )
-        self._eps = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps / 4)
-        return float(loss.detach())
-
-    def same(self, one: float, other: float, rounding: float = 16) -> bool:
-        """Whether two numbers are equal up to the rounding of losses."""
-        return abs(one - other) <= rounding * self._eps * max(abs(one), abs(other))
-
-    def at_items(self, micro_batch: Any) -> Rule | None:
-        """Return the rule of the Trainer if the loss divides by the ``num_items_in_batch`` that it is given."""
-        items = self._loss.items(micro_batch)
-        if items is None or not float(items):
-            return None
-        once, twice, four = (self.of(micro_batch, items * times) for times in (1, 2, 4))
-        if self.same(once, twice, rounding=4):
-            return None
-        if not self.same(once - twice, 2 * (twice - four), rounding=4096):
-            raise WeightError(
-                f"The loss is {once:.6g}, {twice:.6g} and {four:.6g} with num_items_in_batch of {float(items):g}, twice "
-                "and four times as many: it neither divides by it nor leaves it alone.",
-                hint="divide the summed loss by num_items_in_batch, once.",
-            )
-        # A sum is divided once, by the count of all: in losses of 32 bits, that rounds as the undivided batch does.
-        pure = abs(2 * twice - once) <= 4 * self._eps * abs(once)
-        return self._loss.rule_named("items" if pure else "items_and_more")
-
-    def at_labels(self, micro_batch: Any) -> Rule | None:
-        """Return the rule if the loss is a mean over the labels that are not -100, with or without the first."""
-        self.nothing_to_learn = self.too_few_labels = False
-        name = _labels_of(micro_batch)
-        if name is None or not self._takes_ignored(micro_batch[name]):
-            return None
-        micro_batch = self._told_what_to_decode(micro_batch)
-        there = micro_batch[name] != IGNORED
-        self.nothing_to_learn = not bool(there.any())
-        self.too_few_labels = int(there.sum()) < 3
-        if self.nothing_to_learn:
-            return None
-        whole = self.of(micro_batch)
-        for rule in self._candidates(micro_batch, name, there):
-            count = float(rule.count(micro_batch))
-            if count < 2 or not math.isfinite(whole):
-                continue
-            parts = [_masked(micro_batch, name, part) for part in _halves(there, rule is SHIFTED and name == "labels")]
-            if self.same(whole * count, sum(self.of(part) * float(rule.count(part)) for part in parts)):
-                return rule
-        return None
-
-    def _told_what_to_decode(self, micro_batch: Any) -> Any:
-        """Return a micro-batch in which labels are no input: an encoder-decoder model reads on from those before."""
-        decode = getattr(self._model, "prepare_decoder_input_ids_from_labels", None)
-        if decode is None or "decoder_input_ids" in micro_batch or "labels" not in micro_batch:
-            return micro_batch
-        return {**micro_batch, "decoder_input_ids": decode(labels=micro_batch["labels"].to(self._model.device))}
-
-    def _takes_ignored(self, labels: Tensor) -> bool:
-        """Whether labels of -100 can be tried: on an accelerator, a loss that does not know them ends the process."""
-        trainer = self._trainer
-        own = trainer.compute_loss_func is None and hasattr(trainer.model, "loss_function")
-        return own or bool((labels == IGNORED).any()) or trainer.args.device.type == "cpu"
-
-    def _candidates(self, micro_batch: Any, name: str, there: Tensor) -> list[Rule]:
-        if name == "shift_labels":
-            return [SHIFTED]
-        if there.ndim < 2:
-            return [LABELS]
-        # Labels in the first place alone: to a loss that shifts them there is nothing left.
-        first = torch.full_like(micro_batch[name], IGNORED)
-        first[..., 0] = micro_batch[name][there].max()
-        loss = self.of({**micro_batch, name: first})
-        return [SHIFTED, LABELS] if loss == 0 or math.isnan(loss) else [LABELS, SHIFTED]
-
-    def at_rows(self, micro_batch: Any) -> Rule | None:
-        """Return the rule if the loss is a mean over the rows."""
-        rows = _rows_of(micro_batch)
-        if rows is None:
-            return None
-        if rows < 2:
-            return ALL_ROWS  # each window is a single row
-        whole = LogicalBatch(micro_batch)
-        parts = [self.of(whole.take(part)) * len(part) for part in (range(1), range(1, rows))]
-        # Autocast rounds by what is in a batch.
-        rounding = 2**20 if self._trainer.args.bf16 or self._trainer.args.fp16 else 1024
-        return ALL_ROWS if self.same(self.of(micro_batch) * rows, sum(parts), rounding) else None
-
-
-def _labels_of(micro_batch: Any) -> str | None:
-    """Return under which name whole-numbered labels are."""
-    for name in ("shift_labels", "labels"):
-        labels = micro_batch.get(name) if isinstance(micro_batch, Mapping) else None
-        if isinstance(labels, Tensor) and labels.ndim and not labels.is_floating_point():
-            return name
-    return None
-
-
-def _rows_of(micro_batch: Any) -> int | None:
-    try:
-        return LogicalBatch(micro_batch).rows
-    except SplitError:
-        return None
-
-
-def _masked(micro_batch: Any, name: str, there: Tensor) -> dict[str, Any]:
-    """Return a micro-batch with the labels of some places, and -100 elsewhere."""
-    return {**micro_batch, name: micro_batch[name].masked_fill(~there, IGNORED)}
-
-
-def _halves(there: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
-    """Return the places of labels in two parts of different sizes, so that no other mean comes to the same."""
-    places = there.clone()
-    if shifted:
-        places[..., 0] = False
-    found = places.flatten().nonzero().flatten()
-    first = torch.zeros_like(places).flatten()
-    first[found[: max(1, len(found) // 3)]] = True
-    first = first.reshape(places.shape)
-    return first, there & ~first
-
-
-@contextmanager
-def looking(trainer: Any) -> Iterator[None]:
-    """Let a model be looked at: in evaluation mode and without gradients."""
-    training = {module: module.training for module in trainer.model.modules()}
-    trainer.model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

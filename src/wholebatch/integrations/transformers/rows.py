@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -29,19 +30,24 @@ class Held:
         self.rows = list(rows)
 
 
+@dataclass(frozen=True, slots=True)
 class Taken:
     """What the loader gave for one logical batch.
 
-    Args:
-        rows: Of this rank, or None where the loader collates them itself.
-        micro_batches: As such a loader yields them.
+    Attributes:
+        items: Batches of this rank's loader: rows, or micro-batches that it has collated itself.
+        collated: Which of the two; the same on all ranks, also where one has none.
+        most: How many batches a rank may have.
     """
 
-    __slots__ = ("micro_batches", "rows")
+    items: Sequence[Any]
+    collated: bool
+    most: int
 
-    def __init__(self, rows: list[Any] | None, micro_batches: list[Any]) -> None:
-        self.rows = rows
-        self.micro_batches = micro_batches
+    @property
+    def rows(self) -> list[Any]:
+        """The rows of all batches."""
+        return [row for item in self.items for row in item.rows]
 
 
 class Waiting:
@@ -49,13 +55,6 @@ class Waiting:
 
 
 WAITING = Waiting()
-
-
-def taken(items: Sequence[Any]) -> Taken:
-    """Return what some batches of a loader are together."""
-    if all(isinstance(item, Held) for item in items):
-        return Taken([row for item in items for row in item.rows], [])
-    return Taken(None, list(items))
 
 
 def take(loader: Iterator[Any], micro_batches: int, device: torch.device) -> list[Any]:
@@ -70,10 +69,15 @@ def take(loader: Iterator[Any], micro_batches: int, device: torch.device) -> lis
         The logical batch in the last place; nothing where no rank has rows left.
     """
     items = list(islice(loader, micro_batches))
-    there = torch.tensor(len(items) > 0, dtype=torch.int32, device=device)
+    collated = not all(isinstance(item, Held) for item in items)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(there)  # streams of several ranks may end at different places
-    return [WAITING] * (micro_batches - 1) + [taken(items)] if there else []
+        # Streams of several ranks may end at different places.
+        there = torch.tensor([len(items), collated], device=device)
+        dist.all_reduce(there)
+        found, collated = (bool(each) for each in there.tolist())
+    else:
+        found = bool(items)
+    return [WAITING] * (micro_batches - 1) + [Taken(items, collated, micro_batches)] if found else []
 
 
 class RowsOnce(BatchSamplerShard):
@@ -110,7 +114,7 @@ class StreamOnce(IterableDatasetShard):
 def share_out(loader: Any) -> Any:
     """Let a loader that Accelerate has shared out to ranks give each row once, and return it."""
     for shard, once in ((getattr(loader, "batch_sampler", None), RowsOnce), (loader.dataset, StreamOnce)):
-        if type(shard) is once.__base__ and shard.num_processes > 1:
+        if type(shard) is once.__base__ and getattr(shard, "num_processes", 1) > 1:
             shard.__class__ = once  # a loader that has been made takes no other sampler or dataset
     return loader
 

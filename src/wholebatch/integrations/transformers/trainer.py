@@ -1,4 +1,4 @@
-"""How does a Trainer make updates of whole logical batches? The loop stays its own; a window takes the place of a step."""
+"""How does a Trainer make updates of whole logical batches? Its loop stays; a window takes the place of a step."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -44,8 +44,8 @@ class WholeBatchTrainer(Trainer):
             ``"labels"`` (that are not -100), ``"shifted_labels"`` (the same, but for the first of each row),
             ``"rows"``.
         reduction: What `compute_loss` returns: ``"mean"`` over its targets, or their ``"sum"``.
-        loss_fn: ``loss_fn(model, inputs)`` in place of `compute_loss`, as `wb.Accumulator` takes it; its targets are the
-            rows unless `targets` counts them.
+        loss_fn: ``loss_fn(model, inputs)`` in place of `compute_loss`, as `wb.Accumulator` takes it; its targets are
+            the rows unless `targets` counts them.
         accumulate_in, on_nonfinite, batch_norm, lockstep, check, reduce_in, balance: As for `wb.Accumulator`.
         **kwargs: As for `transformers.Trainer`.
 
@@ -146,7 +146,7 @@ class WholeBatchTrainer(Trainer):
         """Take one logical batch from the loader, in the last of the places that the Trainer counts."""
         return take(epoch_iterator, num_batches, device), None
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:  # noqa: ARG002
         """Make one update from a logical batch, forward, backward, clipped and stepped, and return its loss."""
         if inputs is WAITING:
             return torch.zeros((), device=self.args.device)
@@ -175,9 +175,11 @@ class WholeBatchTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Count the operations of what was padded and passed."""
         if inputs is WAITING or isinstance(inputs, Taken):
-            inputs = None if inputs is WAITING or self._updates is None else self._updates.passed
-            return super().floating_point_ops(inputs) if inputs else 0
-        return super().floating_point_ops(inputs)
+            inputs = {} if inputs is WAITING or self._updates is None else self._updates.passed
+            if not inputs:
+                return 0
+        operations: int = super().floating_point_ops(inputs)
+        return operations
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -191,7 +193,7 @@ class WholeBatchTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> float | None:
         return self._get_grad_norm(model)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:  # noqa: ARG002 - the Trainer's
         """Return the norm of the logical batch's gradient, before it was clipped."""
         return None if self.last_update is None else self.last_update.grad_norm
 
