@@ -12,6 +12,7 @@ from wholebatch.core.errors import ConfigError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
+from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import LossFn
 from wholebatch.engine.ranks.balancing import Balance
@@ -72,7 +73,7 @@ class WholeBatchTrainer(Trainer):
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     args = TrainingArguments(
         ...         folder, per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=1,
-        ...         report_to="none", disable_tqdm=True, use_cpu=True,
+        ...         report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         ...     )
         ...     trainer = WholeBatchTrainer(Model(), args, train_dataset=rows)
         ...     done = trainer.train()  # doctest: +ELLIPSIS
@@ -121,7 +122,7 @@ class WholeBatchTrainer(Trainer):
         self.last_update: Update | None = None
 
     @property
-    def accumulator(self) -> Any:
+    def accumulator(self) -> Accumulator | None:
         """What makes the updates; None before training."""
         return None if self._updates is None else self._updates.accumulator
 
