@@ -176,7 +176,9 @@ def train_with(task, model, **options):
     return Trained(model.model, steps(), losses)
 
 
-EXPRESSES = frozenset({"ranks", "unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
+EXPRESSES = frozenset(
+    {"ranks", "unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16", "runs short"}
+)
 
 whole_batch_trainer = System("trainer", "WholeBatchTrainer", train, EXPRESSES)
 whole_batch_trainer_loss_func = System(

@@ -83,6 +83,7 @@ class Updates:
             return update
         finally:
             trainer.args.average_tokens_across_devices = average
+            self._collate.begin()
 
     def save_loss_scale(self) -> None:
         """Hand the loss scale over to the scaler that the Trainer saves."""

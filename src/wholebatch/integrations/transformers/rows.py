@@ -83,6 +83,11 @@ def take(loader: Iterator[Any], micro_batches: int, device: torch.device) -> lis
 class RowsOnce(BatchSamplerShard):
     """Shares batches out to ranks, each row once: where Accelerate repeats rows for ranks without, they get none."""
 
+    def __len__(self) -> int:
+        batches: int = len(self.batch_sampler)
+        ranks: int = self.num_processes
+        return batches // ranks if self.drop_last else -(-batches // ranks)
+
     def __iter__(self) -> Iterator[list[int]]:
         mine: list[int] = []
         place = 0
@@ -168,15 +173,18 @@ class Collate:
         self._passed.append((len(rows), self.seen(micro_batch)))
         return micro_batch
 
-    def ended(self, rows: int) -> list[Any]:
-        """Return what of the inputs was kept of the last pass over all rows of the logical batch, and forget it."""
+    def begin(self) -> None:
+        """Forget the last logical batch."""
         self._made = {}
+        self._passed = []
+
+    def ended(self, rows: int) -> list[Any]:
+        """Return what of the inputs was kept of the last pass over all rows of the logical batch."""
         seen = []
         while rows > 0 and self._passed:
             count, each = self._passed.pop()
             rows -= count
             seen.append(each)
-        self._passed = []
         return seen
 
     def seen(self, micro_batch: Any) -> dict[str, Tensor]:

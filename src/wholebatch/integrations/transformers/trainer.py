@@ -12,6 +12,7 @@ from wholebatch.core.errors import ConfigError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
+from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import LossFn
@@ -162,6 +163,9 @@ class WholeBatchTrainer(Trainer):
         update = self.last_update = self._updates.make(inputs)
         if not update.applied:
             logger.warning(f"Step {self.state.global_step + 1} made no update: {update.skipped}.")
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            memory.free_cached(self.args.device)
         # The optimizer has stepped; while Accelerate counts gradients as not complete, it does not step once more.
         self.accelerator.gradient_state._set_sync_gradients(False)
         self.optimizer._is_overflow = not update.applied  # then the Trainer does not step its schedule either
