@@ -189,13 +189,8 @@ def _fit(module: Any, task: Task | PairTask, process: Process, **options: Any) -
         enable_model_summary=False,
         **{"devices": 1, **options},
     )
-    trainer.fit(
-        module,
-        loader,
-        data_loader(task) if "evaluation" in asks else None,
-        ckpt_path=file if process.begins_at else None,
-        weights_only=False if process.begins_at else None,  # a checkpoint holds more than weights
-    )
+    goes_on = {"ckpt_path": file, "weights_only": False} if process.begins_at else {}  # it holds more than weights
+    trainer.fit(module, loader, data_loader(task) if "evaluation" in asks else None, **goes_on)
 
 
 _LACKS = {"fp16": "float16 needs a GPU: on a CPU, precision='16-mixed' trains in bfloat16"}
