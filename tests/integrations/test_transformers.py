@@ -114,6 +114,50 @@ def test_what_cannot_be_found_is_asked_for(loss):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Classifier(nn.Module):
+    """Says yes or no for a point."""
+
+    def __init__(self, weights=(1.0, 1.0)):
+        super().__init__()
+        self.head = nn.Linear(3, 2).double()
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+
+    def forward(self, x, labels=None):
+        logits = self.head(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels, weight=self.weights), "logits": logits}
+
+
+def points(rows, label=lambda row: row % 2):
+    draw = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(3, generator=draw, dtype=torch.float64), "labels": label(row)} for row in range(rows)]
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["one row at once", "two rows at once"])
+@pytest.mark.parametrize("label", [lambda _: 1, lambda row: row % 2], ids=["one class", "two classes"])
+def test_weights_of_classes_are_seen_in_rows_that_do_not_show_them(rows, label):
+    """A micro-batch of one row, or a logical batch of one class, is the same with weights and without."""
+    setting = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+    from transformers import default_data_collator
+
+    model, data = Classifier(), points(21, label)
+    with pytest.raises(wb.WeightError, match="nobody knows what to divide by"):
+        train(Classifier((1.0, 5.0)), data, options={"data_collator": None}, **setting)
+    trained = copy.deepcopy(model)
+    train(trained, data, options={"data_collator": None}, **setting)
+    assert change_error(model, trained, plainly(model, data, collate=default_data_collator)[0]) < EXACT
+
+
+def test_a_collator_may_be_written_for_batches_of_the_usual_size():
+    def two(rows):
+        assert len(rows) <= 2
+        return pad(rows)
+
+    model, rows = Tagger(), documents(21)
+    trained = copy.deepcopy(model)
+    train(trained, rows, options={"data_collator": two})
+    assert change_error(model, trained, plainly(model, rows)[0]) < EXACT
+
+
 def test_what_is_declared_is_taken():
     torch.manual_seed(0)
     rows = documents(21)

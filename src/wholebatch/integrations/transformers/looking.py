@@ -20,13 +20,22 @@ import torch
 from torch import Tensor
 
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.core.errors import SplitError, WeightError
+from wholebatch.core.errors import WeightError
 from wholebatch.core.weights import Count
 from wholebatch.engine.randomness import RandomState
 from wholebatch.integrations.transformers.objective import ALL_ROWS, IGNORED, LABELS, SHIFTED, Rule, TrainerLoss
+from wholebatch.integrations.transformers.parts import (
+    first_row_and_rest,
+    halves,
+    labels_of,
+    masked,
+    of_classes,
+    pieces,
+    rows_of,
+)
 
 ROWS = 8
-"""How many rows are looked at."""
+"""How many rows are looked at together: without gradients, they take less than fewer do in training."""
 
 
 def measure(
@@ -38,7 +47,7 @@ def measure(
         loss: Of the trainer.
         collate: Makes a micro-batch of rows; None: each of `rows` is one.
         rows: Of the first logical batch.
-        most: How many rows are known to fit into memory together.
+        most: How many go together.
 
     Returns:
         The rule; None where there is nothing to learn in any of the rows.
@@ -47,24 +56,19 @@ def measure(
         WeightError: It is none of those that can be told.
     """
     look = Look(loss)
-    several = min(most, ROWS)
-    pieces = [rows[start : start + several] for start in range(0, len(rows), several)] if collate else list(rows)
-    made: list[Any] = []
-    for piece in pieces:
-        micro_batch = collate(list(piece)) if collate is not None else piece
+    together = pieces(rows, most) if collate is not None else list(rows)
+    micro_batch: Any = None
+    for piece in together:
+        micro_batch = collate(piece) if collate is not None else piece
         found = look.at_items(micro_batch) or look.at_labels(micro_batch)
         if found is not None:
             return found
-        if not look.nothing_to_learn:
-            made.append(micro_batch)
-            if not look.too_few_labels:
-                break
-    if not made:
-        return None
-    micro_batch = made[-1]
-    if collate is not None and several == 1 and len(rows) > 1 and _rows_of(micro_batch) == 1:
-        micro_batch = collate(list(rows[:2]))
-    found = look.at_labels(micro_batch) or look.at_rows(micro_batch)
+        if look.labels > 1:
+            break
+    else:
+        # A single label is a mean over whatever there is.
+        return LABELS if look.labels == 1 and (collate is None or len(rows) == 1) else None
+    found = look.at_rows(micro_batch)
     if found is not None:
         return found
     raise WeightError(
@@ -83,8 +87,7 @@ class Look:
         loss: Of the trainer.
 
     Attributes:
-        nothing_to_learn: Whether the labels that were seen last are all -100.
-        too_few_labels: Whether they are too few to tell.
+        labels: How many of the labels that were seen last are not -100; infinitely many where there are none to see.
     """
 
     def __init__(self, loss: TrainerLoss) -> None:
@@ -93,8 +96,7 @@ class Look:
         self._model = loss.trainer.model  # not its wrapper: other ranks may not look at the same time
         self._random = RandomState.now(loss.trainer.args.device)
         self._eps = 0.0
-        self.nothing_to_learn = False
-        self.too_few_labels = False
+        self.labels: float = math.inf
 
     def of(self, micro_batch: Any, items: Count | None = None) -> float:
         """Return the loss of a micro-batch, with the random numbers of all others."""
@@ -132,23 +134,24 @@ class Look:
 
     def at_labels(self, micro_batch: Any) -> Rule | None:
         """Return the rule if the loss is a mean over the labels that are not -100, with or without the first."""
-        self.nothing_to_learn = self.too_few_labels = False
-        name = _labels_of(micro_batch)
+        self.labels = math.inf
+        name = labels_of(micro_batch)
         if name is None or not self._takes_ignored(micro_batch[name]):
             return None
         micro_batch = self._told_what_to_decode(micro_batch)
         there = micro_batch[name] != IGNORED
-        self.nothing_to_learn = not bool(there.any())
-        self.too_few_labels = int(there.sum()) < 3
-        if self.nothing_to_learn:
+        self.labels = int(there.sum())
+        if self.labels < 2:
             return None
-        whole = self.of(micro_batch)
+        classes = self._classes(micro_batch, micro_batch[name])
         for rule in self._candidates(micro_batch, name, there):
-            count = float(rule.count(micro_batch))
+            parts = halves(there, rule is SHIFTED and name == "labels")
+            varied = {**micro_batch, name: of_classes(micro_batch[name], *parts, classes)}
+            count, whole = float(rule.count(varied)), self.of(varied)
             if count < 2 or not math.isfinite(whole):
                 continue
-            parts = [_masked(micro_batch, name, part) for part in _halves(there, rule is SHIFTED and name == "labels")]
-            if self.same(whole * count, sum(self.of(part) * float(rule.count(part)) for part in parts)):
+            masks = [masked(varied, name, part) for part in parts]
+            if self.same(whole * count, sum(self.of(each) * float(rule.count(each)) for each in masks)):
                 return rule
         return None
 
@@ -158,6 +161,13 @@ class Look:
         if decode is None or "decoder_input_ids" in micro_batch or "labels" not in micro_batch:
             return micro_batch
         return {**micro_batch, "decoder_input_ids": decode(labels=micro_batch["labels"].to(self._model.device))}
+
+    def _classes(self, micro_batch: Any, labels: Tensor) -> int:
+        """Return how many classes a label may be of; 1 where that is not known."""
+        outputs = self._loss.outputs(self._model, micro_batch)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        there = isinstance(logits, Tensor) and logits.ndim == labels.ndim + 1
+        return logits.shape[-1] if isinstance(logits, Tensor) and there else 1
 
     def _takes_ignored(self, labels: Tensor) -> bool:
         """Whether labels of -100 can be tried: on an accelerator, a loss that does not know them ends the process."""
@@ -178,49 +188,22 @@ class Look:
 
     def at_rows(self, micro_batch: Any) -> Rule | None:
         """Return the rule if the loss is a mean over the rows."""
-        rows = _rows_of(micro_batch)
+        rows = rows_of(micro_batch)
         if rows is None:
             return None
         if rows < 2:
             return ALL_ROWS  # each window is a single row
+        name = labels_of(micro_batch)
+        if name is not None:
+            micro_batch = self._told_what_to_decode(micro_batch)
+            classes = self._classes(micro_batch, micro_batch[name])
+            parts_of_labels = first_row_and_rest(micro_batch[name] != IGNORED)
+            micro_batch = {**micro_batch, name: of_classes(micro_batch[name], *parts_of_labels, classes)}
         whole = LogicalBatch(micro_batch)
         parts = [self.of(whole.take(part)) * len(part) for part in (range(1), range(1, rows))]
         # Autocast rounds by what is in a batch.
         rounding = 2**20 if self._trainer.args.bf16 or self._trainer.args.fp16 else 1024
         return ALL_ROWS if self.same(self.of(micro_batch) * rows, sum(parts), rounding) else None
-
-
-def _labels_of(micro_batch: Any) -> str | None:
-    """Return under which name whole-numbered labels are."""
-    for name in ("shift_labels", "labels"):
-        labels = micro_batch.get(name) if isinstance(micro_batch, Mapping) else None
-        if isinstance(labels, Tensor) and labels.ndim and not labels.is_floating_point():
-            return name
-    return None
-
-
-def _rows_of(micro_batch: Any) -> int | None:
-    try:
-        return LogicalBatch(micro_batch).rows
-    except SplitError:
-        return None
-
-
-def _masked(micro_batch: Any, name: str, there: Tensor) -> dict[str, Any]:
-    """Return a micro-batch with the labels of some places, and -100 elsewhere."""
-    return {**micro_batch, name: micro_batch[name].masked_fill(~there, IGNORED)}
-
-
-def _halves(there: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
-    """Return the places of labels in two parts of different sizes, so that no other mean comes to the same."""
-    places = there.clone()
-    if shifted:
-        places[..., 0] = False
-    found = places.flatten().nonzero().flatten()
-    first = torch.zeros_like(places).flatten()
-    first[found[: max(1, len(found) // 3)]] = True
-    first = first.reshape(places.shape)
-    return first, there & ~first
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.objective import LossFn
 from wholebatch.engine.transaction import Transaction
-from wholebatch.integrations.transformers.looking import looking, measure
+from wholebatch.integrations.transformers.looking import ROWS, looking, measure
 from wholebatch.integrations.transformers.objective import Rule, TrainerLoss
 from wholebatch.integrations.transformers.rows import Collate, Taken, longest_first
 
@@ -151,7 +151,11 @@ class Updates:
     def _measured(self, taken: Taken) -> Rule | None:
         if taken.collated:
             return measure(self._loss, None, taken.items, 1)
-        rows = int(self._trainer.args.train_batch_size)
+        rows = ROWS
+        try:
+            self._collate(taken.rows[:ROWS])
+        except Exception:  # a collator may be written for batches of the usual size; any other error is raised there
+            rows = int(self._trainer.args.train_batch_size)
         while True:
             try:
                 return measure(self._loss, self._collate, taken.rows, rows)

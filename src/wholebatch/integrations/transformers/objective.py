@@ -117,6 +117,17 @@ class TrainerLoss:
             loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=items)
             return loss
 
+    def outputs(self, model: Any, micro_batch: Any) -> Any:
+        """Return the outputs of the model beside which `compute_loss` makes the loss, or None if it does not say."""
+        with self.trainer.compute_loss_context_manager():
+            try:
+                made = self.trainer.compute_loss(
+                    model, self.trainer._prepare_inputs(micro_batch), return_outputs=True, num_items_in_batch=None
+                )
+            except TypeError:  # one of the user's, that needs the number or does not know of outputs
+                return None
+        return made[1] if isinstance(made, tuple) and len(made) == 2 else None
+
     def items(self, micro_batch: Any) -> Any:
         """Return what the Trainer counts as the items of a micro-batch, or None where it counts none."""
         return self.trainer._get_num_items_in_batch([micro_batch], self.trainer.args.device)
