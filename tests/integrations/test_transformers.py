@@ -72,6 +72,7 @@ def test_two_ranks_make_the_updates_of_one(two, scene):
         assert found["off"] < EXACT, found
         assert found["steps"] == found["due"]
         assert found["loss error"] < EXACT
+        assert found.get("words") == found.get("words due")
 
 
 def test_the_model_is_wrapped_for_two_ranks_and_all_of_them_refuse_together(two):
@@ -461,6 +462,12 @@ def test_rows_of_like_length_go_together():
     assert tokens[WholeBatchTrainer] == tokens[Trainer] == 2 * sum(len(row["input_ids"]) for row in rows)
 
 
+def test_outside_of_training_the_loader_gives_what_it_does_for_the_trainer(tmp_path):
+    trainer = trainer_of(Tagger(), documents(6), tmp_path)
+    first = next(iter(trainer.get_train_dataloader()))
+    assert torch.equal(first["input_ids"], pad(documents(6)[:2])["input_ids"])
+
+
 class OwnLoader(WholeBatchTrainer):
     """A Trainer of a user whose loader collates."""
 
@@ -474,6 +481,20 @@ def test_a_loader_of_ones_own_keeps_its_micro_batches():
     trainer = train(trained, rows, kind=OwnLoader)
     assert change_error(model, trained, plainly(model, rows)[0]) < EXACT
     assert trainer.last_update.micro_batches == 3
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(0)], ids=["global", "its own"])
+def test_a_collator_that_draws_is_compared_on_what_it_drew(generator):
+    def masking(rows):
+        made = pad(rows)
+        hidden = torch.rand(made["input_ids"].shape, generator=generator) < 0.5
+        return {**made, "input_ids": made["input_ids"].masked_fill(hidden, 0)}
+
+    trainer = train(Tagger(), documents(21), options={"data_collator": masking})
+    assert "compared cut and uncut on 2 rows: equal" in " ".join(trainer.accumulator.reasons)
+
+    with pytest.raises(wb.VerifyError, match="does not average over the targets"):
+        train(Tagger(), documents(21), options={"data_collator": masking, "targets": "rows"})
 
 
 def test_a_collator_that_draws_and_changes_its_rows_is_asked_once():

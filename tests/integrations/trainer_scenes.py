@@ -49,10 +49,17 @@ def judged(rows, right=None, *, kind=WholeBatchTrainer, due=None, **arguments):
     model = Tagger()
     trained = copy.deepcopy(model)
     options = {"options": {"eval_dataset": documents(5)}, "eval_strategy": "epoch"}
+    options["include_num_input_tokens_seen"] = "non_padding"
     trainer = train(trained, rows, kind=kind, gradient_accumulation_steps=2, **options, **arguments)
     for weight in model.parameters():
         dist.broadcast(weight.data, 0)
-    return compared(trainer, model, trained, documents(21) if right is None else right)
+    right = documents(21) if right is None else right
+    words = trainer.state.num_input_tokens_seen
+    return {**compared(trainer, model, trained, right), "words": words, "words due": 2 * sum(map(words_of, right))}
+
+
+def words_of(row):
+    return len(row["input_ids"])
 
 
 def compared(trainer, model, trained, rows):

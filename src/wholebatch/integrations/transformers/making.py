@@ -9,14 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wholebatch.core.errors import WeightError
+from wholebatch.core.errors import WeightError, WholeBatchError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
 from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
-from wholebatch.engine.objective import LossFn
+from wholebatch.engine.objective import LossFn, Objective
+from wholebatch.engine.randomness import RandomState
 from wholebatch.engine.transaction import Transaction
+from wholebatch.integrations.transformers.drawing import draws, look
 from wholebatch.integrations.transformers.looking import ROWS, looking, measure
 from wholebatch.integrations.transformers.objective import Rule, TrainerLoss
 from wholebatch.integrations.transformers.rows import Collate, Taken, longest_first
@@ -60,9 +62,11 @@ class Updates:
         self._optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         self._before_step = _BeforeStep(trainer, self._optimizer)
         self._made_for: tuple[bool, Rule | None] | None = None
-        self._reason = ""
+        self._reasons: list[str] = []
+        self._due = True
+        self._check = options.passed_on["check"]
         self.accumulator: Accumulator | None = None
-        self.passed: dict[str, Tensor] = {}
+        self.passed = {name: torch.empty(0) for name in (self._inputs, "attention_mask")} if self._keeps else {}
 
     def make(self, taken: Taken) -> Update:
         """Make the update of one logical batch."""
@@ -70,8 +74,8 @@ class Updates:
         average, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
         self._before_step.due = True
         try:
-            if self._loss.rule is None and self._options.loss_fn is None:
-                self._find_rule(taken)
+            if self._due:
+                self._begin(taken)
             accumulator = self._accumulator(taken.collated, self._loss.rule)
             if taken.collated:
                 (update,) = accumulator.updates(taken.items, micro_batches=taken.most)
@@ -111,19 +115,53 @@ class Updates:
             self._optimizer,
             options.loss_fn or self._loss,
             targets=self._loss.count if given or options.loss_fn is None else None,
-            reduction=options.reduction if options.loss_fn is not None else self._loss.reduction,
+            reduction=self._reduction,
             micro_batch=cut,
             memory=options.memory,
             collate=None if collated else self._collate,
             clip_norm=trainer.args.max_grad_norm or None,
             precision="fp16" if trainer.accelerator.scaler is not None else "fp32",  # bf16 is in the forward pass
-            **options.passed_on,
+            **{**options.passed_on, "check": None if self._due else self._check},
         )
         self.accumulator.counts_first = True
-        self.accumulator.reasons += [self._reason] if self._reason else []
+        self.accumulator.reasons += self._reasons
         if trainer.accelerator.scaler is not None:  # as a checkpoint had it
             self.accumulator.loss_scale = trainer.accelerator.scaler.state_dict()
         return self.accumulator
+
+    def _begin(self, taken: Taken) -> None:
+        """Look at the first logical batch from which there is something to learn."""
+        own = self._options.loss_fn
+        if self._loss.rule is None and own is None:
+            self._find_rule(taken)
+        if self._loss.rule is None and own is None:
+            return
+        self._due = False
+        if taken.collated or self._check is None:
+            return
+        trainer, usual = self._trainer, int(self._trainer.args.train_batch_size)
+        if not any(_heard(draws(trainer.data_collator, taken.rows[:usual], trainer.args.device))):
+            return
+        self._check = None  # that of the accumulator would collate the same rows again, to others
+        counts = self._loss.count if self._loss.rule is not None else None
+        objective = Objective(own or self._loss, counts, self._reduction)
+        refusal: WholeBatchError | None = None
+        before = RandomState.now(trainer.args.device)
+        try:
+            if taken.rows:
+                found = look(trainer.model, objective, self._collate(taken.rows[:usual]))
+                self._reasons += [found] if found else []
+        except WholeBatchError as error:
+            refusal = error
+        finally:
+            before.restore()
+        for each in _heard(refusal):
+            if each is not None:
+                raise each
+
+    @property
+    def _reduction(self) -> Reduction:
+        return self._options.reduction if self._options.loss_fn is not None else self._loss.reduction
 
     def _find_rule(self, taken: Taken) -> None:
         """Find out what the loss averages over, on all ranks the same."""
@@ -139,14 +177,14 @@ class Updates:
             wrong = error
         finally:
             before.roll_back()
-        rules = [(found, wrong)] if not _several() else self._gather(found, wrong)
-        for rule, refusal in rules:
+        for name, refusal in _heard((found.name if found is not None else None, wrong)):
             if refusal is not None:
                 raise refusal
-            self._loss.rule = self._loss.rule or rule
+            if self._loss.rule is None and name is not None:
+                self._loss.rule = self._loss.rule_named(name)
         if self._loss.rule is not None:
-            self._reason = f"The loss was seen, in a few forward passes, to divide by {self._loss.rule.says}."
-            _log.info(self._reason)
+            self._reasons.append(f"The loss was seen, in a few forward passes, to divide by {self._loss.rule.says}.")
+            _log.info(self._reasons[-1])
 
     def _measured(self, taken: Taken) -> Rule | None:
         if taken.collated:
@@ -165,22 +203,24 @@ class Updates:
             rows = -(-rows // 2)
             memory.free_cached(self._trainer.args.device)
 
-    def _gather(self, found: Rule | None, wrong: WeightError | None) -> list[tuple[Rule | None, WeightError | None]]:
-        mine = (found.name if found is not None else None, wrong)
-        said: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, mine)
-        return [(self._loss.rule_named(name) if name is not None else None, error) for name, error in said]
-
     def _count(self, seen: list[dict[str, Tensor]]) -> None:
         """Keep what of the inputs of a window is counted, as one micro-batch."""
+        if not seen:  # ranks count together, also those that have no rows
+            self.passed = {name: tensor[:0] for name, tensor in self.passed.items()}
+            return
         names = {name for each in seen for name in each}
         self.passed = {
             name: torch.cat([each[name].flatten() for each in seen if name in each]) for name in sorted(names)
         }
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _heard(what: Any) -> list[Any]:
+    """Return what each rank says."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [what]
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, what)
+    return said
 
 
 class _BeforeStep:

@@ -118,6 +118,7 @@ class WholeBatchTrainer(Trainer):
                 "balance": balance,
             },
         )
+        self._takes_rows = False
         self._updates: Updates | None = None
         self._losses = Losses()
         self.last_update: Update | None = None
@@ -130,15 +131,19 @@ class WholeBatchTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `transformers.Trainer.train`."""
         try:
+            self._takes_rows = True
             with balanced(self.model):
                 return super().train(*args, **kwargs)
         finally:
+            self._takes_rows = False
             self.accelerator.gradient_state._set_sync_gradients(True)
             if self._updates is not None:
                 self._updates.end()
 
     def get_train_dataloader(self) -> Any:
-        """Return the Trainer's loader of rows: not collated yet, and each row once."""
+        """Return the Trainer's loader; in training it gives rows, not collated yet, and each row once."""
+        if not self._takes_rows:
+            return super().get_train_dataloader()
         with uncollated(self):
             return share_out(super().get_train_dataloader())
 
