@@ -88,6 +88,8 @@ class Accumulator:
 
     Attributes:
         reasons: What was chosen automatically, and why; one sentence each.
+        counts_first: Whether `step` counts the targets of a list of rows before the first forward pass, so that losses
+            are divided once, by the count of all; then all its micro-batches are collated at the same time.
 
     Raises:
         OptimizerError: Model, optimizer and scheduler do not belong together.
@@ -150,6 +152,7 @@ class Accumulator:
         check_balance(balance, collate)
         self._reasons = say = Reasons()
         self.reasons = say.said
+        self.counts_first = False
         self._setup = Setup.of(
             model, optimizer, lr_scheduler, reduce_in=reduce_in, communication=communication, say=say
         )
@@ -233,7 +236,7 @@ class Accumulator:
     def _step(self, rows: LogicalBatch) -> Update:
         """Make one update from a logical batch of which this process has some rows, or none."""
         group = self._setup.group
-        if self._windows.rules.sums.consumes:  # targets must be known before a backward pass
+        if self.counts_first or self._windows.rules.sums.consumes:  # the latter need targets before a backward pass
             rows.keep()
         retries = 0
         while True:
@@ -334,6 +337,16 @@ class Accumulator:
             RankError: Another rank cannot take over its own.
         """
         take_over(self._windows, self._precision, state)
+
+    @property
+    def loss_scale(self) -> dict[str, Any] | None:
+        """The state of the dynamic loss scale, as `torch.amp.GradScaler` has it; None where there is none."""
+        return self._precision.state_dict()
+
+    @loss_scale.setter
+    def loss_scale(self, state: Mapping[str, Any] | None) -> None:
+        self._precision.require(state)
+        self._precision.load_state_dict(state)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""
