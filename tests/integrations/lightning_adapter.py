@@ -16,7 +16,7 @@ from wholebatch.evidence.conformance.adapters.loaders import data_loader, data_l
 from wholebatch.evidence.conformance.adapters.wholebatch import compared, meeting
 from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import TERMS, NotExpressible, PairTask, Task, Trained, join, steps_of
+from wholebatch.evidence.conformance.task import TERMS, NotExpressible, PairTask, Trained, join, steps_of
 from wholebatch.integrations.lightning import WholeBatch, windows
 
 

@@ -132,20 +132,26 @@ def each_row_once(accelerator: Accelerator, loader: Iterable[Any]) -> Iterator[A
     layout = Layout()
     for batch in loader:
         state = accelerator.gradient_state
-        rows_left = state.remainder if state.end_of_dataloader else -1
-        if ranks == 1 or rows_left <= 0:
+        if ranks == 1 or not state.end_of_dataloader or state.remainder == 0:
             yield batch
             continue
-        rows = layout.count(batch)
-        if rows is None:
-            raise ConfigError(
-                "The tensors of a batch disagree on how many rows there are, so that nobody knows which come twice.",
-                hint="prepare the loader with even_batches=False, and hand it to accumulator.updates, where processes "
-                "need not have equally many: "
-                "Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False)).",
+        items = getattr(loader, "total_batch_size", 0) // ranks
+        if state.remainder < 0 and not getattr(loader, "_drop_last", False):
+            raise _unknown("The loader does not know how many rows there are")
+        own = min(items, max(0, state.remainder - rank * items)) if state.remainder > 0 else items
+        if own and own < items and layout.count(batch) != items:
+            raise _unknown(
+                f"The last batch holds {own} rows of its own and {items - own} that come twice, and cannot be cut"
             )
-        own = min(rows, max(0, rows_left - rank * rows))
-        yield batch if own == rows else layout.loaded(batch).take(range(own)) if own else None
+        yield batch if own == items else layout.loaded(batch).take(range(own)) if own else None
+
+
+def _unknown(found: str) -> ConfigError:
+    return ConfigError(
+        f"{found}, so that rows which come twice cannot be left out.",
+        hint="prepare the loader with even_batches=False, and hand it to accumulator.updates, where processes need not "
+        "have equally many: Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False)).",
+    )
 
 
 class _Alone:
@@ -197,7 +203,7 @@ def _require_support(accelerator: Accelerator) -> None:
 
 
 def _require_prepared(accelerator: Accelerator, model: Any) -> None:
-    if not any(model is each for each in accelerator._models):
+    if not getattr(model, "_is_accelerate_prepared", False) and not any(model is each for each in accelerator._models):
         raise OptimizerError(
             f"The {type(model).__name__} is not a model that this accelerator has prepared, so that it would be "
             "neither on its device nor in its checkpoints.",

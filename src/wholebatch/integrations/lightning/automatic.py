@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import distributed
 
-from wholebatch.core.errors import ConfigError, LossError
+from wholebatch.core.batch import Layout, paths
+from wholebatch.core.errors import ConfigError, LossError, MeetingError
 from wholebatch.core.record import Update
 from wholebatch.engine.accumulator import Accumulator
-from wholebatch.engine.ranks.repeats import say_repeated_rows
 from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.rehearsal import is_rehearsal
 from wholebatch.integrations.lightning.keeping import kept, take_over
+from wholebatch.integrations.lightning.repeated import Repeated
 from wholebatch.integrations.lightning.support import loaders_of, require_no_accumulation
 
 
@@ -61,7 +62,10 @@ class Automatic:
             **options,
         )
         self._ranks = trainer.world_size
-        self._say_what_repeats()
+        say = Reasons(self.accumulator.reasons)
+        layout = Layout(options.get("collate"), paths(options.get("whole", ())), options.get("dims"))
+        self._repeated = Repeated(list(loaders_of(trainer)) if self._ranks > 1 else [], layout, say)
+        self._require_ranks_alike()
         self._arguments: tuple[Any, ...] = ()
         self._outputs: dict[str, Any] = {}
         self._silence = _Silence(module)
@@ -103,28 +107,39 @@ class Automatic:
             result: dict[str, Any] = run(optimizer, batch_idx, kwargs)
             return result
         batch, *self._arguments = kwargs.values()  # type: ignore[assignment]
+        batch = self._repeated.left_out(batch, batch_idx)
         self._outputs, self._ran = {}, False
         if self.accumulator.open_window is None:
             self._loop._on_before_zero_grad(optimizer)
             self._loop.optim_progress.optimizer.zero_grad.increment_completed()
-        with _current(self._module, "training_step"):  # around all of it, since micro-batches that meet take turns
-            self._run_batch(batch)
+        # Around all of it, since micro-batches that meet take turns, and leave in another order than they enter.
+        dtype = torch.get_default_dtype()
+        try:
+            with _current(self._module, "training_step"):
+                self._run_batch(batch)
+        finally:
+            torch.set_default_dtype(dtype)
         return self._outputs
 
     def _run_batch(self, batch: Any) -> None:
         if self._cuts:
             require_no_accumulation(self._trainer)
-            dtype = torch.get_default_dtype()
-            try:
-                update = self.accumulator.step(batch)
-            finally:  # micro-batches that meet leave precision="64-true" in another order than they enter it
-                torch.set_default_dtype(dtype)
+            update = self.accumulator.step(batch)
             if self._outputs:
                 self._outputs["loss"] = torch.tensor(update.loss)
             self._take(update)
             return
         closes = not self._epoch_loop._should_accumulate()
-        self.accumulator.add(batch, last=closes)
+        if self.accumulator.open_window is None:
+            self.accumulator.window(micro_batches=self._trainer.accumulate_grad_batches)
+        try:
+            self.accumulator.add(batch, last=closes)
+        except MeetingError as error:
+            raise MeetingError(
+                error.found,
+                hint="let each batch of the loader be a logical batch, and cut it: WholeBatch(micro_batch=wb.Rows(8)), "
+                "without accumulate_grad_batches.",
+            ) from error
         if self._ran:
             self._call("on_after_backward")
         if closes:
@@ -215,14 +230,10 @@ class Automatic:
                 getattr(callback, hook)(self._trainer, self._module, *arguments)
             getattr(self._module, hook)(*arguments)
 
-    def _say_what_repeats(self) -> None:
-        """Say which rows a sampler gives twice, and refuse ranks that would wait for each other."""
+    def _require_ranks_alike(self) -> None:
+        """Refuse ranks that would wait for each other."""
         if self._ranks == 1:
             return
-        say = Reasons()
-        for loader in loaders_of(self._trainer):
-            say_repeated_rows(loader, say)
-        self.accumulator.reasons += say.said
         batches: list[Any] = [None] * self._ranks
         distributed.all_gather_object(batches, self._trainer.num_training_batches)
         if len(set(batches)) > 1:

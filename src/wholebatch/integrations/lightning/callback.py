@@ -119,7 +119,13 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
         self._on_update = on_update
         self._training: Automatic | Manual | None = None
         self._left: dict[str, Any] = {}
+        self._reasons: list[list[str]] = []
         self.update: Update | None = None
+
+    @property
+    def reasons(self) -> list[str]:
+        """What was chosen automatically in the last training, and why; one sentence each."""
+        return [reason for each in self._reasons for reason in each]
 
     @property
     def accumulators(self) -> tuple[Accumulator, ...]:
@@ -130,9 +136,6 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the place of Lightning's own optimization."""
-        others = [each for each in trainer.callbacks if isinstance(each, WholeBatch)]
-        if len(others) > 1:
-            raise ConfigError(f"There are {len(others)} WholeBatch callbacks.", hint="one makes all updates.")
         cuts = self._micro_batch is not None
         require_support(trainer, pl_module, cuts=cuts)
         if pl_module.automatic_optimization:
@@ -157,6 +160,7 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
                 options={**self._options, "clip_norm": self._clip_norm},
                 step_schedules=self._step_schedules,
             )
+        self._reasons = [each.reasons for each in self.accumulators]
         self._go_on()
         self._training.install()
 
