@@ -8,6 +8,8 @@ The accelerator keeps what it does well: devices, processes, mixed precision, lo
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
+from inspect import isroutine
 from typing import Any
 
 from torch import nn
@@ -16,9 +18,11 @@ from wholebatch.core.batch import Layout
 from wholebatch.core.errors import ConfigError, MissingExtraError, OptimizerError, WindowError
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.objective import LossFn
+from wholebatch.engine.rehearsal import is_rehearsal
 
 try:
     from accelerate import Accelerator
+    from accelerate.data_loader import DataLoaderDispatcher
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler
     from accelerate.utils import DistributedType
@@ -100,7 +104,7 @@ def accumulator(
     return Accumulator(
         model,
         optimizers,
-        loss_fn,
+        alone.around(loss_fn) if isroutine(loss_fn) else loss_fn,
         lr_scheduler=schedulers or None,
         loss_scaler=accelerator.scaler,
         before_step=alone,
@@ -135,14 +139,15 @@ def each_row_once(accelerator: Accelerator, loader: Iterable[Any]) -> Iterator[A
         if ranks == 1 or not state.end_of_dataloader or state.remainder == 0:
             yield batch
             continue
-        items = getattr(loader, "total_batch_size", 0) // ranks
-        if state.remainder < 0 and not getattr(loader, "_drop_last", False):
-            raise _unknown("The loader does not know how many rows there are")
+        if isinstance(loader, DataLoaderDispatcher):  # it cuts a batch of all processes by rows
+            items = layout.count(batch) or 0
+        else:
+            items = loader.total_batch_size // ranks if hasattr(loader, "total_batch_size") else 0
+        if not items or (state.remainder < 0 and not getattr(loader, "_drop_last", False)):
+            raise _unknown("Nobody knows how many rows there are")
         own = min(items, max(0, state.remainder - rank * items)) if state.remainder > 0 else items
-        if own and own < items and layout.count(batch) != items:
-            raise _unknown(
-                f"The last batch holds {own} rows of its own and {items - own} that come twice, and cannot be cut"
-            )
+        if 0 < own < items and layout.count(batch) != items:
+            raise _unknown(f"The last batch holds {own} rows of its own and {items - own} of the first")
         yield batch if own == items else layout.loaded(batch).take(range(own)) if own else None
 
 
@@ -155,7 +160,7 @@ def _unknown(found: str) -> ConfigError:
 
 
 class _Alone:
-    """Called before each step: refuses a second way to accumulate in the same loop.
+    """Called in each pass and before each step: refuses a second way to accumulate in the same loop.
 
     Args:
         accelerator: Which counts the calls of its `accumulate`.
@@ -167,16 +172,30 @@ class _Alone:
         self._then = then
         self._calls = accelerator.step
 
+    def around(self, loss_fn: Any) -> LossFn:
+        """Return a loss function that looks first, so that on several ranks the window is undone in time."""
+
+        @wraps(loss_fn)
+        def looking(model: Any, micro_batch: Any) -> Any:
+            self._require()
+            return loss_fn(model, micro_batch)
+
+        return looking
+
     def __call__(self) -> None:
+        self._require()
+        if self._then is not None:
+            self._then()
+
+    def _require(self) -> None:
         if self._accelerator.step != self._calls:
-            self._calls = self._accelerator.step
+            if not is_rehearsal():  # which may go on in another way, and would then not be told again
+                self._calls = self._accelerator.step
             raise WindowError(
                 "accelerator.accumulate() is used around an accumulator, and both would say when an update is due.",
                 hint="leave out `with accelerator.accumulate(model):`, accelerator.backward and optimizer.step: "
                 "accumulator.updates(loader, micro_batches=accelerator.gradient_accumulation_steps) does all of it.",
             )
-        if self._then is not None:
-            self._then()
 
 
 def _require_support(accelerator: Accelerator) -> None:
