@@ -127,6 +127,7 @@ def each_row_once(accelerator: Accelerator, loader: Iterable[Any]) -> Iterator[A
         left. `Accumulator.updates` and `Accumulator.step` take both.
 
     Example:
+        >>> import torch
         >>> accelerator = Accelerator(cpu=True)
         >>> loader = accelerator.prepare(torch.utils.data.DataLoader(range(5), batch_size=2))
         >>> [len(batch) for batch in each_row_once(accelerator, loader)]
