@@ -22,6 +22,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.tuner import Tuner
+from torchmetrics import SumMetric
 
 from integrations import lightning_adapter
 from wholebatch.evidence.conformance.adapters import lightning as peer
@@ -371,6 +373,84 @@ def test_an_exception_leaves_nothing_and_the_trainer_as_it_was():
     epoch_loop = trainer.fit_loop.epoch_loop
     assert "run" not in vars(epoch_loop.automatic_optimization)
     assert "update_lr_schedulers" not in vars(epoch_loop)
+
+
+def test_a_run_that_broke_off_inside_a_window_leaves_nothing_to_the_next():
+    class Failing(Quiet):
+        fails = True
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2 and self.fails:
+                raise KeyError("no such row")
+            return super().training_step(batch, batch_idx)
+
+    whole = WholeBatch(targets=count)
+    with pytest.raises(KeyError):
+        fitted(Failing(), labelled(), whole)
+    assert whole.state_dict()["window"]["open"] is not None  # for a checkpoint on the way out
+    module = Quiet()
+    fitted(module, labelled(), whole)
+    assert off(module, undivided(Quiet(), labelled())) <= 1e-12
+
+
+def test_an_epoch_that_the_module_gives_up_ends_with_an_update_of_what_was_there():
+    class Short(Quiet):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 6 else None
+
+    module = Short(factor=0.5)
+    trainer = fitted(module, labelled(), WholeBatch(targets=count))
+    assert trainer.global_step == 2
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5 * 0.5**2
+    assert off(module, undivided(Quiet(factor=0.5), labelled()[:6])) <= 1e-12
+
+
+def test_metrics_see_each_row_once():
+    class Counting(Quiet):
+        def __init__(self):
+            super().__init__()
+            self.rows = SumMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.rows.update(len(batch["ids"]))
+            self.log("rows", self.rows, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    for whole, options in (
+        (WholeBatch(targets=count), {}),
+        (WholeBatch(targets=count, micro_batch="auto"), {"accumulate_grad_batches": 1}),
+    ):
+        trainer = fitted(Counting(), labelled(), whole, **options)
+        assert float(trainer.callback_metrics["rows"]) == 20
+        assert any("compared cut and uncut" in each or "auto" in each for each in whole.reasons)
+
+
+def test_a_plateau_and_an_epoch_are_waited_for_as_ever():
+    class Waiting(Tagger):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+            config = {"scheduler": plateau, "interval": "step", "monitor": "loss_step", "strict": True}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+    trainer = fitted(Waiting(), labelled(), WholeBatch(targets=count))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * 0.1**3)  # 3 updates, none good enough
+
+    class ByEpoch(Quiet):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    trainer = fitted(ByEpoch(), labelled(), WholeBatch(targets=count), max_epochs=3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5 * 0.5**3
+
+
+def test_a_learning_rate_is_found_in_windows():
+    module = Quiet()
+    trainer = trainer_of(WholeBatch(targets=count), max_epochs=-1)
+    found = Tuner(trainer).lr_find(module, loader(labelled()), num_training=12, update_attr=False)
+    assert len(found.results["loss"]) >= 8
+    assert all(math.isfinite(each) for each in found.results["loss"])
 
 
 def test_a_callback_serves_one_fit_after_the_other():

@@ -55,7 +55,8 @@ def accumulator(
 
     Args:
         accelerator: Which has prepared the rest.
-        model: As `prepare` returned it, also in DistributedDataParallel.
+        model: As `prepare` returned it, also in DistributedDataParallel; or several in a `torch.nn.ModuleList` or
+            `torch.nn.ModuleDict`.
         optimizer: One or several, as `prepare` returned them.
         loss_fn: ``loss_fn(model, micro_batch)``, as for `wb.Accumulator`.
         lr_scheduler: One or several, prepared or not. Each is stepped once an applied update, whatever the number of
@@ -223,12 +224,18 @@ def _require_support(accelerator: Accelerator) -> None:
 
 
 def _require_prepared(accelerator: Accelerator, model: Any) -> None:
-    if not getattr(model, "_is_accelerate_prepared", False) and not any(model is each for each in accelerator._models):
+    together = isinstance(model, nn.ModuleList | nn.ModuleDict)  # several, each prepared by itself
+    parts = list(model.children()) if together else [model]
+    if not all(_is_prepared(accelerator, each) for each in parts):
         raise OptimizerError(
             f"The {type(model).__name__} is not a model that this accelerator has prepared, so that it would be "
             "neither on its device nor in its checkpoints.",
             hint=f"{_PREPARE}.",
         )
+
+
+def _is_prepared(accelerator: Accelerator, model: Any) -> bool:
+    return getattr(model, "_is_accelerate_prepared", False) or any(model is each for each in accelerator._models)
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -20,6 +20,7 @@ from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.rehearsal import is_rehearsal
 from wholebatch.integrations.lightning.keeping import kept, take_over
 from wholebatch.integrations.lightning.repeated import Repeated
+from wholebatch.integrations.lightning.silence import Silence
 from wholebatch.integrations.lightning.support import loaders_of, require_no_accumulation
 
 
@@ -68,7 +69,7 @@ class Automatic:
         self._require_ranks_alike()
         self._arguments: tuple[Any, ...] = ()
         self._outputs: dict[str, Any] = {}
-        self._silence = _Silence(module)
+        self._silence = Silence(module)
         self._ran = False
         self._ended = False
         self._applied = False
@@ -250,23 +251,6 @@ def _mean_of(loss: Any) -> Any:
     if isinstance(loss, tuple) and len(loss) in (2, 3):
         loss = loss[0] / loss[1]
     return loss.detach().clone() if isinstance(loss, torch.Tensor) else loss
-
-
-class _Silence:
-    """A context in which a module logs nothing. Micro-batches that meet may be in it side by side."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self._inside = 0
-
-    def __enter__(self) -> None:
-        self._inside += 1
-        self._module.log = self._module.log_dict = lambda *_arguments, **_options: None
-
-    def __exit__(self, *_: object) -> None:
-        self._inside -= 1
-        if not self._inside:
-            del self._module.log, self._module.log_dict
 
 
 @contextmanager

@@ -118,7 +118,8 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
         self._targets = targets
         self._on_update = on_update
         self._training: Automatic | Manual | None = None
-        self._left: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}  # from a checkpoint
+        self._left: dict[str, Any] = {}  # by a run that broke off, for a checkpoint that is written on its way out
         self._reasons: list[list[str]] = []
         self.update: Update | None = None
 
@@ -161,7 +162,10 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
                 step_schedules=self._step_schedules,
             )
         self._reasons = [each.reasons for each in self.accumulators]
-        self._go_on()
+        self._left = {}
+        loaded, self._loaded = self._loaded, {}
+        if loaded:
+            self._training.load_state_dict(loaded)
         self._training.install()
 
     def on_train_epoch_end(self, *_: Any) -> None:
@@ -175,12 +179,11 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
 
     def on_exception(self, *_: Any) -> None:
         """Roll back what is open, after it was kept for a checkpoint that is written on the way out."""
-        left = self.state_dict()
+        self._left = self.state_dict()
         for each in self.accumulators:
             if each.open_window is not None:
                 each.open_window.rollback()
         self._leave()
-        self._left = left
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint inside a window has to hold: its gradient, and where it began."""
@@ -190,17 +193,12 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the window that was open, once training starts."""
-        self._left = state_dict
-
-    def _go_on(self) -> None:
-        left, self._left = self._left, {}
-        if left and self._training is not None:
-            self._training.load_state_dict(left)
+        self._loaded = state_dict
 
     def _leave(self) -> None:
         if self._training is not None:
             self._training.remove()
-        self._training, self._left = None, {}
+        self._training = None
 
     def _take(self, update: Update) -> None:
         self.update = update
