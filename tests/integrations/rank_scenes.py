@@ -5,7 +5,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn import functional
@@ -215,3 +215,21 @@ def beside(place):
         said = error.found
     exact.step(batch)
     return {"said": said, "off": off(model, 4)}
+
+
+@SCENES("sharded by FSDP2")
+def sharded(place):
+    """Accelerate takes FSDP for accelerators alone; told so on a CPU, it does there what it does elsewhere."""
+    as_torchrun(place)
+    accelerator = fresh(4)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    accelerator.state.__dict__.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows(7), batch_size=2))
+    exact = accumulator(accelerator, model, optimizer, loss_of)
+    steps = accelerator.gradient_accumulation_steps
+    updates = list(exact.updates(each_row_once(accelerator, loader), micro_batches=steps))
+    whole = make()
+    whole.load_state_dict({name: each.full_tensor() for name, each in model.state_dict().items()})
+    return {"off": off(whole, 7), "rows": [update.rows for update in updates]}

@@ -59,3 +59,9 @@ def test_a_second_way_to_accumulate_is_told_on_all_ranks_and_nobody_waits(found)
     for each in ranks.result(found, "accumulate beside", 2):
         assert each["said"].startswith("accelerator.accumulate() is used")
         assert each["off"] <= 1e-12
+
+
+def test_weights_that_accelerate_shards_make_the_update_of_all_rows(found):
+    for each in ranks.result(found, "sharded by FSDP2", 2):
+        assert each["off"] <= 1e-12
+        assert each["rows"] == [7]
