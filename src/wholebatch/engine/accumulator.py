@@ -340,11 +340,13 @@ class Accumulator:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next process needs, also in the middle of a window; see `wb.save`.
 
-        Tensors are those of the run, as in `torch.nn.Module.state_dict`: copy them to keep them while it goes on.
+        Tensors are those of the run, as in `torch.nn.Module.state_dict`: copy them to keep them while it goes on. All
+        ranks ask for it together, and each gets its own; of what is spread over ranks, its share.
 
         Raises:
-            ConfigError: There are several ranks, or a schedule does not say where it is.
+            ConfigError: A schedule does not say where it is.
             WindowError: `step` or a backward pass is under way.
+            RankError: Another rank has no state to keep.
         """
         return state_of(self._windows, self._precision)
 
@@ -355,8 +357,10 @@ class Accumulator:
             state: It is copied.
 
         Raises:
-            ConfigError: Model, optimizers, schedules or precision are not those of the state. Nothing has changed.
+            ConfigError: Model, optimizers, schedules, precision or ranks are not those of the state; nothing has
+                changed.
             WindowError: A window is open.
+            RankError: Another rank cannot take over its own.
         """
         take_over(self._windows, self._precision, state)
 

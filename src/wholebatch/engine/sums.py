@@ -334,7 +334,8 @@ class GradientSum:
         held = self._parked if self._parked is not None else [each.grad for each in self._everything]
         number = len(self.parameters)
         own = [vars(self._own[each]) if each in self._own else None for each in self.parameters]
-        return {"sums": held[:number], "own": own, "found": self._found[:number]}
+        sums, found = ([None if g is None else local_of(g) for g in kept[:number]] for kept in (held, self._found))
+        return {"sums": sums, "own": own, "found": found}
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether a sum of another process is one of the same gradients, kept in the same way."""
@@ -345,11 +346,11 @@ class GradientSum:
         """Go on from a sum that fits, after `start`."""
         number = len(self.parameters)
         for parameter, total, own in zip(self.parameters, state["sums"], state["own"], strict=True):
-            parameter.grad = _here(total, parameter)
+            parameter.grad = _gradient_here(total, parameter)
             if parameter in self._own:
                 for name, value in own.items():
                     setattr(self._own[parameter], name, _here(value, parameter))
-        self._found[:number] = map(_here, state["found"], self.parameters)
+        self._found[:number] = map(_gradient_here, state["found"], self.parameters)
 
     def commit(self) -> None:
         """End with an update: the gradients are used up."""
@@ -436,6 +437,12 @@ def _remove(hooks: Sequence[RemovableHandle]) -> None:
 def _here(tensor: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
     """A copy on the device of a parameter."""
     return None if tensor is None else tensor.to(parameter.device, copy=True)
+
+
+def _gradient_here(local: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
+    """The same of what this rank holds of its gradient, spread as the parameter is."""
+    copied = _here(local, parameter)
+    return None if copied is None else share_of(parameter, copied)
 
 
 def _values(grad: Tensor) -> Tensor:

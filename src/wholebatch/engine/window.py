@@ -394,6 +394,7 @@ class Window:
             "weighed": self._weighing.state_dict(),
             "gradients": self.sums.state_dict(),
             "begun": self._rules.transaction.state_dict(),
+            "group": self._rules.setup.group.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -405,6 +406,7 @@ class Window:
         self._weighing.load_state_dict(state["weighed"], device)
         self.sums.load_state_dict(state["gradients"])
         self._rules.transaction.load_state_dict(state["begun"])
+        self._rules.setup.group.load_state_dict(state["group"])
 
     def rehearsal(self) -> Weighing:
         """Return what weighs losses as this window does, before the first of them, and notes nothing in it."""

@@ -15,6 +15,7 @@ from wholebatch.evidence.conformance.habits import HABITS, Habit
 from wholebatch.evidence.conformance.judge import change_error, compare, expected, judge
 from wholebatch.evidence.conformance.scenes import SCENES
 from wholebatch.evidence.conformance.second_reading import second_reading
+from wholebatch.evidence.conformance.stopping import Stopped, in_processes
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import NotExpressible, PairTask, Task, Trained, join
 
@@ -60,6 +61,7 @@ PLANTED = {
     "T1-ragged-counts": "a mean of means",
     "T3-tail": "the tail of an epoch is carried",
     "T4-masked-micro-batch": "not a number",
+    "T6-stopped": "the gradients that a window had gathered when the run was stopped are lost",
     "T7-zero-first": "only the last micro-batch",
     "T7-exception": "given up joins the next",
     "T7-gan": "the discriminator steps with",
@@ -106,6 +108,8 @@ WHERE = {
     "only the micro-batch that overflows is skipped, and the next takes its place": "T10-overflow",
     "the sum of the gradients stagnates in the dtype of the weights": "T10-sums-in-16-bits",
     "micro-batches come twice, so that all ranks have equally many": "T10x2-uneven-ranks",
+    "the gradients that a window had gathered when the run was stopped are lost": "T6-stopped",
+    "the epoch in which the run was stopped is seen again from its beginning": "T6-stopped",
     "an evaluation zeroes what the window had gathered": "T7-evaluation",
     "the schedule goes on with each micro-batch": "T9-schedule",
     "the moving average follows each micro-batch": "T9-moving-average",
@@ -163,6 +167,51 @@ def test_scenes_over_ranks_are_not_judged_in_one_process():
     assert "for 2 processes" in verdict.why
     of_ranks = replace(textbook, expresses=frozenset({"ranks"}), requires=frozenset({"ranks"}))
     assert judge(of_ranks, BY_NAME["T2-mean"]).why == "it is a way to say: ranks"
+
+
+@pytest.mark.parametrize(("anew", "said"), [(True, "training begins anew"), (False, "the epoch begins again")])
+@pytest.mark.parametrize("name", ["T5-forward", "T5-backward"])
+def test_a_logical_batch_that_shrinks_when_memory_runs_out_is_found_and_named(name, anew, said):
+    scene = BY_NAME[name]
+    verdict = compare("planted", scene, Trained(loops.shrunk(scene.task, anew=anew), 4), expected(scene.task))
+    assert verdict.outcome == "fail"
+    assert said in verdict.why
+    assert verdict.error > 0.5
+
+
+@pytest.mark.parametrize("name", ["T5-forward", "T5-backward"])
+def test_memory_runs_out_in_the_middle_of_the_second_window(name):
+    task = BY_NAME[name].task
+    model = task.make_model()
+    for place, micro_batch in enumerate(task.epoch):
+        if place < 6:
+            task.loss(model, micro_batch).backward()
+            continue
+        model.zero_grad()
+        with pytest.raises(torch.OutOfMemoryError):
+            task.loss(model, micro_batch).backward()
+        assert model.embedding.weight.grad is None
+        assert (model.head.weight.grad is not None) == (name == "T5-backward")
+        for row in range(2):
+            task.loss(model, {key: each[row : row + 1] for key, each in micro_batch.items()}).backward()
+
+
+def test_a_run_that_stops_knows_nothing_of_the_one_before_but_what_that_left():
+    """A loop that forgets to load is seen: it makes half of the updates, from the first weights."""
+
+    def forgets(task):
+        def run(task, process):
+            if process.ends_before:
+                raise Stopped(1)
+            return textbook.train(replace(task, epoch=task.epoch[process.begins_at :], stops_before=None))
+
+        return in_processes(task, run)
+
+    verdict = judge(planted(forgets), BY_NAME["T6-stopped"])
+    assert verdict.outcome == "fail"
+    assert verdict.error > 0.5
+    with pytest.raises(AssertionError, match="came to its end"):
+        in_processes(BY_NAME["T6-stopped"].task, lambda task, _: Trained(task.make_model(), 0))
 
 
 @pytest.mark.parametrize("name", ["T7-two-optimizers", "T7-gan"])

@@ -2,17 +2,23 @@
 
 import json
 import os
-from collections.abc import Mapping
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from wholebatch.core.errors import ConfigError, MissingExtraError
+from wholebatch.core.errors import ConfigError, MissingExtraError, WholeBatchError
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.checkpoint.plain import put_together, taken_apart
+from wholebatch.engine.ranks.agreement import agreed
+from wholebatch.engine.ranks.wire import Wire
 
 _FORMAT = "wholebatch 1"
+_NO_FILE = "look for the path that wb.save was given; over several ranks, as many as have saved take over."
 
 
 def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = None, extra: Any = None) -> None:
@@ -20,7 +26,8 @@ def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
 
     Model, optimizers, schedules, loss scale, random streams, the number of the next update; and, in a loop of your own,
     the gradient, the losses and the targets of the window that is open. The file is written beside its place and moved
-    there when it is on the disk: a process that is killed leaves the last one whole.
+    there when it is on the disk: a process that is killed leaves the last one whole. Ranks call it together, and each
+    writes a file of its own (``run.rank-0-of-2.safetensors``); these are moved when all of them are on the disk.
 
     Args:
         path: Of the file, in the format of safetensors.
@@ -30,8 +37,9 @@ def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
         extra: What else is to come back from `load`: dicts, lists, tuples, numbers, strings, tensors and arrays.
 
     Raises:
-        ConfigError: Something in it could only be pickled, the loader does not know its position, or there are several
-            ranks; or the file cannot be written. What was there before is as it was.
+        ConfigError: Something in it could only be pickled, or the loader does not know its position; or the file cannot
+            be written. What was there before is as it was.
+        RankError: Another rank could not.
         WindowError: `accumulator.step` or a backward pass is under way.
         MissingExtraError: safetensors is not installed.
 
@@ -58,31 +66,31 @@ def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
         (4, 2)
     """
     _require_accumulator(accumulator)
-    state = {"accumulator": accumulator.state_dict(), "loader": _position(loader), "extra": extra}
-    text, tensors = taken_apart(state)
     save_file = _safetensors().torch.save_file
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.part")  # one name: what a killed process left is written over
+    wire = accumulator._setup.group.wire
+    target = _own(Path(path), wire)
+    beside = _beside(target)
+    kept = accumulator.state_dict()
+    metadata = {"format": _FORMAT, "made": _name_of_this_save(wire)}
     try:
-        save_file(tensors, beside, metadata={"format": _FORMAT, "state": json.dumps(text)})
-        _to_disk(beside)
+        with agreed(wire), _writing(target):
+            text, tensors = taken_apart({"accumulator": kept, "loader": _position(loader), "extra": extra})
+            save_file(tensors, beside, metadata={**metadata, "state": json.dumps(text)})
+            _to_disk(beside)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    with _writing(target):
         beside.replace(target)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _to_disk(target.parent)
-    except Exception as error:
-        raise ConfigError(
-            f"{target} cannot be written: {error}",
-            hint="look at the folder, its rights and the space on its disk; a file that was there is as it was.",
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = None) -> Any:
     """Take over what `save` has written; the next update is the one that the other process would have made.
 
     On a CPU bit by bit, with the same micro-batches; with others up to rounding. A window that was open goes on with
-    the next `accumulator.window()`.
+    the next `accumulator.window()`. Ranks call it together, as many as have saved, and each with the same path.
 
     Args:
         path: Of the file.
@@ -95,6 +103,7 @@ def load(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
     Raises:
         ConfigError: The file is not there or no such file, or model, optimizers, schedules or loader are not those that
             were saved. Nothing has changed.
+        RankError: Another rank could not.
         WindowError: A window is open.
         MissingExtraError: safetensors is not installed.
 
@@ -110,8 +119,80 @@ def load(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
         ['epoch', 3]
     """
     _require_accumulator(accumulator)
-    state = _read(Path(path))
-    position = state["loader"]
+    wire = accumulator._setup.group.wire
+    target = _own(Path(path), wire)
+    if wire is not None:
+        _settle(target, wire)
+    with agreed(wire):
+        state = _read(target)
+        position = state["loader"]
+        _require_a_loader_for(position, loader, target)
+    accumulator.load_state_dict(state["accumulator"])
+    if position is not None:
+        loader.load_state_dict(position)
+    return state["extra"]
+
+
+def _own(path: Path, wire: Wire | None) -> Path:
+    """The file of this rank."""
+    return path if wire is None else path.with_name(f"{path.stem}.rank-{wire.rank}-of-{wire.ranks}{path.suffix}")
+
+
+def _beside(target: Path) -> Path:
+    """Where a file is written: always in one place, so that what a killed process has left is written over."""
+    return target.with_name(f".{target.name}.part")
+
+
+def _name_of_this_save(wire: Wire | None) -> str:
+    """A name for what all ranks write together; a later one is greater."""
+    name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+    return name if wire is None else str(wire.gather(name)[0])
+
+
+def _settle(target: Path, wire: Wire) -> None:
+    """Let every rank's file be the newest that all of them have: some may have been killed before they moved theirs.
+
+    Raises:
+        ConfigError: There is none that all have.
+    """
+    mine = {_made(file): file for file in (_beside(target), target) if _made(file)}
+    common = set.intersection(*map(set, wire.gather(list(mine))))
+    if not common:
+        with agreed(wire):
+            if not mine:
+                raise ConfigError(f"There is no file {target}.", hint=_NO_FILE)
+        raise ConfigError(
+            f"{target} was not written together with those of the other ranks.",
+            hint="give all ranks the same path, in a folder where each finds the file that it has written.",
+        )
+    newest = mine[max(common)]
+    if newest != target:
+        newest.replace(target)
+
+
+def _made(file: Path) -> str:
+    """When a file was made, as `_name_of_this_save` says it; empty where there is none, or none that is whole."""
+    try:
+        with _safetensors().safe_open(file, framework="pt") as opened:
+            return str((opened.metadata() or {}).get("made", ""))
+    except (OSError, _safetensors().SafetensorError):
+        return ""
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except WholeBatchError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{target} cannot be written: {error}",
+            hint="look at the folder, its rights and the space on its disk; a file that was there is as it was.",
+        ) from error
+
+
+def _require_a_loader_for(position: Any, loader: Any, path: Path) -> None:
     if position is not None and not hasattr(loader, "load_state_dict"):
         raise ConfigError(
             f"{path} holds the position of a loader, and "
@@ -122,10 +203,6 @@ def load(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
         raise ConfigError(
             f"{path} holds no position of a loader.", hint="hand the loader to wb.save too, or leave it out here."
         )
-    accumulator.load_state_dict(state["accumulator"])
-    if position is not None:
-        loader.load_state_dict(position)
-    return state["extra"]
 
 
 def _require_accumulator(accumulator: Any) -> None:
@@ -151,7 +228,7 @@ def _position(loader: Any) -> Any:
 def _read(path: Path) -> Mapping[str, Any]:
     safe_open = _safetensors().safe_open
     if not path.is_file():
-        raise ConfigError(f"There is no file {path}.", hint="look for the path that wb.save was given.")
+        raise ConfigError(f"There is no file {path}.", hint=_NO_FILE)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

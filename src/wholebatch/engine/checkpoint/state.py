@@ -1,7 +1,7 @@
 """What of an accumulator does the next process need, and does it belong to the one that is there?"""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from wholebatch.core.errors import ConfigError, WindowError
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.randomness import RandomState
+from wholebatch.engine.ranks.agreement import agreed
+from wholebatch.engine.ranks.shares import is_shard, local_of, share_of
 from wholebatch.engine.setup import Setup
 
 
@@ -23,25 +25,27 @@ def state_of(windows: Windows, precision: Precision) -> dict[str, Any]:
         precision: Whose loss scale is kept.
 
     Raises:
-        ConfigError: There are several ranks, or a schedule that does not say where it is.
+        ConfigError: A schedule does not say where it is.
         WindowError: A window of `step` or `updates`, or a backward pass, is under way.
     """
     setup = windows.rules.setup
-    _require_one(setup)
-    for schedule in setup.schedulers:
-        if not hasattr(schedule, "state_dict") or not hasattr(schedule, "load_state_dict"):
-            raise ConfigError(
-                f"A {type(schedule).__name__} does not say where it is: it has no state_dict.",
-                hint="give it state_dict and load_state_dict, or one of torch.optim.lr_scheduler in its place.",
-            )
-    weights = setup.model.state_dict()
+    with agreed(setup.group.wire):
+        _require_schedules_that_say_where_they_are(setup)
+        window = windows.state_dict()
+    with setup.group.at_rest():
+        weights = setup.model.state_dict()
+        buffers = _other_buffers(setup.model, weights)
+    optimizers = [each.state_dict() for each in setup.optimizers]
     return {
-        "window": windows.state_dict(),
-        "weights": dict(weights),
+        "rank": _rank(setup),
+        "group": setup.group.state_dict(),
+        "window": window,
+        "weights": {name: _local(each) for name, each in weights.items()},
         "versions": {name: dict(each) for name, each in getattr(weights, "_metadata", {}).items()},
-        "buffers": _other_buffers(setup.model, weights),
+        "buffers": buffers,
         "kinds": _kinds(setup),
-        "optimizers": [each.state_dict() for each in setup.optimizers],
+        "optimizers": [_local_state(each) for each in optimizers],
+        "shards": [_shards(each) for each in optimizers],
         "schedules": [each.state_dict() for each in setup.schedulers],
         "loss scale": precision.state_dict(),
         "random": RandomState.now(setup.device).state_dict(),
@@ -57,11 +61,29 @@ def take_over(windows: Windows, precision: Precision, state: Any) -> None:
         state: As `state_of` returned it.
 
     Raises:
-        ConfigError: It is none, or model, optimizers, schedules or precision are not those of the state.
+        ConfigError: It is none, or model, optimizers, schedules, precision or ranks are not those of the state.
         WindowError: A window is open.
     """
     setup = windows.rules.setup
-    _require_one(setup)
+    with agreed(setup.group.wire):
+        _require(windows, precision, state)
+    weights = _Versioned(_as_spread(state["weights"], setup.model.state_dict()))
+    weights._metadata = state["versions"]
+    setup.model.load_state_dict(weights)
+    _put_back_buffers(setup.model, state["buffers"])
+    for optimizer, saved, shards in zip(setup.optimizers, state["optimizers"], state["shards"], strict=True):
+        _load_optimizer(optimizer, saved, shards)
+    for schedule, saved in zip(setup.schedulers, state["schedules"], strict=True):
+        schedule.load_state_dict(saved)
+    precision.load_state_dict(state["loss scale"])
+    setup.group.load_state_dict(state["group"])
+    windows.load_state_dict(state["window"])
+    RandomState.of(state["random"], setup.device).restore()
+
+
+def _require(windows: Windows, precision: Precision, state: Any) -> None:
+    """Refuse a state that does not belong here."""
+    setup = windows.rules.setup
     if not isinstance(state, Mapping) or not state.keys() >= _PARTS:
         raise ConfigError(
             f"This {type(state).__name__} is no state of an accumulator.",
@@ -72,24 +94,18 @@ def take_over(windows: Windows, precision: Precision, state: Any) -> None:
             "A window is open, and its gradient would be that of other weights.",
             hint="load before the first window, or close or roll back this one: accumulator.open_window.rollback().",
         )
+    if list(state["rank"]) != _rank(setup):
+        raise _other("what rank {} of {} has saved".format(*state["rank"]), "rank {} of {}".format(*_rank(setup)))
     _require_the_same_model(setup.model, state["weights"])
     _require_the_same_steppers(setup, state)
     precision.require(state["loss scale"])
     windows.require(state["window"])
-    weights = _Versioned(state["weights"])
-    weights._metadata = state["versions"]
-    setup.model.load_state_dict(weights)
-    _put_back_buffers(setup.model, state["buffers"])
-    for optimizer, saved in zip(setup.optimizers, state["optimizers"], strict=True):
-        _load_optimizer(optimizer, saved)
-    for schedule, saved in zip(setup.schedulers, state["schedules"], strict=True):
-        schedule.load_state_dict(saved)
-    precision.load_state_dict(state["loss scale"])
-    windows.load_state_dict(state["window"])
-    RandomState.of(state["random"], setup.device).restore()
 
 
-_PARTS = {"window", "weights", "versions", "buffers", "kinds", "optimizers", "schedules", "loss scale", "random"}
+_PARTS = {
+    *("rank", "group", "window", "weights", "versions", "buffers", "kinds", "optimizers", "shards", "schedules"),
+    *("loss scale", "random"),
+}
 
 
 class _Versioned(dict[str, Any]):
@@ -98,12 +114,49 @@ class _Versioned(dict[str, Any]):
     _metadata: Any
 
 
-def _require_one(setup: Setup) -> None:
-    if setup.group.ranks > 1:
-        raise ConfigError(
-            f"There are {setup.group.ranks} ranks, and wb.save knows the state of one process.",
-            hint="between windows, keep model and optimizer with torch.distributed.checkpoint.",
-        )
+def _rank(setup: Setup) -> list[int]:
+    """Which rank this is, and of how many."""
+    wire = setup.group.wire
+    return [wire.rank, wire.ranks] if wire is not None else [0, 1]
+
+
+def _local(value: Any) -> Any:
+    return local_of(value) if isinstance(value, Tensor) else value
+
+
+def _local_state(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer, of which this rank holds all or a share."""
+    each = {
+        number: {name: _local(value) for name, value in kept.items()} for number, kept in optimizer["state"].items()
+    }
+    return {**optimizer, "state": each}
+
+
+def _shards(optimizer: dict[str, Any]) -> list[tuple[int, str]]:
+    """Which tensors of an optimizer's state are spread over ranks: the numbers of their parameters, and their names."""
+    return [
+        (number, name)
+        for number, kept in optimizer["state"].items()
+        for name, value in kept.items()
+        if isinstance(value, Tensor) and is_shard(value)
+    ]
+
+
+def _as_spread(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved weights, spread over ranks as those of the same names are."""
+    return {
+        name: share_of(here[name], value.to(here[name].device)) if isinstance(value, Tensor) else value
+        for name, value in saved.items()
+    }
+
+
+def _require_schedules_that_say_where_they_are(setup: Setup) -> None:
+    for schedule in setup.schedulers:
+        if not hasattr(schedule, "state_dict") or not hasattr(schedule, "load_state_dict"):
+            raise ConfigError(
+                f"A {type(schedule).__name__} does not say where it is: it has no state_dict.",
+                hint="give it state_dict and load_state_dict, or one of torch.optim.lr_scheduler in its place.",
+            )
 
 
 def _other(found: str, here: str) -> ConfigError:
@@ -118,7 +171,7 @@ def _require_the_same_model(model: nn.Module, weights: Mapping[str, Any]) -> Non
     for name in [*weights, *here]:
         if name not in here or name not in weights:
             raise _other(name if name in weights else f"no {name}", "none" if name in weights else "one")
-        saved, own = weights[name], here[name]
+        saved, own = weights[name], _local(here[name])
         if isinstance(saved, Tensor) and (saved.shape != own.shape or saved.dtype != own.dtype):
             raise _other(f"{name} of shape {tuple(saved.shape)} in {saved.dtype}", f"{tuple(own.shape)} in {own.dtype}")
 
@@ -137,12 +190,17 @@ def _require_the_same_steppers(setup: Setup, state: Mapping[str, Any]) -> None:
         raise _other(f"optimizers with parameter groups of {there} tensors", f"{here}")
 
 
-def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any], shards: Sequence[tuple[int, str]]) -> None:
     """Let an optimizer take over a state in the dtypes that it has; PyTorch casts it to that of the weights."""
-    optimizer.load_state_dict(copy.deepcopy(saved))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    for parameter, number in zip(parameters, numbers, strict=True):
+    saved = copy.deepcopy(saved)
+    parameter_of = dict(zip(numbers, parameters, strict=True))
+    for number, name in shards:
+        kept, parameter = saved["state"][number], parameter_of[number]
+        kept[name] = share_of(parameter, kept[name].to(parameter.device))
+    optimizer.load_state_dict(saved)
+    for number, parameter in parameter_of.items():
         here = optimizer.state.get(parameter, {})
         for name, value in saved["state"].get(number, {}).items():
             own = here.get(name)

@@ -1,7 +1,7 @@
 """What does a window ask of a process that trains alone? Nothing, with the methods that many ranks have."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -39,6 +39,15 @@ class One:
     def __init__(self, *, alone: bool = True) -> None:
         self._alone = alone
         self.streams = Streams(several=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def at_rest(self) -> AbstractContextManager[object]:
+        return _NOTHING
 
     def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:  # noqa: ARG002
         return _NOTHING

@@ -1,6 +1,6 @@
 """What does a window ask of the ranks that make it together? The same methods for one and for many."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -46,6 +46,18 @@ class Group(Protocol):
 
     @property
     def has_met(self) -> bool: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what another process of this rank has to know of the windows until now."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        ...
+
+    def at_rest(self) -> AbstractContextManager[object]:
+        """Return the context in which weights are where they are between windows, also inside of one."""
+        ...
 
     def together(self, sums: Callable[[], GradientSum]) -> AbstractContextManager[object]:
         """Return the context of a logical batch: an exception in it is told to the other ranks."""

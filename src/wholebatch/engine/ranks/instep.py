@@ -7,8 +7,8 @@ moves, and only then are the reasons exchanged.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +58,20 @@ class InStep:
         self._sharded = list(sharded)
         self.wire = wire
         self._introduce: Callable[[], None] | None = introduce
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what another process of this rank has to know of the windows until now."""
+        present = [name for name, each in self._sharded[0].named_parameters() if each in self._present]
+        return {"reference": self.reference, "present": present}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.reference = state["reference"]
+        self._present = {each for name, each in self._sharded[0].named_parameters() if name in state["present"]}
+
+    def at_rest(self) -> AbstractContextManager[object]:
+        """The context in which weights are where they are between windows; between passes they are."""
+        return nullcontext()
 
     @contextmanager
     def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:

@@ -7,7 +7,7 @@ are the reasons exchanged.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -72,6 +72,26 @@ class Many:
     def has_met(self) -> bool:
         """Whether one of them has found out that micro-batches meet."""
         return self._outcomes.meet
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what another process of this rank has to know of the windows until now."""
+        return {"common": self._common}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._common = state["common"]
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """The context in which weights are where they are between windows, also inside of one."""
+        if self._owed:
+            self._wrapping.release()
+        try:
+            yield
+        finally:
+            if self._owed:
+                with self.wire.watching():
+                    self._wrapping.hush()
 
     @contextmanager
     def together(self, sums: Callable[[], GradientSum]) -> Iterator[None]:

@@ -28,6 +28,8 @@ class Habit:
         skipped: Whether a window that overflows is no update, counts as one for the schedule, is one for the second of
             two optimizers, or is filled up again where only its micro-batch that overflows is skipped.
         sum_in: Whether gradients are added up exactly, or in the dtype of the weights.
+        stopped: Whether another process knows the window in which the one before was stopped, forgets its gradients, or
+            sees the epoch once again from its beginning.
         evaluated: What an evaluation leaves of the window in which it begins: all, or nothing.
         schedule: Whether the learning rate goes by updates, or by micro-batches.
         follow: Whether a moving average follows once an update, or after each micro-batch.
@@ -47,6 +49,7 @@ class Habit:
     given_up: Literal["nothing", "gradients"] = "nothing"
     skipped: Literal["nothing", "counts", "second steps", "micro-batch"] = "nothing"
     sum_in: Literal["exact", "weights"] = "exact"
+    stopped: Literal["knows", "forgets", "sees again"] = "knows"
     evaluated: Literal["all", "nothing"] = "all"
     schedule: Literal["updates", "micro-batches"] = "updates"
     follow: Literal["update", "micro-batch"] = "update"
@@ -104,6 +107,13 @@ HABITS: dict[str, tuple[Habit, ...]] = {
         Habit(evened=True),
         Habit("micro-batches", evened=True),
         Habit("nothing", evened=True),
+    ),
+    "the gradients that a window had gathered when the run was stopped are lost": (
+        Habit("window", stopped="forgets"),
+        Habit("nothing", stopped="forgets"),
+    ),
+    "the epoch in which the run was stopped is seen again from its beginning": (
+        Habit("window", tail="drop", stopped="sees again"),
     ),
     "an evaluation zeroes what the window had gathered": (Habit("window", evaluated="nothing"),),
 }

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from wholebatch.evidence import reference
 from wholebatch.evidence.conformance import mistakes
 from wholebatch.evidence.conformance.encoders import as_drawn
+from wholebatch.evidence.conformance.models import with_enough_memory
 from wholebatch.evidence.conformance.scenes import Scene
 from wholebatch.evidence.conformance.second_reading import has_second_reading, second_reading
 from wholebatch.evidence.conformance.system import System
@@ -151,7 +152,7 @@ def expected(task: Task | PairTask) -> Trained:
 
 
 def _expected(task: Task) -> Trained:
-    model = task.make_model()
+    model = with_enough_memory(task.make_model())
     parts = task.parts(model)
     optimizer = SGD([{"params": weights, "lr": lr} for weights, lr in parts])
     scheduler = LambdaLR(optimizer, task.lr_factor) if task.lr_factor else None

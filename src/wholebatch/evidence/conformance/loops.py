@@ -1,5 +1,6 @@
 """What does a loop with a bad habit make of a task? Each is run, so that a run which ends there can be named."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from wholebatch.evidence.conformance.habits import Habit
+from wholebatch.evidence.conformance.models import with_enough_memory
 from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task, join
 
 _LOSS_SCALE = 65536.0
@@ -19,8 +21,13 @@ def train(task: Task, habit: Habit) -> nn.Module:
     if habit.evened and len(task.epoch) % task.ranks:
         task = replace(task, epoch=[*task.epoch, *task.epoch[: -len(task.epoch) % task.ranks]])
     if habit.cut == "every k-th row":
-        task = replace(task, epoch=[part for _, window in replace(task, epochs=1).windows() for part in _dealt(window)])
-    model = task.make_model()
+        task = replace(
+            task,
+            epoch=[part for _, window in replace(task, epochs=1).windows() for part in _dealt(window, len(window))],
+        )
+    if habit.stopped == "sees again":
+        task = replace(task, epoch=[*task.epoch[: task.stops_before or 0], *task.epoch])
+    model = with_enough_memory(task.make_model())
     loop = _Loop(task, habit, model)
     due = task.epochs * sum(1 for _ in replace(task, epochs=1).windows())
     epoch = 0
@@ -30,6 +37,8 @@ def train(task: Task, habit: Habit) -> nn.Module:
                 continue
             if habit.skipped == "micro-batch" and loop.overflows(micro_batch):
                 continue
+            if habit.stopped == "forgets" and place == task.stops_before:
+                loop.forget()
             loop.add(micro_batch)
             if habit.evaluated == "nothing" and place in task.evaluates_after:
                 loop.forget()
@@ -42,9 +51,9 @@ def train(task: Task, habit: Habit) -> nn.Module:
     return model
 
 
-def _dealt(micro_batches: Sequence[MicroBatch | None]) -> list[MicroBatch]:
-    """The rows of a window, dealt out to as many micro-batches in turn."""
-    batch, count = join(micro_batches), len(micro_batches)
+def _dealt(micro_batches: Sequence[MicroBatch | None], count: int) -> list[MicroBatch]:
+    """The rows of some micro-batches, dealt out to so many in turn."""
+    batch = join(micro_batches)
     return [{name: tensor[place::count] for name, tensor in batch.items()} for place in range(count)]
 
 
@@ -191,6 +200,21 @@ class _Loop:
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         factor = torch.clamp(self._task.clip_norm / (norm + 1e-6), max=1.0)
         return [gradient * factor for gradient in gradients]
+
+
+def shrunk(task: Task, *, anew: bool) -> nn.Module:
+    """A run that begins again with a row a micro-batch when memory runs out, and as many of them in a window.
+
+    Args:
+        task: What was asked.
+        anew: Whether it begins with the first weights, or with those that it has.
+    """
+    rows = [row for each in task.epoch if each is not None for row in _dealt([each], len(each["labels"]))]
+    again = replace(task, epoch=rows)
+    if anew:
+        return train(again, Habit())
+    moved = train(replace(task, epoch=task.epoch[: task.window]), Habit())
+    return train(replace(again, make_model=lambda: copy.deepcopy(moved)), Habit())
 
 
 def ranks_alike(task: Task) -> nn.Module:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from wholebatch.evidence.conformance.habits import HABITS, STAGNATES, Habit
-from wholebatch.evidence.conformance.loops import leaking, ranks_alike, train
+from wholebatch.evidence.conformance.loops import leaking, ranks_alike, shrunk, train
 from wholebatch.evidence.conformance.task import PairTask, Task, flat
 from wholebatch.evidence.conformance.two_passes import ANEW, PIECEWISE, two_passes
 
@@ -20,9 +20,13 @@ _NORM = "batch norm sees micro-batches, and its running statistics move with eac
 _ALIKE = "each rank weighs the same, whatever it holds"
 _FOR_EACH = "the mean of all ranks counts once for each rank"
 _APART = "rows meet only those of their own micro-batch"
+_ANEW_SMALLER = "when memory runs out training begins anew, and the logical batch shrinks with the micro-batch"
+_ON_SMALLER = "when memory runs out the epoch begins again with moved weights, and the logical batch shrinks"
 _NO_LABEL = "the mean over no label is not a number"
 
-NAMES = frozenset({*HABITS, _LEAK, _NORM, _ALIKE, _FOR_EACH, _APART, _NO_LABEL, ANEW, PIECEWISE})
+NAMES = frozenset(
+    {*HABITS, _LEAK, _NORM, _ALIKE, _FOR_EACH, _APART, _NO_LABEL, _ANEW_SMALLER, _ON_SMALLER, ANEW, PIECEWISE}
+)
 """All mistakes that have a name."""
 
 
@@ -58,6 +62,10 @@ def name(task: Task | PairTask, found: nn.Module, right: nn.Module, tolerance: f
         found_out = next((said for said, wrong in two_passes(task, found) if ends_there(wrong)), None)
         if found_out is not None or not task.has_term:
             return found_out
+    if "runs short" in task.asks:
+        for said, anew in ((_ANEW_SMALLER, True), (_ON_SMALLER, False)):
+            if ends_there(shrunk(task, anew=anew)):
+                return said
     if task.ranks > 1 and ends_there(ranks_alike(task)):
         return _ALIKE
     if task.ranks > 1 and ends_there(train(replace(task, lr=task.lr * task.ranks), Habit())):

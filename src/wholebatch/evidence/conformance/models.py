@@ -1,7 +1,11 @@
 """What is trained in a scene? Models so small that each system can say them in its own words."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 VOCABULARY, WIDTH, TIME, EXPERTS = 11, 6, 5, 3
 IGNORED = -100
@@ -73,6 +77,48 @@ class Normed(Tagger):
         hidden = self.norm(torch.tanh(self.embedding(input_ids)).flatten(0, 1))
         logits: Tensor = self.head(hidden).unflatten(0, input_ids.shape)
         return logits
+
+
+class RunsShort(Tagger):
+    """A tagger for which memory runs out: once it has seen so many rows, only one at a time fits.
+
+    Args:
+        enough_for: Rows that it sees before that.
+        backward: Whether the backward pass runs out, half-way, when the head has its gradient and the embedding has
+            none; else the forward pass.
+    """
+
+    def __init__(self, enough_for: int, *, backward: bool = False) -> None:
+        super().__init__()
+        self.fits = False
+        self._left = enough_for
+        self._backward = backward
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        short = self._left <= 0 and len(input_ids) > 1 and not self.fits
+        self._left -= len(input_ids)
+        if short and not self._backward:
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+        hidden = torch.tanh(self.embedding(input_ids))
+        if short and hidden.requires_grad:
+            hidden.register_hook(_run_out)  # type: ignore[no-untyped-call]
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+def with_enough_memory(model: Model) -> Model:
+    """Return the model, for which memory does not run out any more."""
+    if isinstance(model, RunsShort):
+        model.fits = True
+    return model
+
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
+"""How PyTorch says it."""
+
+
+def _run_out(_: Tensor) -> None:
+    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
 
 class Overflowing(Tagger):

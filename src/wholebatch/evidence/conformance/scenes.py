@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,15 @@ from wholebatch.evidence.conformance.models import (
     VOCABULARY,
     Averaged,
     HalfOverflowing,
+    Model,
     Normed,
     Overflowing,
     Players,
     Routed,
+    RunsShort,
     Tagger,
 )
 from wholebatch.evidence.conformance.task import MicroBatch, PairTask, Task
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +184,21 @@ SCENES: tuple[Scene, ...] = (
         "T4-none",
         "a micro-batch that is None keeps its place in the window and adds nothing",
         Task(TAGGER, [None, *labelled([4, 3, 5, 2, 1, 6]), None, *labelled([3, 2]), None, *labelled([4])]),
+    ),
+    Scene(
+        "T5-forward",
+        "a micro-batch that does not fit any more is cut, and the logical batch stays what it is",
+        Task(partial(_seeded, partial(RunsShort, 11)), labelled([10] * 8)),
+    ),
+    Scene(
+        "T5-backward",
+        "the same where memory runs out in a backward pass, half of whose gradients are there",
+        Task(partial(_seeded, partial(RunsShort, 11, backward=True)), labelled([10] * 8)),
+    ),
+    Scene(
+        "T6-stopped",
+        "a run that is stopped inside a window goes on in it",
+        Task(TAGGER, labelled([10] * 8), stops_before=6),
     ),
     Scene(
         "T7-zero-first",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from wholebatch.evidence.conformance.models import IGNORED, Averaged, Players
+from wholebatch.evidence.conformance.models import IGNORED, Averaged, Players, RunsShort
 
 MicroBatch: TypeAlias = dict[str, Tensor]
 """``input_ids`` and ``labels``, shape ``[rows, time]`` each; labels of -100 are not to be learned."""
@@ -31,6 +31,8 @@ LOOP = TERMS | {
     "bf16",
     "two players",
     "two windows",
+    "stops",
+    "runs short",
 }
 """What it asks, on one rank and without a loss scale, of a system in which the user also writes the loop."""
 
@@ -76,6 +78,8 @@ class Task:
             loader of its own, and breaks it off.
         fails_at: A micro-batch at which the loss of the user raises a `BadSample`. Its logical batch is given up, and
             the loop goes on with the next.
+        stops_before: A micro-batch (counted through the run) before which the process ends. What has been saved by then
+            is all that another one has, which goes on with that micro-batch.
         precision: ``"fp16"`` for autocast with loss scaling; else as the weights are.
         overflows: The windows (0, 1, ...) whose gradient overflows in that precision: they are no update.
     """
@@ -101,6 +105,7 @@ class Task:
     zero_first: bool = False
     evaluates_after: frozenset[int] = frozenset()
     fails_at: int | None = None
+    stops_before: int | None = None
     precision: Literal["weights", "fp16"] = "weights"
     overflows: frozenset[int] = frozenset()
 
@@ -121,6 +126,8 @@ class Task:
             "zero first": self.zero_first,
             "evaluation": bool(self.evaluates_after),
             "exception": self.fails_at is not None,
+            "stops": self.stops_before is not None,
+            "runs short": isinstance(self.make_model(), RunsShort),
             "fp16": self.precision == "fp16",
             "bf16": next(self.make_model().parameters()).dtype == torch.bfloat16,
             "coupled": self.meets or self.compares is not None,

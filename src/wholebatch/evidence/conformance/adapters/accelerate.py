@@ -7,6 +7,10 @@ batch of the loader holds several micro-batches, its end is not taken for that o
 ``accumulate``, so two models with a loss each are trained as under "Converting it to Accelerate", which counts and
 divides by hand.
 
+A run is saved with ``save_state``, and goes on with ``load_state`` and ``skip_first_batches``, as in its guide
+"Checkpointing"; for a lack of memory there is ``find_executable_batch_size``, inside of which, as in "Memory
+Utilities", everything is made anew.
+
 It reports no loss. On a CPU, ``mixed_precision="fp16"`` trains in float32 without a word, so float16 is not put to it.
 """
 
@@ -17,14 +21,29 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from wholebatch.evidence.conformance.adapters.loaders import data_loader
+from wholebatch.evidence.conformance.adapters.loaders import data_loader, recut
+from wholebatch.evidence.conformance.scenes import ROWS
+from wholebatch.evidence.conformance.stopping import Process, Stopped, in_processes
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import LOOP, TERMS, PairTask, Task, Trained, steps_of
 
 
 def train(task: Task | PairTask) -> Trained:
     """Train with ``accelerator.accumulate``."""
-    return _train_players(task) if isinstance(task, PairTask) else _train_one(task)
+    if isinstance(task, PairTask):
+        return _train_players(task)
+    return _train_what_fits(task) if "runs short" in task.asks else in_processes(task, _train_one)
+
+
+def _train_what_fits(task: Task) -> Trained:
+    from accelerate.utils import find_executable_batch_size
+
+    @find_executable_batch_size(starting_batch_size=ROWS)  # type: ignore[untyped-decorator]
+    def inner_training_loop(batch_size: int) -> Trained:
+        return _train_one(recut(task, batch_size), Process())
+
+    trained: Trained = inner_training_loop()
+    return trained
 
 
 def _accelerator(steps: int, *, slices: int = 1) -> Any:
@@ -39,17 +58,23 @@ def _accelerator(steps: int, *, slices: int = 1) -> Any:
     return Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
 
 
-def _train_one(task: Task) -> Trained:
+def _train_one(task: Task, process: Process) -> Trained:
     accelerator = _accelerator(task.window, slices=task.slices)
     plain = task.make_model()
     sgd = SGD((weight for weight in plain.parameters() if weight.requires_grad), lr=task.lr)
     steps = steps_of(sgd)
     model, optimizer, loader, evaluation = accelerator.prepare(plain, sgd, data_loader(task), data_loader(task))
     scheduler = accelerator.prepare(LambdaLR(sgd, task.lr_factor)) if task.lr_factor else None
-    place = 0
+    if process.begins_at:
+        accelerator.load_state(process.folder)
+        loader = accelerator.skip_first_batches(loader, process.begins_at)
+    place = process.begins_at
     for _ in range(task.epochs):
         for loaded in loader:
             for micro_batch in task.cut(loaded):
+                if place == process.ends_before:
+                    accelerator.save_state(process.folder)
+                    raise Stopped(steps())
                 with accelerator.accumulate(model):
                     if task.zero_first:
                         optimizer.zero_grad()
@@ -154,7 +179,11 @@ accelerate_long = System(
     title="Accelerate, its recipe for samples of variable size",
     train=train_long,
     expresses=frozenset({"ranks", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"}),
-    lacks=_LACKS,
+    lacks={
+        **_LACKS,
+        "stops": "the recipe says nothing of checkpoints; Accelerate's own are those of the other way to use it",
+        "runs short": "the recipe says nothing of memory; Accelerate's own means are those of the other way to use it",
+    },
     distributions=("accelerate", "torch"),
     install="pip install 'wholebatch[accelerate]'",
 )

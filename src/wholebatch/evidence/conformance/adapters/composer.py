@@ -107,6 +107,8 @@ def _train(task: Task, *, on_tokens: bool) -> Trained:
 _LACKS = {
     "fp16": "float16 needs a GPU: on a CPU, precision='amp_fp16' is an error",
     "two optimizers": "the Trainer takes one optimizer",
+    "stops": "it saves between logical batches: a run that is stopped inside one repeats it",
+    "runs short": "device_train_microbatch_size='auto' needs a GPU",
 }
 
 _EXPRESSES = frozenset({"unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})

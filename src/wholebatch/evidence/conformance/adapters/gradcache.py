@@ -63,9 +63,9 @@ gradcache = System(
     title="GradCache",
     train=train,
     expresses=frozenset(
-        {"unsized", "None", "clipping", "schedule", "term", "batch norm", "coupled", "follows", "bf16"}
+        {"unsized", "None", "clipping", "schedule", "term", "batch norm", "coupled", "follows", "bf16", "runs short"}
     ),
-    lacks={"fp16": "its float16 is that of CUDA"},
+    lacks={"fp16": "its float16 is that of CUDA", "stops": "a logical batch is one call, which is not saved half-way"},
     distributions=("gradcache", "torch"),
     install="pip install gradcache",
 )

@@ -5,7 +5,8 @@ since the last update; schedules count micro-batches) and of `SparseCategoricalC
 the guide "Training & evaluation with the built-in methods". In float16 the policy is ``mixed_float16``, under which
 `compile` scales the loss with a `LossScaleOptimizer` around the optimizer, as the guide "Mixed precision" has it. What
 ``fit`` reports is a mean over the epoch so far, so no update has a loss. Its own moving average (``use_ema``) does not
-begin at the first weights, so the scene is not put to it.
+begin at the first weights, so the scene is not put to it. A run that is stopped goes on with `BackupAndRestore`, which
+saves after so many batches (``save_freq``).
 """
 
 from functools import partial
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from wholebatch.evidence.conformance.adapters.loaders import dataset
 from wholebatch.evidence.conformance.models import IGNORED, TIME, VOCABULARY, WIDTH, Overflowing
+from wholebatch.evidence.conformance.stopping import Process, Stopped, in_processes
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import PairTask, Task, Trained
 
@@ -31,6 +33,12 @@ def train(task: Task | PairTask, *, backend: str) -> Trained:
 
     assert isinstance(task, Task)
     assert keras.backend.backend() == backend
+    return in_processes(task, _train)
+
+
+def _train(task: Task, process: Process) -> Trained:
+    import keras
+
     plain = task.make_model()
     dtype = str(next(plain.parameters()).dtype).removeprefix("torch.")
     # losses and learning rates are in floatx, whatever the policy; the documentation advises against 16 bits for it
@@ -47,9 +55,24 @@ def train(task: Task | PairTask, *, backend: str) -> Trained:
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED),
     )
     loader: Any = DataLoader(dataset(task), batch_size=1, shuffle=False, collate_fn=_pair)
-    model.fit(loader, epochs=task.epochs, shuffle=False, verbose=0)
+    updates = 0  # that the optimizer has made when training begins
+    callbacks: list[Any] = []
+
+    class Stops(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+            nonlocal updates
+            updates = int(optimizer.iterations)
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+            if batch + 1 == process.ends_before:
+                raise Stopped(int(optimizer.iterations))
+
+    if task.stops_before is not None:
+        backup = keras.callbacks.BackupAndRestore(str(process.folder / "backup"), save_freq=task.stops_before)
+        callbacks = [backup, Stops()]
+    model.fit(loader, epochs=task.epochs, shuffle=False, verbose=0, callbacks=callbacks)
     _write_back(model, plain)
-    return Trained(plain, int(optimizer.iterations))
+    return Trained(plain, int(optimizer.iterations) - updates)
 
 
 def _pair(parts: list[Any]) -> tuple[Any, Any]:
@@ -108,9 +131,9 @@ def _schedule(task: Task) -> Any:
 ROUNDING = 1e-6
 """On PyTorch and JAX, Keras multiplies matrices or takes a tanh in float32, also under the policy float64."""
 
-_LACKS = {"two optimizers": "compile takes one optimizer"}
+_LACKS = {"two optimizers": "compile takes one optimizer", "runs short": "what runs short is a model of PyTorch"}
 
-_EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "fp16", "bf16"})
+_EXPRESSES = frozenset({"unsized", "clipping", "schedule", "term", "fp16", "bf16", "stops"})
 
 keras_torch = System(
     name="keras-torch",

@@ -7,6 +7,10 @@ label is skipped as the docstring of ``training_step`` says, by returning None. 
 ``val_check_interval``, cut short by ``limit_val_batches``. A moving average follows where the hook of its own callback
 `WeightAveraging` does, when ``global_step`` has gone on.
 
+A run is saved by ``trainer.save_checkpoint`` in a callback and goes on with ``fit(ckpt_path=...)``, over a loader that
+knows its position, as it asks for where a run goes on inside an epoch. For a lack of memory it has `BatchSizeFinder`,
+which looks before training begins; later, the error ends the run.
+
 What ``self.log`` reports is the value of one micro-batch, or a mean over the epoch: no loss of an update. On a CPU,
 ``precision="16-mixed"`` becomes bfloat16, with a warning, so float16 is not put to it.
 """
@@ -17,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from wholebatch.evidence.conformance.adapters.loaders import data_loader, data_loader_of_a_rank
+from wholebatch.evidence.conformance.adapters.loaders import Resumable, data_loader, data_loader_of_a_rank
+from wholebatch.evidence.conformance.stopping import Process, Stopped, in_processes
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import (
     LOOP,
@@ -35,10 +40,10 @@ def train(task: Task | PairTask) -> Trained:
     """Train with automatic optimization."""
     if isinstance(task, PairTask):
         raise NotExpressible("automatic optimization is for one optimizer")
-    return _train_automatically(task)
+    return in_processes(task, _train_automatically)
 
 
-def _train_automatically(task: Task) -> Trained:
+def _train_automatically(task: Task, process: Process) -> Trained:
     from lightning.pytorch import LightningModule
 
     class Module(LightningModule):
@@ -69,16 +74,16 @@ def _train_automatically(task: Task) -> Trained:
                 task.after_update(self.model)
 
     module = Module()
-    _fit(module, task, accumulate_grad_batches=task.window, gradient_clip_val=task.clip_norm)
+    _fit(module, task, process, accumulate_grad_batches=task.window, gradient_clip_val=task.clip_norm)
     return Trained(module.model, module.steps())
 
 
 def train_by_hand(task: Task | PairTask) -> Trained:
     """Train with manual optimization."""
-    return _train_players(task) if isinstance(task, PairTask) else _train_one(task)
+    return _train_players(task) if isinstance(task, PairTask) else in_processes(task, _train_one)
 
 
-def _train_one(task: Task) -> Trained:
+def _train_one(task: Task, process: Process) -> Trained:
     from lightning.pytorch import LightningModule
 
     class Module(LightningModule):
@@ -112,7 +117,7 @@ def _train_one(task: Task) -> Trained:
             return [optimizer], [LambdaLR(optimizer, task.lr_factor)] if task.lr_factor else []
 
     module = Module()
-    _fit(module, task)
+    _fit(module, task, process)
     return Trained(module.model, module.steps())
 
 
@@ -142,7 +147,7 @@ def _train_players(task: PairTask) -> Trained:
             return both
 
     module = Module()
-    _fit(module, task)
+    _fit(module, task, Process())
     return Trained(module.players, sum(each() for each in module.steps))
 
 
@@ -150,16 +155,27 @@ def _sgd(module: nn.Module, task: Task | PairTask) -> SGD:
     return SGD((weight for weight in module.parameters() if weight.requires_grad), lr=task.lr)
 
 
-def _fit(module: Any, task: Task | PairTask, **options: Any) -> None:
+def _fit(module: Any, task: Task | PairTask, process: Process, **options: Any) -> None:
     """Let a trainer train, and do nothing else: no logs, no checkpoints, no bars, in the dtype of the weights."""
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
+
+    file = process.folder / "run.ckpt"
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, _outputs: Any, _batch: Any, place: int) -> None:
+            if place + 1 == process.ends_before:
+                trainer.save_checkpoint(file)
+                raise Stopped(module.steps())
 
     asks = task.asks
     if isinstance(task, Task) and task.evaluates_after:
         if len(task.evaluates_after) > 1:
             raise NotExpressible("evaluations come at intervals, not at any places")
         options.update(val_check_interval=max(task.evaluates_after) + 1, limit_val_batches=1, num_sanity_val_steps=0)
-    loader = data_loader(task)
+    loader: Any = data_loader(task)
+    if isinstance(task, Task) and task.stops_before is not None:
+        loader = Resumable(task)
+        options["callbacks"] = [Saves()]
     if isinstance(task, Task) and task.ranks > 1:  # the sampler that it puts in itself would shuffle
         options.update(devices=task.ranks, strategy="ddp", use_distributed_sampler=False)
         loader = data_loader_of_a_rank(task)
@@ -173,7 +189,8 @@ def _fit(module: Any, task: Task | PairTask, **options: Any) -> None:
         enable_model_summary=False,
         **{"devices": 1, **options},
     )
-    trainer.fit(module, loader, data_loader(task) if "evaluation" in asks else None)
+    goes_on = {"ckpt_path": file, "weights_only": False} if process.begins_at else {}  # it holds more than weights
+    trainer.fit(module, loader, data_loader(task) if "evaluation" in asks else None, **goes_on)
 
 
 _LACKS = {"fp16": "float16 needs a GPU: on a CPU, precision='16-mixed' trains in bfloat16"}
@@ -182,7 +199,21 @@ lightning = System(
     name="lightning",
     title="Lightning",
     train=train,
-    expresses=frozenset({"ranks", "unsized", "None", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"}),
+    expresses=frozenset(
+        {
+            "ranks",
+            "unsized",
+            "None",
+            "clipping",
+            "schedule",
+            *TERMS,
+            "follows",
+            "evaluation",
+            "bf16",
+            "stops",
+            "runs short",
+        }
+    ),
     lacks={**_LACKS, "two optimizers": "automatic optimization is for one optimizer"},
     distributions=("lightning", "torch"),
     install="pip install 'wholebatch[lightning]'",

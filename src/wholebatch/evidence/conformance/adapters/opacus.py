@@ -59,10 +59,11 @@ opacus = System(
     name="opacus",
     title="Opacus, BatchMemoryManager",
     train=train,
-    expresses=frozenset({"zero first", "evaluation"}),
+    expresses=frozenset({"zero first", "evaluation", "runs short"}),
     lacks={
         "fp16": "it clips the gradients of rows, and does not know a loss scale",
         "two optimizers": "it makes one optimizer private",
+        "stops": "it has no way to save a logical batch of which some is still to come",
     },
     distributions=("opacus", "torch"),
     install="pip install 'wholebatch[opacus]'",

@@ -6,7 +6,8 @@ sums, and whoever has only a mean asks for `AccumulationType.MEAN`. Of k micro-b
 that others come together than in the loader.
 
 `MultiSteps` is given the window as a number, or, where an epoch of known length has a short last window, as a function
-of the updates before (``every_k_schedule``). The tail of a loader without a length it cannot follow.
+of the updates before (``every_k_schedule``). The tail of a loader without a length it cannot follow. Its state is a
+tree of arrays, and a run that is stopped goes on from these.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import nn
 
 from wholebatch.evidence.conformance.models import IGNORED
 from wholebatch.evidence.conformance.scenes import ROWS
+from wholebatch.evidence.conformance.stopping import Process, Stopped, in_processes
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import MicroBatch, NotExpressible, PairTask, Task, Trained, join
 
@@ -90,10 +92,15 @@ def _arrays(batch: MicroBatch) -> tuple[Any, Any]:
 
 def train(task: Task | PairTask) -> Trained:
     """Train with `MultiSteps`."""
+    assert isinstance(task, Task)
+    return in_processes(task, _train_multi_steps)
+
+
+def _train_multi_steps(task: Task, process: Process) -> Trained:
     import jax
+    import numpy as np
     import optax
 
-    assert isinstance(task, Task)
     problem = Problem(task)
     weights = problem.weights
     optimizer = optax.MultiSteps(
@@ -109,18 +116,28 @@ def train(task: Task | PairTask) -> Trained:
         return optax.apply_updates(weights, updates), state
 
     apply = jax.jit(update)
-    place = 0
+    file = process.folder / "state.npz"
+    if process.begins_at:
+        saved = np.load(file)
+        structure = jax.tree.structure((weights, state))
+        weights, state = jax.tree.unflatten(structure, [saved[name] for name in saved])
+    before, place = int(state.gradient_step), 0
     for _ in range(task.epochs):
         for loaded in task.loader():
             for micro_batch in task.cut(loaded):
                 assert micro_batch is not None
+                place += 1
+                if place <= process.begins_at:
+                    continue
+                if place - 1 == process.ends_before:
+                    np.savez(file, *jax.tree.leaves((weights, state)))
+                    raise Stopped(int(state.gradient_step))
                 weights, state = apply(gradient(weights, *_arrays(micro_batch)), state, weights)
                 if task.follows and optimizer.has_updated(state):
                     task.after_update(problem.write_back(weights))
-                if place in task.evaluates_after:
+                if place - 1 in task.evaluates_after:
                     problem.loss(weights, *_arrays(micro_batch))
-                place += 1
-    return Trained(problem.write_back(weights), int(state.gradient_step))
+    return Trained(problem.write_back(weights), int(state.gradient_step) - before)
 
 
 def _schedule(task: Task) -> Any:
@@ -196,7 +213,9 @@ def _batches(task: Task) -> Iterator[MicroBatch]:
         yield join(micro_batches)
 
 
-_LACKS = {"fp16": "it has no loss scale"}
+_LACKS = {"fp16": "it has no loss scale", "runs short": "what runs short is a model of PyTorch"}
+
+_LACKS_OF_MICROBATCH = {**_LACKS, "stops": "a logical batch is one call, which is not saved half-way"}
 
 _EXPRESSES = frozenset({"unsized", "slices", "clipping", "schedule", "term", "follows", "bf16"})
 
@@ -204,7 +223,7 @@ optax_multisteps = System(
     name="optax-multisteps",
     title="Optax, MultiSteps",
     train=train,
-    expresses=_EXPRESSES | {"evaluation"},
+    expresses=_EXPRESSES | {"evaluation", "stops"},
     lacks=_LACKS,
     distributions=("optax", "jax"),
     install="pip install 'wholebatch[jax]'",
@@ -215,7 +234,7 @@ optax_microbatch = System(
     title="Optax, microbatch",
     train=train_microbatch,
     expresses=_EXPRESSES,
-    lacks=_LACKS,
+    lacks=_LACKS_OF_MICROBATCH,
     distributions=("optax", "jax"),
     install="pip install 'wholebatch[jax]'",
 )
@@ -225,7 +244,7 @@ optax_microbatch_mean = System(
     title="Optax, microbatch with the accumulator MEAN",
     train=train_microbatch_mean,
     expresses=_EXPRESSES,
-    lacks=_LACKS,
+    lacks=_LACKS_OF_MICROBATCH,
     distributions=("optax", "jax"),
     install="pip install 'wholebatch[jax]'",
 )

@@ -10,7 +10,8 @@ attribute ``loss_is_scaled_for_ga`` is False, as its docstring asks for where a 
 is set. With the loss of the model it is left alone: there the Trainer looks at the signature, and decides.
 
 The loss that is reported is that of ``log_history``, logged at each update. An evaluation inside a window begins in
-``on_substep_end``, over ``get_eval_dataloader()``. Its float16 needs a GPU: on a CPU ``fp16=True`` trains in float32.
+``on_substep_end``, over ``get_eval_dataloader()``. For a lack of memory there is ``auto_find_batch_size=True``, where
+the loader cuts rows. Its float16 needs a GPU: on a CPU ``fp16=True`` trains in float32.
 """
 
 import math
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from wholebatch.evidence.conformance.adapters.loaders import dataset, only
+from wholebatch.evidence.conformance.adapters.loaders import dataset, only, recut
+from wholebatch.evidence.conformance.scenes import ROWS
 from wholebatch.evidence.conformance.system import System
-from wholebatch.evidence.conformance.task import TERMS, PairTask, Task, Trained, cross_entropy, steps_of
+from wholebatch.evidence.conformance.task import TERMS, PairTask, Task, Trained, cross_entropy, join, steps_of
 
 
 class Model(nn.Module):
@@ -84,6 +86,7 @@ def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **optio
 
     optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
     steps = steps_of(optimizer)
+    runs_short = "runs short" in task.asks
     updates = task.epochs * math.ceil(len(task.epoch) / task.whole_window)
 
     class Callback(TrainerCallback):
@@ -109,7 +112,8 @@ def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **optio
             args=TrainingArguments(
                 output_dir=folder,
                 use_cpu=True,
-                per_device_train_batch_size=1,
+                per_device_train_batch_size=ROWS if runs_short else 1,
+                auto_find_batch_size=runs_short,
                 per_device_eval_batch_size=1,
                 gradient_accumulation_steps=task.window,
                 num_train_epochs=task.epochs,
@@ -122,9 +126,9 @@ def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **optio
                 report_to="none",
                 disable_tqdm=True,
             ),
-            train_dataset=dataset(task),
+            train_dataset=dataset(recut(task, 1) if runs_short else task),
             eval_dataset=dataset(task),
-            data_collator=only,
+            data_collator=join if runs_short else only,
             optimizers=(optimizer, LambdaLR(optimizer, task.lr_factor or (lambda _: 1.0))),
             callbacks=[Callback()],
             **options,
@@ -139,9 +143,12 @@ def _train(task: Task, model: Model, loss_is_scaled: bool | None = None, **optio
 _LACKS = {
     "fp16": "float16 needs a GPU: on a CPU, fp16=True trains in float32",
     "two optimizers": "the Trainer takes one optimizer",
+    "stops": "it saves after updates: a run that is stopped inside a window repeats it",
 }
 
-_EXPRESSES = frozenset({"ranks", "unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16"})
+_EXPRESSES = frozenset(
+    {"ranks", "unsized", "clipping", "schedule", *TERMS, "follows", "evaluation", "bf16", "runs short"}
+)
 
 transformers = System(
     name="transformers",

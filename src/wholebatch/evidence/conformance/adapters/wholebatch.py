@@ -16,12 +16,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows
 from wholebatch.engine.accumulator import Accumulator
+from wholebatch.engine.checkpoint.saving import load, save
 from wholebatch.engine.losses import batch_hard_triplet, info_nce, load_balancing
 from wholebatch.engine.meetings.exactnorm import exact_batch_norm
 from wholebatch.engine.meetings.meeting import sum_over_batch
 from wholebatch.evidence.conformance import encoders
 from wholebatch.evidence.conformance.coupled import MARGIN, hard_triplets, in_batch_negatives
 from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance
+from wholebatch.evidence.conformance.stopping import Process, Stopped, in_processes
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import LOOP, BadSample, MicroBatch, PairTask, Task, Trained, join, steps_of
 
@@ -30,7 +32,7 @@ def train(task: Task | PairTask) -> Trained:
     """Train with `wb.Accumulator`."""
     if isinstance(task, PairTask):
         return _train_players(task)
-    return _train_one(task) if task.ranks == 1 else _train_on_ranks(task, lambda model: model)
+    return in_processes(task, _train_one) if task.ranks == 1 else _train_on_ranks(task, lambda model: model)
 
 
 def train_ddp(task: Task | PairTask) -> Trained:
@@ -79,7 +81,7 @@ def _train_on_ranks(task: Task, wrap: Callable[[nn.Module], nn.Module]) -> Train
     return Trained(whole, len(losses), losses)
 
 
-def _train_one(task: Task) -> Trained:
+def _train_one(task: Task, process: Process) -> Trained:
     model = exact_batch_norm(meeting(task.make_model()))
     optimizers = [SGD(weights, lr=lr) for weights, lr in task.parts(model)]
     steps = [steps_of(optimizer) for optimizer in optimizers]
@@ -101,8 +103,8 @@ def _train_one(task: Task) -> Trained:
         lr_scheduler=[LambdaLR(optimizer, task.lr_factor) for optimizer in optimizers] if task.lr_factor else None,
         precision="fp16" if task.precision == "fp16" else "fp32",
     )
-    losses = []
-    for update in _updates(task, model, accumulator):
+    losses: list[float] = []
+    for update in _updates(task, model, accumulator, process):
         if update.skipped is None:
             losses.append(update.loss)
             task.after_update(model)
@@ -137,8 +139,11 @@ def compared(task: Task, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
     return batch_hard_triplet(points, micro_batch["labels"], margin=MARGIN)
 
 
-def _updates(task: Task, model: nn.Module, accumulator: Accumulator) -> Iterator[Update]:
+def _updates(task: Task, model: nn.Module, accumulator: Accumulator, process: Process) -> Iterator[Update]:
     """Yield the updates of the loop that fits what the user has."""
+    if task.stops_before is not None:
+        yield from _saving(task, model, accumulator, process)
+        return
     if task.evaluates_after or task.fails_at is not None or task.zero_first:
         yield from _own_loop(task, model, accumulator)
         return
@@ -150,6 +155,27 @@ def _updates(task: Task, model: nn.Module, accumulator: Accumulator) -> Iterator
                     yield accumulator.step(join(parts[start : start + task.window]))
         else:
             yield from accumulator.updates(task.loader(), micro_batches=task.window)
+
+
+def _saving(task: Task, model: nn.Module, accumulator: Accumulator, process: Process) -> Iterator[Update]:
+    """Yield the updates of a loop that is stopped, and goes on, inside a window."""
+    file = process.folder / "run.safetensors"
+    losses: list[float] = []
+    done = load(file, accumulator)["done"] if process.begins_at else 0
+    for first, micro_batches in task.windows():
+        left = micro_batches[max(0, done - first) :]
+        if not left:
+            continue
+        with accumulator.window() as window:
+            for place, micro_batch in enumerate(left, max(first, done)):
+                if place == process.ends_before:
+                    save(file, accumulator, extra={"done": place})
+                    raise Stopped(len(losses), losses)
+                assert micro_batch is not None
+                window.backward(task.loss(model, micro_batch), targets=task.targets(micro_batch))
+        assert window.update is not None
+        losses.append(window.update.loss)
+        yield window.update
 
 
 def _own_loop(task: Task, model: nn.Module, accumulator: Accumulator) -> Iterator[Update]:
