@@ -14,6 +14,7 @@ from wholebatch.engine.losses import load_balancing
 from wholebatch.evidence.conformance.adapters.loaders import data_loader
 from wholebatch.evidence.conformance.adapters.wholebatch import compared, meeting
 from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance
+from wholebatch.evidence.conformance.stopping import Stopped, in_processes
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import LOOP, BadSample, PairTask, Trained, join, steps_of
 from wholebatch.integrations.accelerate import accumulator, each_row_once
@@ -29,8 +30,10 @@ def fresh(steps, **options):
 
 def train(task):
     """Train with `updates`, with `step`, or with windows in a loop of one's own."""
-    if isinstance(task, PairTask):
-        return train_players(task)
+    return train_players(task) if isinstance(task, PairTask) else in_processes(task, train_one)
+
+
+def train_one(task, process):
     accelerator = fresh(task.window)
     plain = wb.exact_batch_norm(meeting(task.make_model()))
     parts = [SGD(weights, lr=lr) for weights, lr in task.parts(plain)]
@@ -57,7 +60,8 @@ def train(task):
     )
     losses = []
     for _ in range(task.epochs):
-        for update in updates_of(task, accelerator, loader, model, exact):
+        saved = saving(task, model, exact, process) if task.stops_before is not None else None
+        for update in saved or updates_of(task, accelerator, loader, model, exact):
             if update.skipped is None:
                 losses.append(update.loss)
                 task.after_update(plain)
@@ -75,6 +79,22 @@ def updates_of(task, accelerator, loader, model, exact):
     else:
         steps = accelerator.gradient_accumulation_steps
         yield from exact.updates(each_row_once(accelerator, loader), micro_batches=steps)
+
+
+def saving(task, model, exact, process):
+    """Yield the updates of a loop that is stopped, and goes on, inside a window."""
+    file = process.folder / "run.safetensors"
+    losses = []
+    done = wb.load(file, exact)["done"] if process.begins_at else 0
+    for place in range(done, len(task.epoch)):
+        if place == process.ends_before:
+            wb.save(file, exact, extra={"done": place})
+            raise Stopped(len(losses), losses)
+        window = exact.open_window or exact.window()
+        window.backward(task.loss(model, task.epoch[place]), targets=task.targets(task.epoch[place]))
+        if (place + 1) % task.window == 0:
+            losses.append(window.close().loss)
+            yield window.update
 
 
 def own_loop(task, loader, model, exact):

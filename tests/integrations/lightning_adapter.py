@@ -4,7 +4,7 @@ windows in manual optimization. Also for ``pytest --wholebatch-adapter=integrati
 
 import os
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 import wholebatch as wb
 from wholebatch.engine.losses import load_balancing
-from wholebatch.evidence.conformance.adapters.loaders import data_loader, data_loader_of_a_rank, only
+from wholebatch.evidence.conformance.adapters.loaders import Resumable, data_loader, data_loader_of_a_rank, only
 from wholebatch.evidence.conformance.adapters.wholebatch import compared, meeting
 from wholebatch.evidence.conformance.scenes import BALANCE, ROWS, balance
+from wholebatch.evidence.conformance.stopping import Stopped, in_processes
 from wholebatch.evidence.conformance.system import System
 from wholebatch.evidence.conformance.task import TERMS, NotExpressible, PairTask, Trained, join, steps_of
 from wholebatch.integrations.lightning import WholeBatch, windows
@@ -68,7 +69,7 @@ def callback(task, losses, **options):
     return WholeBatch(on_update=take, **counts, **options)
 
 
-def fit(module, task, loader, *callbacks, **options):
+def fit(module, task, loader, *callbacks, ckpt_path=None, **options):
     asks = task.asks
     if "evaluation" in asks:
         options |= {
@@ -92,25 +93,43 @@ def fit(module, task, loader, *callbacks, **options):
         callbacks=list(callbacks),
         **{"devices": 1, **options},
     )
-    trainer.fit(module, loader, data_loader(task) if "evaluation" in asks else None)
+    trainer.fit(module, loader, data_loader(task) if "evaluation" in asks else None, ckpt_path=ckpt_path)
     return trainer
+
+
+class Saves(Callback):
+    def __init__(self, process, losses):
+        self.process, self.losses = process, losses
+
+    def on_train_batch_end(self, trainer, module, _outputs, _batch, place):
+        if place + 1 == self.process.ends_before:
+            trainer.save_checkpoint(self.process.folder / "run.ckpt")
+            raise Stopped(module.steps(), self.losses)
 
 
 def train(task):
     """Let each batch of the loader be a micro-batch."""
     if isinstance(task, PairTask):
         raise NotExpressible("automatic optimization is for one optimizer")
+    return in_processes(task, train_streaming)
+
+
+def train_streaming(task, process):
     module, losses = Module(task), []
     loader = data_loader_of_a_rank(task) if task.ranks > 1 else data_loader(task)
+    if task.stops_before is not None:
+        loader = Resumable(task)
     trainer = fit(
         module,
         task,
         loader,
         callback(task, losses),
+        Saves(process, losses),
+        ckpt_path=process.folder / "run.ckpt" if process.begins_at else None,
         accumulate_grad_batches=task.window,
         gradient_clip_val=task.clip_norm,
     )
-    assert trainer.global_step == len(losses)
+    assert process.begins_at or trainer.global_step == len(losses)
     return Trained(module.model, module.steps(), losses)
 
 
@@ -163,12 +182,12 @@ def train_players(task):
 
 
 INSTALLED = ("lightning", "torch")
-BOTH = {"None", "clipping", "schedule", "follows", "bf16", "fp16", "ranks"}
+BOTH = {"None", "clipping", "schedule", "follows", "bf16", "fp16", "ranks", "runs short"}
 streaming = System(
     "lightning-wholebatch",
     "Lightning, with our callback",
     train,
-    frozenset((TERMS - {"coupled", "batch norm"}) | BOTH | {"unsized", "evaluation"}),
+    frozenset((TERMS - {"coupled", "batch norm"}) | BOTH | {"unsized", "evaluation", "stops"}),
     INSTALLED,
 )
 cutting = System(

@@ -1,12 +1,14 @@
 """What two real processes make with Lightning and with Accelerate; see test_two_ranks.py."""
 
 import os
+import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -15,6 +17,7 @@ import wholebatch as wb
 from integrations import accelerate_adapter, lightning_adapter
 from integrations.accelerate_adapter import fresh
 from ranks import Place, Scenes
+from wholebatch.evidence.conformance.adapters.loaders import Resumable
 from wholebatch.evidence.conformance.judge import judge
 from wholebatch.evidence.conformance.scenes import SCENES as SUITE
 from wholebatch.evidence.conformance.task import Task
@@ -83,7 +86,7 @@ class Regression(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def fit(module, loader, *callbacks, **options):
+def fit(module, loader, *callbacks, ckpt_path=None, **options):
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
@@ -97,7 +100,7 @@ def fit(module, loader, *callbacks, **options):
         callbacks=list(callbacks),
         **options,
     )
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
 
 
 @SCENES("rows that the trainer's sampler gives twice")
@@ -233,3 +236,36 @@ def sharded(place):
     whole = make()
     whole.load_state_dict({name: each.full_tensor() for name, each in model.state_dict().items()})
     return {"off": off(whole, 7), "rows": [update.rows for update in updates]}
+
+
+class SaveAt(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 1 and self.path is not None:
+            trainer.save_checkpoint(self.path)
+
+
+@SCENES("a checkpoint inside a window")
+def stopped(place):
+    as_torchrun(place)
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    path = Path(folder[0], "inside.ckpt")
+    own = rows(12)[place.rank :: 2]
+    batches = [torch.utils.data.default_collate(own[start:end]) for start, end in ((0, 2), (2, 3), (3, 6))]
+    trained = []
+    for saves, goes_on in ((path, None), (None, path)):
+        module = Regression()
+        loader = Resumable(Task(make, batches))
+        options = {"accumulate_grad_batches": 3, "use_distributed_sampler": False, "ckpt_path": goes_on}
+        fit(module, loader, WholeBatch(), SaveAt(saves), **options)
+        trained.append(torch.cat([each.detach().flatten() for each in module.parameters()]))
+    state = torch.load(path, weights_only=True)
+    kept = next(each for name, each in state["callbacks"].items() if "WholeBatch" in name)
+    return {
+        "off": off(module.net, 12),
+        "same": torch.equal(*trained),
+        "open": [each["window"]["open"] is not None for each in kept["ranks"]],
+    }

@@ -73,7 +73,7 @@ def test_every_scene_that_a_trainer_can_express_passes(system, scene):
         assert verdict.confirmed is not False
 
 
-@pytest.mark.parametrize("name", ["T1-ragged-counts", "T3-tail", "T4-masked-micro-batch", "T4-none"])
+@pytest.mark.parametrize("name", ["T1-ragged-counts", "T3-tail", "T4-masked-micro-batch", "T4-none", "T6-stopped"])
 def test_the_trainer_alone_fails_them(name):
     assert judge(peer.lightning, BY_NAME[name]).outcome == "fail"
 
@@ -387,7 +387,7 @@ def test_a_run_that_broke_off_inside_a_window_leaves_nothing_to_the_next():
     whole = WholeBatch(targets=count)
     with pytest.raises(KeyError):
         fitted(Failing(), labelled(), whole)
-    assert whole.state_dict()["window"]["open"] is not None  # for a checkpoint on the way out
+    assert whole.state_dict()["ranks"][0]["window"]["open"] is not None  # for a checkpoint on the way out
     module = Quiet()
     fitted(module, labelled(), whole)
     assert off(module, undivided(Quiet(), labelled())) <= 1e-12
@@ -485,7 +485,7 @@ def test_a_run_goes_on_from_a_checkpoint_inside_a_window_bit_by_bit(batch, tmp_p
     first.fit(module, StatefulDataLoader(labelled(), batch_size=None))
     state = torch.load(path, weights_only=True)
     kept = next(each for name, each in state["callbacks"].items() if "WholeBatch" in name)
-    assert kept["window"]["open"] is not None
+    assert kept["ranks"][0]["window"]["open"] is not None
     torch.manual_seed(99)
     again = Dropping()
     second = trainer_of(WholeBatch(targets=count), **options)

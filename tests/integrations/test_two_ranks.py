@@ -65,3 +65,10 @@ def test_weights_that_accelerate_shards_make_the_update_of_all_rows(found):
     for each in ranks.result(found, "sharded by FSDP2", 2):
         assert each["off"] <= 1e-12
         assert each["rows"] == [7]
+
+
+def test_a_checkpoint_inside_a_window_holds_the_gradient_of_each_rank(found):
+    for each in ranks.result(found, "a checkpoint inside a window", 2):
+        assert each["open"] == [True, True]
+        assert each["same"]
+        assert each["off"] <= 1e-12

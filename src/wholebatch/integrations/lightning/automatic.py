@@ -99,7 +99,7 @@ class Automatic:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the window that was open."""
-        take_over(self.accumulator, state)
+        take_over(self.accumulator, state, self._trainer.global_rank, self._ranks)
 
     def _run(self, optimizer: Any, batch_idx: int, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Run a micro-batch, or a logical batch that is cut."""

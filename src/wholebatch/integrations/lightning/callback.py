@@ -177,9 +177,9 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
         """Give Lightning's own optimization back."""
         self._leave()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, trainer: Any, *_: Any) -> None:
         """Roll back what is open, after it was kept for a checkpoint that is written on the way out."""
-        self._left = self.state_dict()
+        self._left = self.state_dict() if trainer.world_size == 1 else {}  # other ranks do not come to this
         for each in self.accumulators:
             if each.open_window is not None:
                 each.open_window.rollback()
