@@ -1,6 +1,7 @@
 """A real `Trainer.fit` with our callback, against updates of undivided batches."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from wholebatch.evidence.conformance.adapters import lightning as peer
 from wholebatch.evidence.conformance.judge import judge
 from wholebatch.evidence.conformance.scenes import SCENES
 from wholebatch.integrations.lightning import WholeBatch, windows
+from wholebatch.integrations.lightning.support import require_support
 
 # Lightning calls a part of PyTorch that is deprecated, and gives advice by warnings.
 pytestmark = pytest.mark.filterwarnings(
@@ -679,6 +681,13 @@ def test_strategies_and_plugins_that_own_gradients_are_refused():
         fitted(Quiet(), labelled(), WholeBatch(), plugins=[Quantised()])
 
 
+def test_another_version_of_lightning_is_refused_rather_than_trusted():
+    trainer = trainer_of(WholeBatch())
+    trainer.fit_loop.epoch_loop.automatic_optimization = SimpleNamespace(optim_progress=None)
+    with pytest.raises(wb.ConfigError, match="it has no run"):
+        require_support(trainer, Quiet(), cuts=False)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -686,6 +695,7 @@ def test_strategies_and_plugins_that_own_gradients_are_refused():
         ({"lr_scheduler": None}, "no lr_scheduler="),
         ({"before_step": None}, "no before_step="),
         ({"loss_scaler": None}, "no loss_scaler="),
+        ({"acumulate_in": "fp32"}, "no acumulate_in"),
         ({"clip_norm": 1.0}, "manual optimization"),
         ({"step_schedules": True}, "manual optimization"),
         ({"windows": 2, "targets": len}, "says of each loss"),

@@ -1,6 +1,7 @@
 """What does the user of a `Trainer` add? One callback."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, Literal
 
 from wholebatch.core.errors import ConfigError
@@ -101,6 +102,12 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
         for name, instead in _OF_THE_TRAINER.items():
             if name in options:
                 raise ConfigError(f"WholeBatch takes no {name}=..., which is the trainer's.", hint=f"{instead}.")
+        unknown = [name for name in options if name not in signature(Accumulator).parameters]
+        if unknown:
+            raise ConfigError(
+                f"WholeBatch takes no {', '.join(unknown)}.",
+                hint="its further options are those of wb.Accumulator, such as memory, collate or on_nonfinite.",
+            )
         if windows is None and (clip_norm is not None or step_schedules):
             raise ConfigError(
                 "clip_norm and step_schedules are for manual optimization, and there are no windows=...",

@@ -33,6 +33,7 @@ def require_support(trainer: Any, module: Any, *, cuts: bool) -> None:
         ConfigError: Strategy, precision, a hook, or the trainer's accumulation.
         OptimizerError: There is no optimizer.
     """
+    _require_known_loops(trainer)
     _require_strategy(trainer.strategy)
     plugin = type(trainer.precision_plugin).__name__
     if plugin not in PRECISIONS:
@@ -56,6 +57,23 @@ def require_support(trainer: Any, module: Any, *, cuts: bool) -> None:
         )
     if cuts:
         _require_whole_batches(trainer, module)
+
+
+def _require_known_loops(trainer: Any) -> None:
+    epoch_loop = trainer.fit_loop.epoch_loop
+    loop = epoch_loop.automatic_optimization
+    used = [
+        (epoch_loop, ("_should_accumulate", "_num_ready_batches_reached", "_update_learning_rates")),
+        (epoch_loop, ("update_lr_schedulers", "manual_optimization")),
+        (loop, ("run", "optim_progress", "_skip_backward", "_on_before_zero_grad")),
+        (trainer.precision_plugin, ("_after_closure",)),
+    ]
+    missing = [name for owner, names in used for name in names if not hasattr(owner, name)]
+    if missing:
+        raise ConfigError(
+            f"This version of Lightning trains in another way than those that are known: it has no {missing[0]}.",
+            hint="pip install 'wholebatch[lightning]' 'lightning>=2.5,<2.7'.",
+        )
 
 
 def _require_strategy(strategy: Any) -> None:
