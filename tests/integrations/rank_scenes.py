@@ -22,7 +22,7 @@ from wholebatch.evidence.conformance.judge import judge
 from wholebatch.evidence.conformance.scenes import SCENES as SUITE
 from wholebatch.evidence.conformance.task import Task
 from wholebatch.integrations.accelerate import accumulator, each_row_once
-from wholebatch.integrations.lightning import WholeBatch
+from wholebatch.integrations.lightning import WholeBatch, windows
 
 SCENES = Scenes()
 SYSTEMS = (lightning_adapter.streaming, lightning_adapter.cutting, accelerate_adapter.system)
@@ -137,14 +137,42 @@ def unequal(place):
 def manual(place):
     as_torchrun(place)
 
-    class ByHand(Regression):
+    class Two(LightningModule):
         automatic_optimization = False
 
-    try:
-        fit(ByHand(), DataLoader(rows(4)), WholeBatch(windows=1))
-    except wb.ConfigError as error:
-        return {"said": error.found}
-    return {"said": "nothing"}
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = make(), make()
+
+        def training_step(self, batch, batch_idx):
+            of_one, of_other = windows(self)
+            of_one.backward(loss_of(self.one, batch) + 0 * self.other[0].weight.sum(), targets=len(batch["x"]))
+            through = {"x": batch["x"], "y": batch["y"] + self.one(batch["x"]).detach()}
+            of_other.backward(loss_of(self.other, through) + self.one[0].weight.sum(), targets=len(batch["x"]))
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(each.parameters(), lr=0.5) for each in (self.one, self.other)]
+
+    module = Two()
+    own = rows(12)[place.rank :: 2]
+    batches = [torch.utils.data.default_collate(own[start:end]) for start, end in ((0, 2), (2, 3), (3, 6))]
+    if place.rank == 1:
+        batches[0] = None
+    updates = []
+    loader = DataLoader(batches, batch_size=None)
+    fit(module, loader, WholeBatch(windows=(3, 1), on_update=updates.append), use_distributed_sampler=False)
+    right = make()
+    seen = [row for place, row in enumerate(rows(12)) if place not in (1, 3)]  # those of the batch that is None
+    loss_of(right, torch.utils.data.default_collate(seen)).backward()
+    torch.optim.SGD(right.parameters(), lr=0.5).step()
+    error = max(float((a - b).abs().max()) for a, b in zip(module.one.parameters(), right.parameters(), strict=True))
+    same = [None, None]
+    dist.all_gather_object(same, [each.detach() for each in module.other.parameters()])
+    return {
+        "off": error,
+        "targets": [update.targets for update in updates],
+        "same": all(map(torch.equal, *same)),
+    }
 
 
 @SCENES("each row once")

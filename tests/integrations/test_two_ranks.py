@@ -32,8 +32,13 @@ def test_rows_that_a_sampler_gives_twice_count_once(found):
 def test_ranks_that_would_wait_for_each_other_are_refused(found):
     for each in ranks.result(found, "ranks with unequally many batches", 2):
         assert each["said"].startswith("The ranks have 4, 5 batches")
+
+
+def test_each_optimizer_of_manual_optimization_has_windows_over_all_ranks(found):
     for each in ranks.result(found, "manual optimization", 2):
-        assert each["said"].startswith("Manual optimization on 2 ranks")
+        assert each["off"] <= 1e-14
+        assert each["same"]
+        assert each["targets"] == [2, 2, 10, 6]  # one rank's first batch is None; the last window of both
 
 
 def test_each_row_of_a_prepared_loader_comes_once(found):

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from wholebatch.core.errors import ConfigError
 from wholebatch.core.record import Update
 from wholebatch.engine.accumulator import Accumulator
+from wholebatch.engine.ranks.wrapping import Wrapping
 from wholebatch.engine.window import Window
 from wholebatch.integrations.lightning.keeping import kept, take_over
 
@@ -29,7 +30,7 @@ class Manual:
         accumulators: One for each optimizer.
 
     Raises:
-        ConfigError: Lengths are missing or no numbers of batches, or there are several ranks or a loss scale.
+        ConfigError: Lengths are missing or no numbers of batches, or there is a loss scale.
     """
 
     def __init__(
@@ -49,12 +50,6 @@ class Manual:
                 hint="say how many batches make a logical batch of each, as in WholeBatch(windows="
                 f"{(1,) * len(optimizers)}), and take them in training_step: windows(self).",
             )
-        if trainer.world_size > 1:
-            raise ConfigError(
-                f"Manual optimization on {trainer.world_size} ranks: a wrapper around the whole module would send "
-                "gradients in the middle of a window.",
-                hint="train in one process, or with automatic optimization.",
-            )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ConfigError(
                 "Manual optimization with a loss scale: one scale would be lowered and raised by several windows.",
@@ -70,6 +65,8 @@ class Manual:
             )
             for optimizer in optimizers
         )
+        self._ranks, self._rank = trainer.world_size, trainer.global_rank
+        self._wrapping = Wrapping(trainer.strategy.model)
         self._lengths = tuple(lengths)
         self._batches = [0] * len(optimizers)
         self._told = told
@@ -79,10 +76,12 @@ class Manual:
     def install(self) -> None:
         """Be told where a batch ends."""
         self._epoch_loop.update_lr_schedulers = self._end_batch
+        self._wrapping.hush()  # it is around all players, and would send the gradients of each backward pass
 
     def remove(self) -> None:
         """Be told no longer."""
         vars(self._epoch_loop).pop("update_lr_schedulers", None)
+        self._wrapping.release()
 
     def windows(self) -> tuple[Window, ...]:
         """Return the open window of each optimizer."""
@@ -90,21 +89,23 @@ class Manual:
 
     def end_epoch(self) -> None:
         """Make updates of what an early end has left in windows."""
-        self._close([True] * len(self._lengths))
+        self._close([n > 0 for n in self._batches])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint inside windows has to hold."""
-        return {"accumulators": [kept(each) for each in self.accumulators], "batches": list(self._batches)}
+        return {"accumulators": [kept(each, self._ranks) for each in self.accumulators], "batches": list(self._batches)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the windows that were open."""
         for accumulator, of_it in zip(self.accumulators, state["accumulators"], strict=True):
-            take_over(accumulator, of_it)
+            take_over(accumulator, of_it, self._rank, self._ranks)
         self._batches = list(state["batches"])
 
     def _end_batch(self, interval: str, update_plateau_schedulers: bool) -> None:
         """Close the windows that are complete; Lightning itself steps no schedules in manual optimization."""
         if interval == "step" and not update_plateau_schedulers:
+            if self._ranks > 1:
+                self.windows()  # also where the batch was None: ranks open, and close, each window together
             self._batches = [each + 1 for each in self._batches]
             last = self._epoch_loop._num_ready_batches_reached()
             self._close([last or n >= length for n, length in zip(self._batches, self._lengths, strict=True)])
