@@ -21,19 +21,19 @@ Count = int | Tensor
 
 
 class Relay:
-    """Takes a part of a gradient from one place in a backward pass to a later one, where it is added to in place."""
+    """Takes what a part of a gradient is made of from one place in a backward pass to a later one, which makes it."""
 
     __slots__ = ("_carried", "_task")
 
     def __init__(self) -> None:
-        self._carried: Tensor | None = None
+        self._carried: tuple[Tensor, Tensor] | None = None
         self._task = -1
 
-    def put(self, part: Tensor) -> None:
-        """Leave a part that nobody else uses."""
-        self._carried, self._task = part, torch._C._current_graph_task_id()
+    def put(self, d_y: Tensor, slope: Tensor) -> None:
+        """Leave the two factors of a part: of the values, and of their channels."""
+        self._carried, self._task = (d_y, slope), torch._C._current_graph_task_id()
 
-    def take(self) -> Tensor | None:
+    def take(self) -> tuple[Tensor, Tensor] | None:
         """Return what was left in this backward pass; what an earlier one left is forgotten."""
         carried, self._carried = self._carried, None
         return carried if self._task == torch._C._current_graph_task_id() else None
@@ -129,7 +129,7 @@ class _Moments(torch.autograd.Function):
         shift, slope = d_mean / count, 2 * d_squares
         d_x = _affine(x, mean, slope, shift)
         rest = ctx.relay.take()
-        return d_x if rest is None else rest.add_(d_x), None
+        return d_x if rest is None else d_x.addcmul_(rest[0], _over(rest[1], x)), None
 
 
 class _Merge(torch.autograd.Function):
@@ -193,11 +193,12 @@ class _Normalize(torch.autograd.Function):
             d_bias = wide.sum(_dims(x))
             d_slope = (wide * (widened(x) - _over(mean, x))).sum(_dims(x))
         else:
+            asked = [ctx.relay is None, True, True]
             d_x, d_slope, d_bias = torch.ops.aten.native_batch_norm_backward(
-                d_y, x, slope, mean, torch.ones_like(mean), None, None, False, 0.0, [True, True, True]
+                d_y, x, slope, mean, torch.ones_like(mean), None, None, False, 0.0, asked
             )
             if ctx.relay is not None:
-                ctx.relay.put(d_x)
+                ctx.relay.put(d_y, slope)
                 d_x = None
         d_scale = d_slope if weight is None else d_slope * weight
         d_moments = torch.stack([-slope * d_bias, d_scale, torch.zeros_like(variance)])
