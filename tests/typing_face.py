@@ -54,6 +54,15 @@ def whole_batches(model: nn.Module, loader: Iterator[Batch]) -> None:
     assert_type(accumulator.reasons, list[str])
 
 
+def a_loop_of_somebody_else(model: nn.Module, loader: Iterator[Batch], scaler: torch.amp.GradScaler) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    accumulator = wb.Accumulator(
+        model, optimizer, mean_loss, loss_scaler=scaler, before_step=lambda: print(model.training)
+    )
+    for micro_batch in loader:
+        assert_type(accumulator.add(micro_batch, last=False), wb.Window)
+
+
 def every_option(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -83,6 +84,10 @@ class Accumulator:
             8 bits of each number. None: as they are summed.
         communication: For sharded weights: ``"once"`` gathers them and reduces gradients once a window, holding all of
             both meanwhile; ``"each"`` does so with every pass, and holds no more than a layer and a share.
+        loss_scaler: A `torch.amp.GradScaler` that losses are scaled with, in whichever precision; it is lowered and
+            raised by this accumulator. None: ``precision="fp16"`` makes one of its own, and others have none.
+        before_step: Called once an update that is to be applied, when the gradient of the logical batch is in
+            ``.grad``, divided and clipped, and before an optimizer steps: to look at it, or to change it.
         balance: ``"tokens"`` lets rows of each logical batch that `step` is handed move between ranks, so that all have
             equally much to do; with `collate`. None: each rank trains on the rows that it is handed.
 
@@ -134,6 +139,8 @@ class Accumulator:
         reduce_in: ReduceIn | None = None,
         communication: Communication = "once",
         balance: Balance | None = None,
+        loss_scaler: torch.amp.GradScaler | None = None,
+        before_step: Callable[[], object] | None = None,
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
@@ -158,7 +165,7 @@ class Accumulator:
         )
         check_clip_norm(self._setup.optimizers, clip_norm)
         objective = Objective(loss_fn, targets, reduction)
-        self._precision = Precision(precision, self._setup.device)
+        self._precision = Precision(precision, self._setup.device, loss_scaler)
         sum_in = check_sum_in(accumulate_in)
         rules = Rules(
             setup=self._setup,
@@ -169,6 +176,7 @@ class Accumulator:
             clip_norm=clip_norm,
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
+            before_step=before_step,
         )
         self._layout = Layout(collate, paths(whole), dims)
         wire = self._setup.group.wire
@@ -295,6 +303,27 @@ class Accumulator:
             goes_on=True,
         )
         window.steps_again = True
+        return window
+
+    def add(self, micro_batch: Any, *, last: bool = False) -> Window:
+        """Add a micro-batch to the open window, or to one that is opened for it, as `updates` does.
+
+        For a loop of somebody else's, that hands in one micro-batch after the other: where memory runs out in it, it is
+        undone, split by rows, and tried again.
+
+        Args:
+            micro_batch: As `loss_fn` takes it. None takes its place in a window and adds nothing.
+            last: Whether it is known to be the last of this process in its window, so that ranks can speak during its
+                backward pass.
+
+        Returns:
+            The window, which is still open: close it, or roll it back.
+
+        Raises:
+            Exception: As in `updates`, but a window that is open stays so where `loss_fn` raises.
+        """
+        window = self._windows.current or self.window()
+        self._loading.add(window, micro_batch, last)
         return window
 
     @property

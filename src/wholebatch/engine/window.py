@@ -43,6 +43,7 @@ class Rules:
     clip_norm: float | None
     on_nonfinite: OnNonFinite
     batch_norm: BatchNorm
+    before_step: Callable[[], object] | None = None
 
 
 _NOTHING = "no micro-batch held a target or made a loss (loss_fn returned None), so there was nothing to learn"
@@ -432,6 +433,8 @@ class Window:
         with uninterrupted():
             with group.moving(), self._rules.precision.settling(read.scaled_norm):
                 group.deliver(self.sums, read.factor * clip)
+                if self._rules.before_step is not None:
+                    self._rules.before_step()
                 late = self._step()
                 torch.clear_autocast_cache()  # or an autocast around the whole loop would go on with the old weights
             self.sums.commit()
