@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -85,6 +86,10 @@ class Accumulator:
             8 bits of each number. None: as they are summed.
         communication: For sharded weights: ``"once"`` gathers them and reduces gradients once a window, holding all of
             both meanwhile; ``"each"`` does so with every pass, and holds no more than a layer and a share.
+        loss_scaler: A `torch.amp.GradScaler` that losses are scaled with, in whichever precision; it is lowered and
+            raised by this accumulator. None: ``precision="fp16"`` makes one of its own, and others have none.
+        before_step: Called once an update that is to be applied, when the gradient of the logical batch is in
+            ``.grad``, divided and clipped, and before an optimizer steps: to look at it, or to change it.
         noise_scale: Whether the gradient noise scale is measured, from micro-batches against their window, and put
             into the record; or over how many windows it is averaged, 30 by default. It takes windows of two
             micro-batches or more, whose rows were not sorted.
@@ -93,6 +98,8 @@ class Accumulator:
 
     Attributes:
         reasons: What was chosen automatically, and why; one sentence each.
+        counts_first: Whether `step` counts the targets of a list of rows before the first forward pass, so that losses
+            are divided once, by the count of all; then all its micro-batches are collated at the same time.
         noise: The averages of which the noise scale is made, where it is measured; else None.
 
     Raises:
@@ -138,6 +145,8 @@ class Accumulator:
         reduce_in: ReduceIn | None = None,
         communication: Communication = "once",
         balance: Balance | None = None,
+        loss_scaler: torch.amp.GradScaler | None = None,
+        before_step: Callable[[], object] | None = None,
         noise_scale: bool | int = False,
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
@@ -157,6 +166,7 @@ class Accumulator:
         check_balance(balance, collate)
         self._reasons = say = Reasons()
         self.reasons = say.said
+        self.counts_first = False
         self._setup = Setup.of(
             model,
             optimizer,
@@ -170,7 +180,7 @@ class Accumulator:
         self.noise = noise.average if noise is not None else None
         check_clip_norm(self._setup.optimizers, clip_norm)
         objective = Objective(loss_fn, targets, reduction)
-        self._precision = Precision(precision, self._setup.device)
+        self._precision = Precision(precision, self._setup.device, loss_scaler)
         sum_in = check_sum_in(accumulate_in)
         rules = Rules(
             setup=self._setup,
@@ -181,6 +191,7 @@ class Accumulator:
             clip_norm=clip_norm,
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
+            before_step=before_step,
             noise=noise,
         )
         self._layout = Layout(collate, paths(whole), dims)
@@ -249,7 +260,7 @@ class Accumulator:
     def _step(self, rows: LogicalBatch) -> Update:
         """Make one update from a logical batch of which this process has some rows, or none."""
         group = self._setup.group
-        if self._windows.rules.sums.consumes:  # targets must be known before a backward pass
+        if self.counts_first or self._windows.rules.sums.consumes:  # the latter need targets before a backward pass
             rows.keep()
         retries = 0
         while True:
@@ -311,6 +322,27 @@ class Accumulator:
         window.steps_again = True
         return window
 
+    def add(self, micro_batch: Any, *, last: bool = False) -> Window:
+        """Add a micro-batch to the open window, or to one that is opened for it, as `updates` does.
+
+        For a loop of somebody else's, that hands in one micro-batch after the other: where memory runs out in it, it is
+        undone, split by rows, and tried again.
+
+        Args:
+            micro_batch: As `loss_fn` takes it. None takes its place in a window and adds nothing.
+            last: Whether it is known to be the last of this process in its window, so that ranks can speak during its
+                backward pass.
+
+        Returns:
+            The window, which is still open: close it, or roll it back.
+
+        Raises:
+            Exception: As in `updates`, but a window that is open stays so where `loss_fn` raises.
+        """
+        window = self._windows.current or self.window()
+        self._loading.add(window, micro_batch, last)
+        return window
+
     @property
     def meets(self) -> bool:
         """Whether it is known that the micro-batches of a window meet."""
@@ -351,6 +383,16 @@ class Accumulator:
             RankError: Another rank cannot take over its own.
         """
         take_over(self._windows, self._precision, state)
+
+    @property
+    def loss_scale(self) -> dict[str, Any] | None:
+        """The state of the dynamic loss scale, as `torch.amp.GradScaler` has it; None where there is none."""
+        return self._precision.state_dict()
+
+    @loss_scale.setter
+    def loss_scale(self, state: Mapping[str, Any] | None) -> None:
+        self._precision.require(state)
+        self._precision.load_state_dict(state)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""

@@ -127,6 +127,17 @@ class Loading:
                 hint="let len(loader) be right, or hand in iter(loader), whose length is not asked.",
             )
 
+    def add(self, window: Window, micro_batch: Any, last: bool) -> None:
+        """Add a micro-batch to a window of somebody else's loop; see `wb.Accumulator.add`."""
+        if window.is_empty:
+            self._splitting.closed()
+        if micro_batch is None:
+            return
+        self._first_check.look_at_loaded(micro_batch, self._layout)
+        if last:
+            window.expect_last()
+        self._splitting.into(window, micro_batch)
+
     def _stream(self, loader: Iterable[Any], places: "Places") -> Iterator[tuple[Any, bool]]:
         """The micro-batches of this process, and empty windows for as long as other ranks have more."""
         streams = self._windows.rules.setup.group.streams

@@ -44,6 +44,7 @@ class Rules:
     clip_norm: float | None
     on_nonfinite: OnNonFinite
     batch_norm: BatchNorm
+    before_step: Callable[[], object] | None = None
     noise: Noise | None = None
 
 
@@ -443,6 +444,8 @@ class Window:
         with uninterrupted():
             with group.moving(), self._rules.precision.settling(read.scaled_norm):
                 group.deliver(self.sums, read.factor * clip)
+                if self._rules.before_step is not None:
+                    self._rules.before_step()
                 late = self._step()
                 torch.clear_autocast_cache()  # or an autocast around the whole loop would go on with the old weights
             self.sums.commit()
