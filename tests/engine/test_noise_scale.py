@@ -427,6 +427,15 @@ def test_ranks_follow_a_schedule_together(two, several):
     assert found[0]["off"] < EXACT
 
 
+def test_ranks_grow_by_noise_together(two):
+    """Each decides for itself, from numbers that are the same on both to the bit."""
+    one, other = ranks.result(two, "schedule by noise", 2)
+    assert one == other
+    assert [size for _, size in one["changes"]] == [4, 8, 16]
+    assert one["scale"] == pytest.approx(144, rel=0.3)
+    assert max(one["rows"]) == 2 * 16 * 4
+
+
 def test_sinks_and_report_show_it(tmp_path):
     _, update = measured(CALM["mlp"], CALM["mlp"].batch(ROWS, torch.float64), (), "step", micro_batch=wb.Rows(1))
     assert update.to_dict()["noise_scale"] == update.noise_scale

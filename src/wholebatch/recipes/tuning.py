@@ -57,7 +57,7 @@ def tune_recipe(
         >>> tuning.present, [each.rows for each in tuning.timed]
         (16, [2, 4, 8, 16, 32, 64])
     """
-    plan = plan_recipe(recipe, config, timed=False)
+    plan = plan_recipe(recipe, config, timed=config.micro_batch == "auto")
     if not plan.fits:
         raise OutOfMemoryError(
             f"The recipe does not fit: {plan.reasons[0]}", hint=f"wholebatch plan {recipe.name} says what would help."
