@@ -215,8 +215,8 @@ def _reasons(
     if noise.scale is not None:
         said.append(
             f"The noise scale is that of the last {noise.windows} of {updates} updates{_rise(noise)}. It rises as "
-            "training goes on, and with it the size that is worth it: measure longer (--updates) or along the way (train "
-            "--noise-scale), or let the logical batch grow with it (train --grow-to ... --grow noise)."
+            "training goes on, and with it the size that is worth it: measure longer (--updates) or along the way "
+            "(train --noise-scale), or let the logical batch grow with it (train --grow-to ... --grow noise)."
         )
     elif why is not None and "meet" in why:
         return [*said, _COUPLED]
