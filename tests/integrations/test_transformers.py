@@ -13,6 +13,7 @@ import ranks
 import wholebatch as wb
 from integrations.trainer_models import (
     VOCABULARY,
+    Pooled,
     Stream,
     Tagger,
     TakesKeywords,
@@ -23,6 +24,7 @@ from integrations.trainer_models import (
     plainly,
     train,
     trainer_of,
+    without_mask,
 )
 from integrations.trainer_system import whole_batch_trainer, whole_batch_trainer_loss_func
 from properties import flat
@@ -79,6 +81,12 @@ def test_the_model_is_wrapped_for_two_ranks_and_all_of_them_refuse_together(two)
     for found in ranks.result(two, "refusal", 2):
         assert found["wrapper"] == "DistributedDataParallel"
         assert "neither over labels that are not -100 nor over rows" in found["said"]
+
+
+def test_padding_that_counts_is_refused_on_two_ranks(two):
+    said = [found["said"] for found in ranks.result(two, "padding", 2)]
+    assert "ranks pad differently" in " ".join(said)
+    assert "nothing" not in said
 
 
 @pytest.mark.parametrize("make", [Tagger, TakesKeywords], ids=lambda make: make.__name__)
@@ -508,6 +516,23 @@ def test_a_collator_that_draws_and_changes_its_rows_is_asked_once():
 
     train(Tagger(), documents(21), options={"data_collator": masking, "check": None, "targets": "labels"})
     assert sum(draws) == 2 * 21
+
+
+def test_where_padding_counts_rows_are_padded_as_in_the_undivided_batch():
+    def collate(rows):
+        return without_mask(pad(rows))
+
+    model, rows = Pooled(), documents(21)
+    trained = copy.deepcopy(model)
+    trainer = train(trained, rows, options={"data_collator": collate})
+    assert change_error(model, trained, plainly(model, rows, collate=collate)[0]) < EXACT
+    assert trainer.last_update.micro_batches == 3
+    (reason,) = [each for each in trainer.accumulator.reasons if "how much it is padded" in each]
+    assert "attention_mask" in reason
+
+    unchecked = copy.deepcopy(model)
+    train(unchecked, rows, options={"data_collator": collate, "check": None})
+    assert change_error(model, unchecked, plainly(model, rows, collate=collate)[0]) > 1e-3
 
 
 def test_batch_norm_is_refused_or_exact():

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wholebatch.core.errors import WeightError, WholeBatchError
+from wholebatch.core.errors import VerifyError, WeightError, WholeBatchError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
@@ -21,9 +21,13 @@ from wholebatch.engine.transaction import Transaction
 from wholebatch.integrations.transformers.drawing import draws, look
 from wholebatch.integrations.transformers.looking import ROWS, looking, measure
 from wholebatch.integrations.transformers.objective import Rule, TrainerLoss
+from wholebatch.integrations.transformers.parts import rows_of
 from wholebatch.integrations.transformers.rows import Collate, Taken, longest_first
 
 _log = logging.getLogger("wholebatch")
+
+_PADDED = "The loss of a row depends on how much it is padded, and so on which rows it is collated with"
+_MASK = "pass attention_mask, or another mask, to the model; or pad every row to one length in the collator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,8 @@ class Updates:
         self._loss = TrainerLoss(trainer, options.targets, options.reduction)
         self._optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         self._before_step = _BeforeStep(trainer, self._optimizer)
-        self._made_for: tuple[bool, Rule | None] | None = None
+        self._made_for: tuple[bool, Rule | None, bool] | None = None
+        self._together = False
         self._reasons: list[str] = []
         self._due = True
         self._check = options.passed_on["check"]
@@ -82,7 +87,7 @@ class Updates:
                 self._count([self._collate.seen(each) for each in taken.items])
             else:
                 rows = longest_first(taken.rows)
-                update = accumulator.step(rows if rows else None)
+                update = self._step(accumulator, rows)
                 self._count(self._collate.ended(len(rows)))
             return update
         finally:
@@ -100,7 +105,7 @@ class Updates:
         self._before_step.remove()
 
     def _accumulator(self, collated: bool, rule: Rule | None) -> Accumulator:
-        if self.accumulator is not None and self._made_for == (collated, rule):
+        if self.accumulator is not None and self._made_for == (collated, rule, self._together):
             return self.accumulator
         options, trainer = self._options, self._trainer
         cut: Literal["auto"] | Rows | Tokens = "auto"
@@ -109,7 +114,7 @@ class Updates:
         elif options.memory is None:
             cut = Rows(trainer.args.train_batch_size)
         given = options.targets is not None
-        self._made_for = collated, rule
+        self._made_for = collated, rule, self._together
         self.accumulator = Accumulator(
             self._model,
             self._optimizer,
@@ -118,7 +123,7 @@ class Updates:
             reduction=self._reduction,
             micro_batch=cut,
             memory=options.memory,
-            collate=None if collated else self._collate,
+            collate=None if collated or self._together else self._collate,
             clip_norm=trainer.args.max_grad_norm or None,
             precision="fp16" if trainer.accelerator.scaler is not None else "fp32",  # bf16 is in the forward pass
             **{**options.passed_on, "check": None if self._due else self._check},
@@ -143,13 +148,11 @@ class Updates:
         if not any(_heard(draws(trainer.data_collator, taken.rows[:usual], trainer.args.device))):
             return
         self._check = None  # that of the accumulator would collate the same rows again, to others
-        counts = self._loss.count if self._loss.rule is not None else None
-        objective = Objective(own or self._loss, counts, self._reduction)
         refusal: WholeBatchError | None = None
         before = RandomState.now(trainer.args.device)
         try:
             if taken.rows:
-                found = look(trainer.model, objective, self._collate(taken.rows[:usual]))
+                found = self._look(taken.rows[:usual])
                 self._reasons += [found] if found else []
         except WholeBatchError as error:
             refusal = error
@@ -158,6 +161,40 @@ class Updates:
         for each in _heard(refusal):
             if each is not None:
                 raise each
+
+    def _look(self, rows: list[Any]) -> str | None:
+        """Compare rows, cut and uncut, without collating them a second time."""
+        counts = self._loss.count if self._loss.rule is not None else None
+        objective = Objective(self._options.loss_fn or self._loss, counts, self._reduction)
+        return look(self._trainer.model, objective, self._collate(rows))
+
+    def _step(self, accumulator: Accumulator, rows: list[Any]) -> Update:
+        """Make an update of rows, which are padded to the longest of a micro-batch wherever that changes nothing."""
+        if not rows:
+            return accumulator.step(None)
+        if self._together:
+            return accumulator.step(self._collate(rows))
+        try:
+            return accumulator.step(rows)
+        except VerifyError as error:
+            if not self._padding_counts(rows):
+                raise
+            if dist.is_available() and dist.is_initialized():
+                raise VerifyError(f"{_PADDED}, and ranks pad differently.", hint=f"{_MASK}.") from error
+        self._together = True
+        self._reasons.append(
+            f"{_PADDED}: all rows of a logical batch are collated together, and cut then (hint: {_MASK})."
+        )
+        _log.warning(self._reasons[-1])
+        return self._accumulator(False, self._loss.rule).step(self._collate(rows))
+
+    def _padding_counts(self, rows: list[Any]) -> bool:
+        """Whether a cut changes nothing where rows are padded as they were before it."""
+        some = rows[:: -(-len(rows) // ROWS)]
+        try:
+            return rows_of(self._collate(some)) == len(some) and self._look(some) is not None
+        except WholeBatchError:
+            return False
 
     @property
     def _reduction(self) -> Reduction:
