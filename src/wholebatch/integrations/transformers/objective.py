@@ -113,7 +113,8 @@ class TrainerLoss:
         trainer = self.trainer
         inputs = trainer._prepare_inputs(micro_batch)  # a copy: compute_loss may take the labels out
         with trainer.compute_loss_context_manager():
-            items = torch.as_tensor(items, device=trainer.args.device) if items is not None else None
+            if items is not None and not isinstance(items, Tensor):
+                items = torch.full((), items, device=trainer.args.device)  # written there: no copy is waited for
             loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=items)
             return loss
 
