@@ -15,7 +15,7 @@ from wholebatch.evidence import reference
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say about themselves when they are loaded
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments  # noqa: F401 - for others
 
     from wholebatch.integrations.transformers import WholeBatchTrainer
 
