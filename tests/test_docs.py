@@ -89,7 +89,10 @@ def accelerate_forgets():
 
 
 # Lightning calls a part of PyTorch that is deprecated, and gives advice by warnings, which depends on the machine.
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", r"ignore:::lightning\..*")
+as_lightning_warns = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", r"ignore:::lightning\..*")
+
+
+@as_lightning_warns
 @pytest.mark.parametrize("page", [page for page in PAGES if page.is_file()], ids=lambda page: page.name)
 @pytest.mark.usefixtures("accelerate_forgets")
 def test_the_examples_of_the_page_run(page, tmp_path, monkeypatch):
@@ -97,7 +100,9 @@ def test_the_examples_of_the_page_run(page, tmp_path, monkeypatch):
     run_page(page)
 
 
+@as_lightning_warns
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.usefixtures("accelerate_forgets")
 def test_the_examples_of_the_docstrings_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=LENIENT)

@@ -54,6 +54,30 @@ def whole_batches(model: nn.Module, loader: Iterator[Batch]) -> None:
     assert_type(accumulator.reasons, list[str])
 
 
+def a_loop_of_somebody_else(model: nn.Module, loader: Iterator[Batch], scaler: torch.amp.GradScaler) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    accumulator = wb.Accumulator(
+        model, optimizer, mean_loss, loss_scaler=scaler, before_step=lambda: print(model.training)
+    )
+    for micro_batch in loader:
+        assert_type(accumulator.add(micro_batch, last=False), wb.Window)
+
+
+def growing_batches(model: nn.Module, loader: Iterator[Batch]) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    accumulator = wb.Accumulator(model, optimizer, mean_loss, noise_scale=True)
+    schedule = wb.schedules.ByNoise(4, largest=64, share=0.5)
+    rates = wb.schedules.Rates(optimizer, at=4, rule="sqrt")
+    for update in accumulator.updates(loader, micro_batches=schedule):
+        assert_type(update.noise_scale, float | None)
+        rates.follow(schedule.at(update.number))
+    batches = wb.LogicalBatches(1000, wb.schedules.Stepped(8, {2: 16}, by="epoch"))
+    assert_type(len(batches), int)
+    print(wb.schedules.Change.of(optimizer, 4, "linear"))
+    if accumulator.noise is not None:
+        assert_type(accumulator.noise.scale, float | None)
+
+
 def every_option(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)

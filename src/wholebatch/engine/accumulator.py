@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -12,6 +13,7 @@ from wholebatch.core.batch import Layout, LogicalBatch, paths
 from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError, SplitError
 from wholebatch.core.record import Update
+from wholebatch.core.schedules.schedule import Schedule
 from wholebatch.core.split import Indices, Rows, Tokens
 from wholebatch.core.weights import Count, Reduction
 from wholebatch.engine import memory
@@ -27,6 +29,7 @@ from wholebatch.engine.making import Making
 from wholebatch.engine.meetings.company import OneByOne
 from wholebatch.engine.meetings.lockstep import Execution, Lockstep
 from wholebatch.engine.narrow import SumIn, check_sum_in
+from wholebatch.engine.noise import noise_of
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
@@ -83,6 +86,13 @@ class Accumulator:
             8 bits of each number. None: as they are summed.
         communication: For sharded weights: ``"once"`` gathers them and reduces gradients once a window, holding all of
             both meanwhile; ``"each"`` does so with every pass, and holds no more than a layer and a share.
+        loss_scaler: A `torch.amp.GradScaler` that losses are scaled with, in whichever precision; it is lowered and
+            raised by this accumulator. None: ``precision="fp16"`` makes one of its own, and others have none.
+        before_step: Called once an update that is to be applied, when the gradient of the logical batch is in
+            ``.grad``, divided and clipped, and before an optimizer steps: to look at it, or to change it.
+        noise_scale: Whether the gradient noise scale is measured, from micro-batches against their window, and put
+            into the record; or over how many windows it is averaged, 30 by default. It takes windows of two
+            micro-batches or more, whose rows were not sorted.
         balance: ``"tokens"`` lets rows of each logical batch that `step` is handed move between ranks, so that all have
             equally much to do; with `collate`. None: each rank trains on the rows that it is handed.
 
@@ -90,6 +100,7 @@ class Accumulator:
         reasons: What was chosen automatically, and why; one sentence each.
         counts_first: Whether `step` counts the targets of a list of rows before the first forward pass, so that losses
             are divided once, by the count of all; then all its micro-batches are collated at the same time.
+        noise: The averages of which the noise scale is made, where it is measured; else None.
 
     Raises:
         OptimizerError: Model, optimizer and scheduler do not belong together.
@@ -134,6 +145,9 @@ class Accumulator:
         reduce_in: ReduceIn | None = None,
         communication: Communication = "once",
         balance: Balance | None = None,
+        loss_scaler: torch.amp.GradScaler | None = None,
+        before_step: Callable[[], object] | None = None,
+        noise_scale: bool | int = False,
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
@@ -154,11 +168,19 @@ class Accumulator:
         self.reasons = say.said
         self.counts_first = False
         self._setup = Setup.of(
-            model, optimizer, lr_scheduler, reduce_in=reduce_in, communication=communication, say=say
+            model,
+            optimizer,
+            lr_scheduler,
+            reduce_in=reduce_in,
+            communication=communication,
+            measures=noise_scale is not False,
+            say=say,
         )
+        noise = noise_of(noise_scale, self._setup.optimizers, micro_batch, say)
+        self.noise = noise.average if noise is not None else None
         check_clip_norm(self._setup.optimizers, clip_norm)
         objective = Objective(loss_fn, targets, reduction)
-        self._precision = Precision(precision, self._setup.device)
+        self._precision = Precision(precision, self._setup.device, loss_scaler)
         sum_in = check_sum_in(accumulate_in)
         rules = Rules(
             setup=self._setup,
@@ -169,6 +191,8 @@ class Accumulator:
             clip_norm=clip_norm,
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
+            before_step=before_step,
+            noise=noise,
         )
         self._layout = Layout(collate, paths(whole), dims)
         wire = self._setup.group.wire
@@ -252,7 +276,7 @@ class Accumulator:
             self._cutting.follow(sizes, self._reasons)
             retries += 1
 
-    def updates(self, loader: Iterable[Any], *, micro_batches: int) -> Iterator[Update]:
+    def updates(self, loader: Iterable[Any], *, micro_batches: int | Schedule) -> Iterator[Update]:
         """Make updates from a loader that already yields micro-batches.
 
         The tail is an update of its own, weighted by what is in it; nothing is left over for the next epoch. A
@@ -261,7 +285,8 @@ class Accumulator:
         Args:
             loader: Yields micro-batches; its length need not be known. None takes its place in a window and adds
                 nothing.
-            micro_batches: How many make one logical batch.
+            micro_batches: How many make one logical batch, of each rank; or one of `wb.schedules` that says so for each
+                logical batch, by how many windows came before it.
 
         Yields:
             The record of each update, as soon as it has happened.
@@ -295,6 +320,27 @@ class Accumulator:
             goes_on=True,
         )
         window.steps_again = True
+        return window
+
+    def add(self, micro_batch: Any, *, last: bool = False) -> Window:
+        """Add a micro-batch to the open window, or to one that is opened for it, as `updates` does.
+
+        For a loop of somebody else's, that hands in one micro-batch after the other: where memory runs out in it, it is
+        undone, split by rows, and tried again.
+
+        Args:
+            micro_batch: As `loss_fn` takes it. None takes its place in a window and adds nothing.
+            last: Whether it is known to be the last of this process in its window, so that ranks can speak during its
+                backward pass.
+
+        Returns:
+            The window, which is still open: close it, or roll it back.
+
+        Raises:
+            Exception: As in `updates`, but a window that is open stays so where `loss_fn` raises.
+        """
+        window = self._windows.current or self.window()
+        self._loading.add(window, micro_batch, last)
         return window
 
     @property

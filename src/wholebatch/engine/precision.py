@@ -29,6 +29,7 @@ class Precision:
     Args:
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         device: Where the weights live.
+        scaler: Scales losses, in whichever precision; None: one of its own in float16, and else none.
 
     Attributes:
         as_is: Whether forward passes run as the weights are, without autocast.
@@ -37,7 +38,7 @@ class Precision:
         WeightError: There is no such precision.
     """
 
-    def __init__(self, precision: Format, device: torch.device) -> None:
+    def __init__(self, precision: Format, device: torch.device, scaler: torch.amp.GradScaler | None = None) -> None:
         if precision not in get_args(Format):
             raise WeightError(
                 f"precision={precision!r} is not one that forward passes can run in.",
@@ -46,7 +47,14 @@ class Precision:
         self._device = device
         self._dtype = _AUTOCAST.get(precision)
         self.as_is = self._dtype is None
-        self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise ConfigError(
+                f"loss_scaler is a {type(scaler).__name__}, which scales no loss.",
+                hint="pass a torch.amp.GradScaler, or leave it out.",
+            )
+        if scaler is None and precision == "fp16":
+            scaler = torch.amp.GradScaler(device.type)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         # The scaler looks for infinities in the gradients of an optimizer. One with a single number, the norm of the
         # window's gradient, tells it about all optimizers at once.
         self._norm = torch.zeros(1, device=device, requires_grad=True)
@@ -123,8 +131,8 @@ class Precision:
             self.settle(norm)
             yield
         except BaseException:
-            # A new one: an old one that was stopped half-way would refuse to go on.
-            self._scaler = torch.amp.GradScaler(self._device.type)
+            if before["scale"] > 0:  # one that was stopped half-way refuses to go on, unless a scale is set
+                self._scaler.update(before["scale"])
             self._scaler.load_state_dict(before)
             self._norm.grad = None
             raise

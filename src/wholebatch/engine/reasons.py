@@ -18,12 +18,15 @@ _log = logging.getLogger("wholebatch")
 class Reasons:
     """The reasons of an accumulator's choices.
 
+    Args:
+        said: What has been said already, to be gone on with.
+
     Attributes:
         said: The sentences, in the order in which they were first said.
     """
 
-    def __init__(self) -> None:
-        self.said: list[str] = []
+    def __init__(self, said: list[str] | None = None) -> None:
+        self.said: list[str] = [] if said is None else said
 
     def __call__(self, reason: str, level: int = logging.INFO) -> None:
         """Keep a reason and log it, unless it has been said."""

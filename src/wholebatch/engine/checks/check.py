@@ -23,6 +23,7 @@ from wholebatch.engine.memory import is_out_of_memory
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.reasons import Say
+from wholebatch.engine.rehearsal import rehearsal
 from wholebatch.engine.transaction import Transaction
 
 ROWS = 8
@@ -48,6 +49,7 @@ class FirstCheck:
         self._due = wanted
         self._say = say
 
+    @rehearsal()
     def look(self, rows: LogicalBatch, largest: Indices) -> None:
         """Compare a few rows of a logical batch, if it is the first.
 

@@ -26,6 +26,7 @@ from wholebatch.engine.meetings.exactnorm import exact_layers
 from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
+from wholebatch.engine.rehearsal import rehearsal
 from wholebatch.engine.setup import Setup
 
 Say: TypeAlias = Callable[[str, int], None]
@@ -82,6 +83,7 @@ class Fitting:
         ]
         return tuple(shapes), 0
 
+    @rehearsal()
     def largest(self, rows: LogicalBatch, say: Say, *, timed: bool = True) -> int:
         """Return how many rows of a logical batch are to be taken at once.
 
@@ -132,6 +134,7 @@ class Fitting:
         )
         return chosen
 
+    @rehearsal()
     def peak(self, rows: LogicalBatch, at_once: int) -> tuple[int, int]:
         """Return what micro-batches of so many rows take, and the budget. Unit: bytes."""
         probe = self.probe_of(rows)
