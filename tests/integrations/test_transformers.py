@@ -2,8 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -597,18 +595,3 @@ def test_a_step_on_its_own_is_no_window(tmp_path):
     trainer = trainer_of(Tagger(), documents(4), tmp_path)
     with pytest.raises(wb.ConfigError, match="not with a logical batch"):
         trainer.training_step(trainer.model, pad(documents(2)))
-
-
-def test_without_the_package_the_name_says_what_installs_it():
-    source = """
-import importlib.util
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else found(name, *rest)
-try:
-    import wholebatch.integrations.transformers
-except ImportError as error:
-    print(type(error).__name__, error)
-"""
-    said = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout
-    assert said.startswith("MissingExtraError")
-    assert "pip install 'wholebatch[transformers]'" in said
