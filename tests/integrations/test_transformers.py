@@ -404,6 +404,62 @@ def test_a_run_that_is_resumed_ends_as_one_that_is_not(tmp_path):
     assert not torch.equal(flat(stopped.parameters()), flat(whole.parameters()))
 
 
+@pytest.mark.parametrize("first", ["the Trainer's", "ours"])
+def test_a_checkpoint_of_either_is_resumed_by_the_other(tmp_path, first):
+    from transformers import Trainer
+
+    kinds = [Trainer, WholeBatchTrainer] if first == "the Trainer's" else [WholeBatchTrainer, Trainer]
+    model, rows = small("causal"), documents(21)
+    setting = {"save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "random"}
+    trainer_of(copy.deepcopy(model), rows, tmp_path / "cut", kind=kinds[0], max_steps=2, **setting).train()
+    resumed, whole = copy.deepcopy(model), copy.deepcopy(model)
+    again = trainer_of(resumed, rows, tmp_path / "cut", kind=kinds[1], **setting)
+    again.train(resume_from_checkpoint=True)
+    trainer_of(whole, rows, tmp_path / "whole", **setting).train()
+    assert again.state.global_step == 6
+    assert change_error(model, resumed, whole) < EXACT
+
+
+def test_a_trainer_of_a_kind_of_its_own_comes_in_by_inheritance(tmp_path):
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    class Translating(WholeBatchTrainer, Seq2SeqTrainer):
+        pass
+
+    arguments = Seq2SeqTrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=2,
+        predict_with_generate=True,
+        report_to="none",
+        use_cpu=True,
+    )
+    rows = documents(9)
+    trainer = Translating(
+        small("translation"), arguments, train_dataset=rows, data_collator=pad, micro_batch=wb.Rows(3)
+    )
+    trainer.train()
+    assert (trainer.last_update.rows, trainer.state.global_step) == (1, 2)
+    assert len(trainer.predict(rows[:2], max_length=4).predictions) == 2
+
+
+def test_bf16_is_that_of_the_trainer():
+    """The forward pass is in 16 bits and weights, gradients and their sum are not, as with `wb.Accumulator`."""
+    model, rows = small("causal").float(), documents(21)
+    trained = copy.deepcopy(model)
+    train(trained, rows, bf16=True, learning_rate=0.1)
+    error = change_error(model, trained, plainly(model, rows, lr=0.1)[0])
+    assert 1e-5 < error < 0.02
+    assert next(trained.parameters()).dtype == torch.float32
+
+
+def test_the_noise_scale_is_measured_if_asked():
+    trainer = train(Tagger(), documents(24), options={"noise_scale": True, "micro_batch": wb.Rows(1)})
+    assert trainer.last_update.noise_scale is not None
+    assert train(Tagger(), documents(8)).last_update.noise_scale is None
+
+
 def test_a_second_call_of_train_begins_anew():
     model, rows = Tagger(), documents(21)
     trained = copy.deepcopy(model)

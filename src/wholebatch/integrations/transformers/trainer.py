@@ -48,7 +48,8 @@ class WholeBatchTrainer(Trainer):
         reduction: What `compute_loss` returns: ``"mean"`` over its targets, or their ``"sum"``.
         loss_fn: ``loss_fn(model, inputs)`` in place of `compute_loss`, as `wb.Accumulator` takes it; its targets are
             the rows unless `targets` counts them.
-        accumulate_in, on_nonfinite, batch_norm, lockstep, check, reduce_in, balance: As for `wb.Accumulator`.
+        accumulate_in, on_nonfinite, batch_norm, lockstep, check, reduce_in, balance, noise_scale: As for
+            `wb.Accumulator`.
         **kwargs: As for `transformers.Trainer`.
 
     Attributes:
@@ -98,6 +99,7 @@ class WholeBatchTrainer(Trainer):
         check: Literal["first"] | None = "first",
         reduce_in: ReduceIn | None = None,
         balance: Balance | None = None,
+        noise_scale: bool | int = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -116,6 +118,7 @@ class WholeBatchTrainer(Trainer):
                 "check": check,
                 "reduce_in": reduce_in,
                 "balance": balance,
+                "noise_scale": noise_scale,
             },
         )
         self._takes_rows = False
