@@ -647,6 +647,15 @@ def test_other_engines_are_refused(tmp_path, attribute, said):
         require_supported(trainer)
 
 
+@pytest.mark.parametrize(
+    "options", [{"targets": "tokens"}, {"reduction": "average"}, {"memory": "much"}], ids=lambda each: next(iter(each))
+)
+def test_what_is_no_option_is_refused_before_training(tmp_path, options):
+    with pytest.raises(wb.WholeBatchError) as error:
+        trainer_of(Tagger(), documents(4), tmp_path, options=options)
+    assert error.value.hint
+
+
 def test_a_step_on_its_own_is_no_window(tmp_path):
     trainer = trainer_of(Tagger(), documents(4), tmp_path)
     with pytest.raises(wb.ConfigError, match="not with a logical batch"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wholebatch.core.errors import WeightError
-from wholebatch.core.weights import Count, Reduction
+from wholebatch.core.weights import Count, Reduction, check_reduction
 
 IGNORED = -100
 """The label from which nothing is to be learned, in all of transformers."""
@@ -79,7 +79,7 @@ class TrainerLoss:
 
     def __init__(self, trainer: Any, targets: str | Callable[[Any], Any] | None, reduction: Reduction) -> None:
         self.trainer = trainer
-        self._declared = reduction
+        self._declared = check_reduction(reduction)
         self.rule: Rule | None = None
         if callable(targets):
             self.rule = Rule("given", targets, "what targets=... counts", told=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
@@ -23,6 +24,7 @@ from wholebatch.engine.window import BatchNorm
 from wholebatch.integrations.transformers.balancing import balanced
 from wholebatch.integrations.transformers.logged import Losses
 from wholebatch.integrations.transformers.making import Options, Updates
+from wholebatch.integrations.transformers.objective import TrainerLoss
 from wholebatch.integrations.transformers.refusals import require_supported
 from wholebatch.integrations.transformers.rows import WAITING, Taken, share_out, take, uncollated
 
@@ -58,7 +60,7 @@ class WholeBatchTrainer(Trainer):
             chosen automatically.
 
     Raises:
-        ConfigError: The arguments ask for what cannot be made exact; see `refusals.py`.
+        ConfigError: The arguments ask for what cannot be made exact, or `memory` is no number of bytes.
         WeightError: `targets` is no way to count; or, at the first window, the loss is none of those that can be told.
 
     Example:
@@ -104,6 +106,9 @@ class WholeBatchTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         require_supported(self)
+        TrainerLoss(self, targets, reduction)  # which refuses what is no way to count
+        if memory is not None:
+            parse_bytes(memory)
         self._options = Options(
             micro_batch=micro_batch,
             memory=memory,
