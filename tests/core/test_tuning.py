@@ -33,6 +33,15 @@ def test_where_noise_drowns_the_gradient_there_is_no_number():
     assert Measured.of([]) == Measured(None, None, None, 0)
 
 
+def test_of_a_young_model_the_latest_counts():
+    young = [NoiseSample(300.0, 10.0 / window, 7, 64) for window in range(1, 21)]
+    found = Measured.latest(young)
+    assert found.windows == 10
+    assert found.scale == found.after > 3 * found.before
+    assert Measured.latest(samples(20)) == Measured.of(samples(20))
+    assert Measured.latest([]) == Measured.of([])
+
+
 def test_at_equal_speed_the_small_ones_are_worth_it():
     sizes = [Timed(rows, 10.0 * rows, 1, 0.01 * rows) for rows in (1, 2, 4, 8, 16, 32, 64)]
     assert worth_it(sizes, 800.0).rows == 4  # of 80 rows' worth: 5 % are wasted

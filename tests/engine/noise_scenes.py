@@ -120,3 +120,25 @@ def schedule_of_micro_batches(place: Place) -> dict[str, Any]:
     loader = (part_of(MLP, batch, [row]) for row in places)
     rows = [update.rows for update in trial.accumulator.updates(loader, micro_batches=schedule)]
     return {"rows": rows, "off": judged(trial, rows)}
+
+
+@SCENES("schedule by noise")
+def schedule_by_noise(place: Place) -> dict[str, Any]:
+    """The gradient of a row is G + 3 z, so that the noise scale is 144 rows: 36 micro-batches of four, 18 a rank."""
+    model = torch.nn.Linear(16, 1, bias=False, dtype=torch.float64)
+    accumulator = wb.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), lambda model, batch: model(batch).mean(), noise_scale=True
+    )
+    generator = torch.Generator().manual_seed(place.rank)
+    # The second has fewer.
+    loader = (
+        0.25 + 3 * torch.randn(4, 16, generator=generator, dtype=torch.float64) for _ in range(900 - 40 * place.rank)
+    )
+    schedule = wb.schedules.ByNoise(2, largest=64, every=20)
+    updates = list(accumulator.updates(loader, micro_batches=schedule))
+    assert accumulator.noise is not None
+    return {
+        "rows": [update.rows for update in updates],
+        "changes": sorted(schedule.changes.items()),
+        "scale": accumulator.noise.scale,
+    }

@@ -360,6 +360,7 @@ def test_averages_and_an_open_window_go_on_from_a_file(tmp_path):
     update = window.close()
     run(first, first_model, first.window(), pieces[:2])
     wb.save(tmp_path / "state", first)
+    first.open_window.rollback()  # or it would be in the company of what other tests gather
     wb.load(tmp_path / "state", second)
     window = second.window()
     run(second, second_model, window, pieces[2:])
@@ -424,6 +425,15 @@ def test_ranks_follow_a_schedule_together(two, several):
     assert found[0]["rows"] == found[1]["rows"]
     assert found[0]["rows"] == [8, 8, 16, 16, 16, 6]
     assert found[0]["off"] < EXACT
+
+
+def test_ranks_grow_by_noise_together(two):
+    """Each decides for itself, from numbers that are the same on both to the bit."""
+    one, other = ranks.result(two, "schedule by noise", 2)
+    assert one == other
+    assert [size for _, size in one["changes"]] == [4, 8, 16]
+    assert one["scale"] == pytest.approx(144, rel=0.3)
+    assert max(one["rows"]) == 2 * 16 * 4
 
 
 def test_sinks_and_report_show_it(tmp_path):

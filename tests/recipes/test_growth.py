@@ -144,7 +144,9 @@ def settings(rule, optimizer=None, **stated):
 
 def test_settings_are_what_train_reads():
     said = tomllib.loads(settings("linear"))
-    assert said == {"logical_batch": "8 rows", "micro_batch": "4 rows", "lr": 0.00125}
+    assert said == {"logical_batch": "8 rows", "micro_batch": "auto", "lr": 0.00125}
+    assert tomllib.loads(settings("none", micro_batch="4 rows"))["micro_batch"] == "4 rows"
+    assert TrainConfig(recipe="tiny", **tomllib.loads(settings("none", memory="2MiB"))).memory == 2**21
     TrainConfig(recipe="tiny", **said)
     assert "lr" not in tomllib.loads(settings("none"))
     assert tomllib.loads(settings("none", logical_batch="416 tokens"))["logical_batch"] == "51 tokens"  # of 6.4 a row

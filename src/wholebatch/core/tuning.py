@@ -3,14 +3,18 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from wholebatch.core.budget import say_rows
 from wholebatch.core.noise import NoiseSample, scale_of, wasted_share
 from wholebatch.core.schedules.rates import Change
 
 RESAMPLED = 1000
 """How often windows are drawn again to say how far the noise scale can be trusted."""
+
+RISING = 1.3
+"""By what factor the noise scale has to rise from the first half of the windows to the second to be said to rise."""
 
 NEAR = 0.95
 """What share of the best progress is as good as the best; among these the largest logical batch is taken."""
@@ -25,6 +29,8 @@ class Measured:
         low, high: Between these lie nine tenths of what windows that are drawn again say; `high` is None where some of
             them give no number. Unit: targets.
         windows: How many were measured.
+        before, after: What the first and the second half said, where the second said clearly more: then it alone
+            counts, and the model is young. Unit: targets.
 
     Example:
         >>> windows = [NoiseSample(300.0, 1.0 + 0.1 * (k % 3), 7, 64) for k in range(30)]
@@ -37,6 +43,8 @@ class Measured:
     low: float | None
     high: float | None
     windows: int
+    before: float | None = None
+    after: float | None = None
 
     @classmethod
     def of(cls, samples: Sequence[NoiseSample]) -> "Measured":
@@ -52,6 +60,15 @@ class Measured:
         )
         low, high = (again[len(again) // 20], again[-1 - len(again) // 20]) if again else (math.inf, math.inf)
         return cls(scale_of(samples), _finite(low), _finite(high), len(samples))
+
+    @classmethod
+    def latest(cls, samples: Sequence[NoiseSample]) -> "Measured":
+        """Return what the second half of some windows says where that is clearly more than the first half, else all."""
+        half = len(samples) // 2
+        before, after = scale_of(samples[:half]), scale_of(samples[half:])
+        if before is None or after is None or after < RISING * before:
+            return cls.of(samples)
+        return replace(cls.of(samples[half:]), before=before, after=after)
 
 
 def _finite(number: float) -> float | None:
@@ -135,6 +152,7 @@ class Tuning:
             "noise_scale_low": self.noise.low,
             "noise_scale_high": self.noise.high,
             "windows": self.noise.windows,
+            "noise_scale_rose_from": self.noise.before,
             "sizes": [
                 {
                     "rows": each.rows,
@@ -168,7 +186,7 @@ class Tuning:
             known = scale is not None
             lines.append(
                 (
-                    f"{each.rows:,} rows",
+                    say_rows(each.rows),
                     f"{each.targets:,.0f}",
                     f"{each.micro_batches}",
                     f"{each.targets_per_second:,.0f}",

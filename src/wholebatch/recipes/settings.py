@@ -52,7 +52,9 @@ def settings_of(recipe: Recipe, config: TrainConfig, tuning: Tuning, rule: Rule)
         f"# By wholebatch tune: noise scale {noise.scale or 0.0:,.0f} targets ({noise.low or 0.0:,.0f} to {high})."
     ]
     lines.append(f'logical_batch = "{_amount(recipe, config, chosen.rows)}"')
-    lines.append(f'micro_batch = "{tuning.micro_batch}"')
+    lines.append(f'micro_batch = "{tuning.micro_batch if config.micro_batch != "auto" else "auto"}"')
+    if config.memory is not None:
+        lines.append(f'memory = "{config.memory} B"')
     for change in tuning.changes:
         if change.rule != rule:
             continue

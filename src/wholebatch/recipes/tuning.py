@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -43,7 +43,7 @@ def tune_recipe(
     Args:
         recipe: What to look at.
         config: What was asked for: present logical batch, micro-batch, budget, precision.
-        updates: How long is trained at the present size; the noise scale is that of the second half.
+        updates: How long is trained at the present size; the noise scale is that of the second half, or of its end.
         say: Told what goes on.
 
     Raises:
@@ -57,7 +57,7 @@ def tune_recipe(
         >>> tuning.present, [each.rows for each in tuning.timed]
         (16, [2, 4, 8, 16, 32, 64])
     """
-    plan = plan_recipe(recipe, config, timed=False)
+    plan = plan_recipe(recipe, config, timed=config.micro_batch == "auto")
     if not plan.fits:
         raise OutOfMemoryError(
             f"The recipe does not fit: {plan.reasons[0]}", hint=f"wholebatch plan {recipe.name} says what would help."
@@ -97,7 +97,9 @@ class _Run:
         self._recipe = recipe
         self._config = config
         self._rows = rows
-        self._cut = plan.micro_batch
+        self._planned = plan.micro_batch
+        # What is left open is cut as in training: there rows are sorted by length, where they have one.
+        self._cut: Rows | Tokens | Literal["auto"] = "auto" if config.micro_batch == "auto" else plan.micro_batch
         self._draw = random.Random(config.seed)
         self._model: nn.Module = model_of(recipe, config.batch_norm)
         self._optimizer = optimizer_of(recipe, self._model, config.lr)
@@ -105,8 +107,8 @@ class _Run:
 
     def measure(self, size: int, updates: int) -> tuple[Measured, str | None]:
         """Train, and return the noise scale of the second half; or why there is none."""
-        longest = self._longest() if isinstance(self._cut, Tokens) else 1
-        at_once = self._cut.rows if isinstance(self._cut, Rows) else max(1, self._cut.tokens // longest)
+        planned = self._planned
+        at_once = planned.rows if isinstance(planned, Rows) else max(1, planned.tokens // self._longest())
         size = max(size, min(PARTS, len(self._rows)))
         accumulator = self._accumulator(Rows(max(1, min(at_once, size // PARTS))), noise_scale=True)
         assert accumulator.noise is not None
@@ -116,7 +118,7 @@ class _Run:
             if number >= updates // 2 and accumulator.noise.last is not None:
                 samples.append(accumulator.noise.last)
         said = [reason for reason in accumulator.reasons if reason.startswith("noise_scale: ")]
-        return Measured.of(samples), said[0].partition(": ")[2] if said and not samples else None
+        return Measured.latest(samples), said[0].partition(": ")[2] if said and not samples else None
 
     def time(self, size: int) -> Timed:
         """Return how fast updates of a size are."""
@@ -133,7 +135,7 @@ class _Run:
             targets, most = targets + update.targets / REPEATS, max(most, update.micro_batches)
         return Timed(size, targets, most, min(seconds) * targets)
 
-    def _accumulator(self, cut: Rows | Tokens, **options: Any) -> Accumulator:
+    def _accumulator(self, cut: Rows | Tokens | Literal["auto"], **options: Any) -> Accumulator:
         recipe, config = self._recipe, self._config
         return Accumulator(
             self._model,
@@ -142,6 +144,7 @@ class _Run:
             targets=recipe.targets,
             reduction=recipe.reduction,
             micro_batch=cut,
+            memory=config.memory if cut == "auto" else None,
             collate=recipe.collate,
             precision=config.precision,
             accumulate_in=config.accumulate_in,
@@ -209,16 +212,21 @@ def _reasons(
         )
     else:
         said.append("Speed hardly depends on the logical batch here, so a larger one saves no time, only updates.")
-    began = updates // 2 + 1
     if noise.scale is not None:
         said.append(
-            f"The noise scale was measured over updates {began} to {updates}. It rises as training goes on: measure it "
-            "along the way (train --noise-scale), or let the logical batch grow with it (train --grow-to ... --grow "
-            "noise)."
+            f"The noise scale is that of the last {noise.windows} of {updates} updates{_rise(noise)}. It rises as "
+            "training goes on, and with it the size that is worth it: measure longer (--updates) or along the way "
+            "(train --noise-scale), or let the logical batch grow with it (train --grow-to ... --grow noise)."
         )
     elif why is not None and "meet" in why:
         return [*said, _COUPLED]
     return [*said, *_ADVICE]
+
+
+def _rise(noise: Measured) -> str:
+    if noise.before is None or noise.after is None:
+        return ""
+    return f", and rose from {noise.before:,.0f} targets to {noise.after:,.0f} there: this is a young model"
 
 
 _COUPLED = (
