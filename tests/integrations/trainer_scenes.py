@@ -1,4 +1,4 @@
-"""`WholeBatchTrainer` on several ranks, scene by scene. Run by `ranks.launch`; judged in test_transformers.py."""
+"""`WholeBatchTrainer` on several ranks, scene by scene. Run by `ranks.launch`; see test_whole_batch_trainer.py."""
 
 import copy
 import os
