@@ -50,8 +50,14 @@ class WholeBatchTrainer(Trainer):
         reduction: What `compute_loss` returns: ``"mean"`` over its targets, or their ``"sum"``.
         loss_fn: ``loss_fn(model, inputs)`` in place of `compute_loss`, as `wb.Accumulator` takes it; its targets are
             the rows unless `targets` counts them.
-        accumulate_in, on_nonfinite, batch_norm, lockstep, check, reduce_in, balance, noise_scale: As for
-            `wb.Accumulator`.
+        accumulate_in: As for `wb.Accumulator`.
+        on_nonfinite: As for `wb.Accumulator`.
+        batch_norm: As for `wb.Accumulator`.
+        lockstep: As for `wb.Accumulator`.
+        check: As for `wb.Accumulator`.
+        reduce_in: As for `wb.Accumulator`.
+        balance: As for `wb.Accumulator`.
+        noise_scale: As for `wb.Accumulator`.
         **kwargs: As for `transformers.Trainer`.
 
     Attributes:
