@@ -126,6 +126,7 @@ def history_off(found, right):
 def whole(make, compiled, optimizer, x, y, micro_batch=3, **options):
     """Return how far `WholeBatchModel` is off, in weights and in what is reported, and its updates."""
     start = same_start(make)
+    options.setdefault("epochs", 1)
     right, said = fitted(start(), compiled, optimizer(), x, y, batch_size=16, **options)
     model, history = fitted(
         WholeBatchModel(start(), micro_batch), compiled, optimizer(), x, y, batch_size=16, **options
@@ -142,10 +143,13 @@ def refusal(build):
 
 
 SCENES = {}
+ONLY_ON_TORCH = {"class_weights", "masked_tokens", "keras_itself", "dropout", "kept"}
+"""They say nothing about a backend, and JAX compiles for seconds."""
 
 
 def scene(function):
-    SCENES[function.__name__] = function
+    if BACKEND == "torch" or function.__name__ not in ONLY_ON_TORCH:
+        SCENES[function.__name__] = function
     return function
 
 
@@ -153,7 +157,7 @@ def scene(function):
 def weighted_rows():
     compiled = {"loss": Squares(), "metrics": [Squares_metric()], "weighted_metrics": ["mse"]}
     adam = lambda: keras.optimizers.AdamW(0.01, clipnorm=0.1, use_ema=True, ema_overwrite_frequency=2)  # noqa: E731
-    return whole(rows, compiled, adam, X, Y, sample_weight=W, validation_data=(X, Y))
+    return whole(rows, compiled, adam, X, Y, epochs=2, sample_weight=W)
 
 
 def Squares_metric():
@@ -181,7 +185,8 @@ def two_outputs():
         "loss_weights": {"token": 0.3, "row": 2.0},
         "metrics": {"row": [Squares_metric()]},
     }
-    return whole(both, compiled, lambda: sgd(global_clipnorm=0.1), IDS, {"token": LABELS, "row": Y})
+    targets = {"token": LABELS, "row": Y}
+    return whole(both, compiled, lambda: sgd(global_clipnorm=0.1), IDS, targets, validation_data=(IDS, targets))
 
 
 @scene
@@ -198,12 +203,15 @@ def windows():
             length = int((IDS[part] != 0).sum(axis=1).max())
             yield IDS[part, :length], LABELS[part, :length]
 
-    sized, history = fitted(ExactWindows(start(), 4), compiled, sgd(), IDS, LABELS, epochs=1, batch_size=4)
-    unsized, later = fitted(ExactWindows(start(), 4), compiled, sgd(), ragged(), epochs=1)
-    return {
-        "sized": (off(sized.model, right), history_off(history, said), int(sized.optimizer.iterations)),
-        "unsized": (off(unsized.model, right), history_off(later, said), int(unsized.optimizer.iterations)),
-    }
+    found = {}
+    for name, data in (("unsized", ragged()), ("sized", (IDS, LABELS)))[: 1 if BACKEND == "jax" else 2]:
+        model = ExactWindows(start(), 4)
+        options = {"batch_size": 4, "validation_data": (IDS, LABELS)} if name == "sized" else {}
+        arrays = data if name == "sized" else (data,)
+        model, history = fitted(model, compiled, sgd(), *arrays, epochs=1, **options)
+        updates = int(model.optimizer.iterations)
+        found[name] = off(model.model, right), history_off({"loss": history["loss"]}, said), updates
+    return found
 
 
 @scene
@@ -227,11 +235,8 @@ def optimizer():
     called = GradientAccumulateOptimizer(sgd(clipnorm=0.1), 4)
     silent = GradientAccumulateOptimizer(sgd(clipnorm=0.1), 4)
     found = {}
-    for name, each, callbacks in (
-        ("told", told, []),
-        ("called", called, [called.at_epoch_end()]),
-        ("silent", silent, []),
-    ):
+    ways = (("told", told, []), ("called", called, [called.at_epoch_end()]), ("silent", silent, []))
+    for name, each, callbacks in ways[: 1 if BACKEND == "jax" else 3]:
         model, _ = fitted(start(), compiled, each, x, y, batch_size=4, callbacks=callbacks)
         found[name] = off(model, right), int(each.iterations)
     return found
@@ -299,9 +304,7 @@ def overflow():
     fitted(WholeBatchModel(inner, 3), {"loss": Squares()}, scaled, x[:16], Y[:16], epochs=1, batch_size=16)
     unmoved = all((a == b).all() for a, b in zip(before, inner.get_weights(), strict=True))
     after = float(ops.convert_to_numpy(scaled.dynamic_scale))
-    plain = lambda: keras.Sequential([keras.Input((6,)), Mixed(3)])  # noqa: E731
-    scaling = lambda: keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=4.0)  # noqa: E731
-    return unmoved, after, whole(plain, {"loss": Squares()}, scaling, X, Y)[0]
+    return unmoved, after
 
 
 @scene
@@ -353,6 +356,15 @@ def refusals():
         def train_step(self, *data):
             return {}
 
+    class Centred(keras.layers.Layer):
+        def call(self, x):
+            return x - ops.sum(x, axis=0, keepdims=True) / ops.shape(x)[0]
+
+    class Adds(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(ops.sum(ops.square(x)))
+            return x
+
     normed = [Mixed(3), keras.layers.BatchNormalization()]
     fixed = [Mixed(3), keras.layers.BatchNormalization(trainable=False)]
     return {
@@ -361,6 +373,10 @@ def refusals():
         "batch norm, fixed": refusal(lambda: fits(fixed)),
         "a loss that is one number": refusal(lambda: fits([Mixed(3)], lambda a, b: ops.mean(ops.square(a - b)))),
         "rows compared": refusal(lambda: fits([Mixed(3)], keras.losses.Circle(), y=LABELS[:, 0])),
+        "rows that meet": refusal(lambda: fits([Mixed(3), Centred()])),
+        "rows that meet, accepted": refusal(lambda: fits([Mixed(3), Centred()], check=None)),
+        "a sum taken for a mean": refusal(lambda: fits([Mixed(3), Adds()])),
+        "a sum said to be one": refusal(lambda: fits([Mixed(3), Adds()], add_loss="sum")),
         "no reduction": refusal(lambda: fits([Mixed(3)], Squares(reduction="none"))),
         "own accumulation": refusal(lambda: fits([Mixed(3)], options={"gradient_accumulation_steps": 2})),
         "own step": refusal(lambda: WholeBatchModel(OwnStep())),
@@ -370,6 +386,29 @@ def refusals():
         "no steps": refusal(lambda: GradientAccumulateOptimizer("sgd", 0)),
     }
 
+
+def memory():
+    """Return the bytes that the compiled train step needs beside its arguments, by rows, cut and uncut."""
+    keras.config.set_dtype_policy("float32")
+    found = {}
+    for name in ("cut", "whole"):
+        layers = [keras.layers.Dense(64, activation="relu") for _ in range(4)]
+        model = keras.Sequential([keras.Input((16,)), *layers, keras.layers.Dense(1)])
+        model = WholeBatchModel(model, 64) if name == "cut" else model
+        fitted(model, {"loss": "mse"}, keras.optimizers.SGD(0.1), np.ones((64, 16)), np.ones((64, 1)), epochs=1)
+        optimizing, metrics = model.optimizer.variables, model.metrics_variables
+        every = (model.trainable_variables, model.non_trainable_variables, optimizing, metrics)
+        state = tuple([variable.value for variable in variables] for variables in every)
+        found[name] = []
+        for count in (512, 8192):
+            data = tuple(jax.ShapeDtypeStruct((count, width), "float32") for width in (16, 1))
+            compiled = jax.jit(model.train_step).lower(state, data).compile()
+            found[name].append(compiled.memory_analysis().temp_size_in_bytes)
+    return found
+
+
+if BACKEND == "jax":
+    scene(memory)
 
 if __name__ == "__main__":
     answers = {"torch loaded": "torch" in sys.modules}

@@ -97,7 +97,7 @@ def test_aux_arguments_and_keys():
 
 
 def test_windows_of_ragged_micro_batches_make_exact_updates():
-    """Adam and clipping, windows of 3, 3 and 1 in each of two epochs."""
+    """Momentum and clipping, windows of 3, 3 and 1 in each of two epochs."""
     found = answers()["steps"]
     assert found["ours"] <= EXACT
     assert found["updates"] == 6
@@ -105,7 +105,7 @@ def test_windows_of_ragged_micro_batches_make_exact_updates():
 
 
 def test_the_bound_sees_the_windows_of_optax():
-    assert answers()["steps"]["optax"] > 0.1
+    assert answers()["steps"]["optax"] > 0.01
 
 
 def test_an_empty_window_is_no_update():

@@ -143,7 +143,10 @@ def multi_steps(
             return jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), kinds), state.inner
 
         steps = jnp.logical_and(ends, seen != 0)
-        updates, after = lax.cond(steps, step, hold)
+        if isinstance(steps, jax.core.Tracer):
+            updates, after = lax.cond(steps, step, hold)
+        else:  # outside of jit a cond would be compiled anew in each call
+            updates, after = step() if steps else hold()
         kept = jax.tree.map(lambda leaf: jnp.where(ends, jnp.zeros_like(leaf), leaf), sums)
         return updates, MultiStepsState(
             jnp.where(ends, 0, count).astype(state.micro_batches.dtype),

@@ -33,10 +33,13 @@ class WholeBatchModel(Wrapping):
             shared by rows, the second added up. (Keras itself makes means of activity regularizers.)
         batch_norm: Layers whose state each pass moves, such as batch normalization that is trained: "refuse", or
             "per_micro_batch" to accept it.
+        check: "first" compares four rows of the first batch with their halves, and refuses a model or a loss in which
+            rows see each other. None: that is not done.
         name: Of the model around.
 
     Raises:
         ConfigError: There is no model, or it has a train step or a loss of its own.
+        MeetingError: In ``fit``: rows see each other.
         BatchNormError: In ``fit``: a pass moves more than random seeds.
         LossError: In ``fit``: a loss returns one number for all rows, or its parts cannot be told.
 
@@ -61,6 +64,7 @@ class WholeBatchModel(Wrapping):
         outputs: Any = None,
         add_loss: Literal["mean", "sum"] = "mean",
         batch_norm: Literal["refuse", "per_micro_batch"] = "refuse",
+        check: Literal["first"] | None = "first",
         name: str | None = None,
     ) -> None:
         if type(micro_batch) is not int or micro_batch < 1:
@@ -68,13 +72,13 @@ class WholeBatchModel(Wrapping):
                 f"A micro-batch of {micro_batch!r} rows was asked for.",
                 hint="micro_batch is a whole number, 1 or more.",
             )
-        super().__init__(model, inputs, outputs, add_loss, batch_norm, name)
+        super().__init__(model, inputs, outputs, add_loss, batch_norm, check, name)
         self.micro_batch = micro_batch
 
     def make_train_function(self, force: bool = False) -> None:
         """Make what ``fit`` and ``train_on_batch`` call with each logical batch."""
         if force or getattr(self, "train_function", None) is None:
-            self.check()
+            self.check_compiled()
             super().make_train_function(force)
             self.train_function = backend.guarded(self)
 
@@ -82,6 +86,11 @@ class WholeBatchModel(Wrapping):
         """Make the update of a logical batch; called by ``fit`` and ``train_on_batch``."""
         *state, data = given
         return backend.step(self, *state, Sliced(keras.utils.unpack_x_y_sample_weight(data), self.micro_batch))
+
+    def test_step(self, *given: Any) -> Any:
+        """Measure a batch, in micro-batches as well; called by ``evaluate`` and for validation."""
+        *state, data = given
+        return backend.test_step(self, *state, Sliced(keras.utils.unpack_x_y_sample_weight(data), self.micro_batch))
 
     def get_config(self) -> dict[str, Any]:
         """Return what makes another model like this one."""

@@ -1,4 +1,4 @@
-"""How does a train step on JAX go through a logical batch? In one scan, so that it compiles to the memory of a part."""
+"""How does a step on JAX go through a logical batch? In one scan, so that it compiles to the memory of a part."""
 
 import itertools
 from typing import Any
@@ -9,10 +9,11 @@ import keras
 from jax import lax
 
 from wholebatch.core.errors import WholeBatchError
+from wholebatch.integrations.keras.checking import check_rows
 from wholebatch.integrations.keras.cutting import Held, Sliced, num_rows, rows_of, shapes
 from wholebatch.integrations.keras.dividing import Divided, divided
 from wholebatch.integrations.keras.moving import is_seed, refuse_moved
-from wholebatch.integrations.keras.terms import contribution, report
+from wholebatch.integrations.keras.terms import additive, contribution, report
 
 
 def step(model: Any, state: Any, batch: Sliced | Held) -> Any:
@@ -42,10 +43,32 @@ def step(model: Any, state: Any, batch: Sliced | Held) -> Any:
         trainable, optimizing = apply()
     else:  # a window without a target is no update
         trainable, optimizing = lax.cond(counted, apply, lambda: (list(trainable), list(optimizing)))
-    with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
-        logs = report(model, values, loss, batch.rows)
-    metrics = [scope.get_current_value(variable) for variable in model.metrics_variables]
+    logs, metrics = _reported(model, metrics, values, loss, batch.rows)
     return logs, (trainable, fixed, optimizing, metrics)
+
+
+def test_step(model: Any, state: Any, batch: Sliced) -> Any:
+    """Return the metrics of a batch, on which nothing is trained, and the state."""
+    trainable, fixed, metrics = state
+    with divided(model._compile_loss) as losses:
+        a_pass = Pass(model, losses, None, metrics)
+        _set_divisors(a_pass, trainable, fixed, batch)
+
+        def add(carried: Any, part: Any) -> Any:
+            fixed, metrics, values, loss = carried
+            fixed, metrics, more, both = a_pass.measure(trainable, fixed, metrics, part, num_rows(part) / batch.rows)
+            return fixed, metrics, [old + each for old, each in zip(values, more, strict=True)], loss + both
+
+        zero = jnp.zeros((), keras.config.floatx())
+        fixed, metrics, values, loss = _through(batch, (fixed, metrics, [zero] * len(losses), zero), add)
+    logs, metrics = _reported(model, metrics, values, loss, batch.rows)
+    return logs, (trainable, fixed, metrics)
+
+
+def _reported(model: Any, metrics: Any, values: Any, loss: Any, rows: int) -> tuple[Any, list[Any]]:
+    with keras.StatelessScope(list(zip(model.metrics_variables, metrics, strict=True))) as scope:
+        logs = report(model, values, loss, rows)
+    return logs, [scope.get_current_value(variable) for variable in model.metrics_variables]
 
 
 STATE = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
@@ -59,12 +82,26 @@ def guarded(model: Any) -> Any:
 
     def train_or_give_back(state: Any, iterator: Any) -> Any:
         try:
+            if not model.checked:
+                data = next(iterator)
+                iterator = itertools.chain([data], iterator)
+                _check(model, state, keras.utils.unpack_x_y_sample_weight(data))
             return train_function(state, iterator)
         except WholeBatchError:
             _give_back(model, state)
             raise
 
     return train_or_give_back
+
+
+def _check(model: Any, state: Any, data: Any) -> None:
+    def sums(state: Any, part: Any, optimizing: Any) -> Any:
+        trainable, fixed, _, metrics = state
+        with divided(model._compile_loss) as losses:
+            return Pass(model, losses, optimizing, metrics).additive(trainable, fixed, part)
+
+    compiled = jax.jit(sums) if model.jit_compile and not model.run_eagerly else sums
+    check_rows(model, data, lambda part, training: compiled(state, part, state[2] if training else None))
 
 
 def _give_back(model: Any, state: Any) -> None:
@@ -157,7 +194,8 @@ class Pass:
 
     def __init__(self, model: Any, losses: list[Divided], optimizing: Any, metrics: Any) -> None:
         self._model, self.losses = model, losses
-        self._optimizing = list(zip(model.optimizer.variables, optimizing, strict=True))
+        self._training = optimizing is not None
+        self._optimizing = list(zip(model.optimizer.variables, optimizing, strict=True)) if self._training else []
         # A call of the loss moves the trackers of the outputs; what it makes of them is not kept.
         self._trackers = list(zip(model.metrics_variables, metrics, strict=True))
 
@@ -169,13 +207,17 @@ class Pass:
         zero = jnp.zeros((), keras.config.floatx())
         return [zero if loss.count is None else loss.count.astype(zero.dtype) for loss in self.losses]
 
+    def additive(self, trainable: Any, fixed: Any, part: Any) -> list[Any]:
+        """Return what adds up over rows."""
+        y_pred, moved, terms = self._forward(trainable, fixed, part)
+        with self._scope(trainable, moved):
+            return additive(self._model, self.losses, part, y_pred, terms, num_rows(part))
+
     def gradient(self, trainable: Any, fixed: Any, metrics: Any, part: Any, share: Any) -> Any:
         """Return the gradient of what these rows add to the loss; the states, the loss of each output, and the loss."""
 
         def scaled(trainable: Any) -> Any:
-            y_pred, moved, terms = self._forward(trainable, fixed, part)
-            with self._scope(trainable, moved):
-                both = contribution(self._model, self.losses, part, y_pred, share, terms)
+            y_pred, moved, both = self._loss(trainable, fixed, part, share)
             with keras.StatelessScope(self._optimizing):
                 return self._model.optimizer.scale_loss(both), (
                     y_pred,
@@ -188,10 +230,22 @@ class Pass:
         # As in Keras on JAX, the metrics see predictions that carry no mask any more.
         return grads, (moved, self._measured(metrics, part, y_pred), values, both)
 
+    def measure(self, trainable: Any, fixed: Any, metrics: Any, part: Any, share: Any) -> Any:
+        """Return what `gradient` does beside the gradient."""
+        y_pred, moved, both = self._loss(trainable, fixed, part, share)
+        return moved, self._measured(metrics, part, y_pred), [loss.value for loss in self.losses], both
+
+    def _loss(self, trainable: Any, fixed: Any, part: Any, share: Any) -> Any:
+        y_pred, moved, terms = self._forward(trainable, fixed, part)
+        with self._scope(trainable, moved):
+            return y_pred, moved, contribution(self._model, self.losses, part, y_pred, share, terms)
+
     def _forward(self, trainable: Any, fixed: Any, part: Any) -> Any:
         model = self._model
-        y_pred, moved, terms = model.stateless_call(trainable, fixed, part[0], return_losses=True, training=True)
-        if model.batch_norm == "refuse":
+        y_pred, moved, terms = model.stateless_call(
+            trainable, fixed, part[0], return_losses=True, training=self._training
+        )
+        if self._training and model.batch_norm == "refuse":
             states = zip(model.non_trainable_variables, fixed, moved, strict=True)
             refuse_moved(model, [variable for variable, old, new in states if new is not old and not is_seed(variable)])
         return y_pred, moved, terms

@@ -1,4 +1,4 @@
-"""How does a train step on PyTorch go through a logical batch?"""
+"""How does a step on PyTorch go through a logical batch?"""
 
 from typing import Any
 
@@ -6,10 +6,11 @@ import keras
 import torch
 from keras import ops
 
+from wholebatch.integrations.keras.checking import check_rows
 from wholebatch.integrations.keras.cutting import Held, Sliced, num_rows
 from wholebatch.integrations.keras.dividing import Divided, divided
 from wholebatch.integrations.keras.moving import is_seed, refuse_moved
-from wholebatch.integrations.keras.terms import contribution, kept, report
+from wholebatch.integrations.keras.terms import additive, contribution, kept, report
 
 
 def step(model: Any, batch: Sliced | Held) -> Any:
@@ -17,36 +18,67 @@ def step(model: Any, batch: Sliced | Held) -> Any:
     weights = model.trainable_variables[:]
     sums = Sums(weights)
     model.zero_grad()
+
+    def learn(both: Any) -> None:
+        model.optimizer.scale_loss(both).backward()
+        sums.fold()
+
     with divided(model._compile_loss) as losses:
-        trackers = kept(model)
-        values = [0.0] * len(losses)
-        loss: Any = 0.0
-        for number, part in enumerate(batch):
-            y_pred = _examined(model, part[0])
-            terms = model.losses
-            if number == 0:
-                with torch.no_grad():
-                    _set_divisors(model, losses, batch, y_pred)
-            both = contribution(model, losses, part, y_pred, num_rows(part) / batch.rows, terms)
-            values = [old + each.value.detach() for old, each in zip(values, losses, strict=True)]
-            loss = loss + both.detach()
-            if weights:
-                model.optimizer.scale_loss(both).backward()
-                sums.fold()
-            with torch.no_grad():
-                model.compute_metrics(*part[:2], y_pred, sample_weight=part[2])
-            del y_pred, terms, both
+        logs = _through(model, losses, batch, lambda x: _examined(model, x), learn if weights else lambda _: None)
         with torch.no_grad():
-            for variable, value in trackers:
-                variable.assign(value)
             if weights and not _empty(losses):
                 model.optimizer.apply(sums.gradients(), weights)
-            return report(model, values, loss, batch.rows)
+    return logs
+
+
+def test_step(model: Any, batch: Sliced) -> Any:
+    """Return the metrics of a batch, on which nothing is trained."""
+    with torch.no_grad(), divided(model._compile_loss) as losses:
+        return _through(model, losses, batch, lambda x: model(x, training=False), lambda _: None)
+
+
+def _through(model: Any, losses: list[Divided], batch: Sliced | Held, forward: Any, learn: Any) -> Any:
+    """Go through all micro-batches, and return the metrics."""
+    trackers = kept(model)
+    values = [0.0] * len(losses)
+    loss: Any = 0.0
+    for number, part in enumerate(batch):
+        y_pred = forward(part[0])
+        terms = model.losses
+        if number == 0:
+            with torch.no_grad():
+                _set_divisors(model, losses, batch, y_pred)
+        both = contribution(model, losses, part, y_pred, num_rows(part) / batch.rows, terms)
+        values = [old + each.value.detach() for old, each in zip(values, losses, strict=True)]
+        loss = loss + both.detach()
+        learn(both)
+        with torch.no_grad():
+            model.compute_metrics(*part[:2], y_pred, sample_weight=part[2])
+        del y_pred, terms, both
+    with torch.no_grad():
+        for variable, value in trackers:
+            variable.assign(value)
+        return report(model, values, loss, batch.rows)
 
 
 def guarded(model: Any) -> Any:
-    """Return what ``fit`` calls; a refusal leaves the model as it was anyway."""
-    return model.train_function
+    """Return what ``fit`` calls, after a look at the first rows."""
+    train_function = model.train_function
+
+    def measured(part: Any, training: bool) -> Any:
+        with torch.no_grad(), divided(model._compile_loss) as losses:
+            before = [*kept(model), *((each, ops.copy(each.value)) for each in model.non_trainable_variables)]
+            y_pred = model(part[0], training=training)
+            sums = additive(model, losses, part, y_pred, model.losses, num_rows(part))
+            for variable, value in before:
+                variable.assign(value)
+            return sums
+
+    def check_and_train(data: Any) -> Any:
+        check_rows(model, keras.utils.unpack_x_y_sample_weight(data[0]), measured)
+        return train_function(data)
+
+    return check_and_train
 
 
 def stepping(model: Any) -> Any:

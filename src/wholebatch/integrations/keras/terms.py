@@ -23,14 +23,27 @@ def contribution(model: Any, losses: list[Any], data: tuple[Any, Any, Any], y_pr
     """
     _, y, sample_weight = data
     main = [model._compile_loss(y, y_pred, sample_weight)] if losses else []
-    penalties = len(model._get_regularization_losses())
     added = [model._aggregate_additional_loss(term) for term in terms]
-    own = added[: len(added) - penalties]
+    own = added[: len(added) - _penalties(model)]
     weight = share if model.add_loss_is == "mean" else 1
     parts = [*main, *(term * weight for term in own), *(term * share for term in added[len(own) :])]
     if not parts:
         raise LossError("There is nothing to train on.", hint="give a loss to compile, or add_loss to a layer.")
     return parts[0] if len(parts) == 1 else ops.sum(parts)
+
+
+def additive(
+    model: Any, losses: list[Any], data: tuple[Any, Any, Any], y_pred: Any, terms: Any, rows: int
+) -> list[Any]:
+    """Return what adds up where no row sees another: the sum of each loss, and what ``add_loss`` was given."""
+    if losses:
+        model._compile_loss(data[1], y_pred, data[2])
+    own = [model._aggregate_additional_loss(term) for term in terms[: len(terms) - _penalties(model)]]
+    return [*(loss.total for loss in losses), sum(own) * (rows if model.add_loss_is == "mean" else 1)]
+
+
+def _penalties(model: Any) -> int:
+    return len(model._get_regularization_losses())
 
 
 def report(model: Any, values: list[Any], loss: Any, rows: int) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import keras
 
-from wholebatch.core.errors import WindowError
+from wholebatch.core.errors import ConfigError, WindowError
 from wholebatch.integrations.keras.holding import Window
 from wholebatch.integrations.keras.wrapping import Wrapping
 
@@ -34,11 +34,14 @@ class ExactWindows(Wrapping):
         outputs: As of `keras.Model`, instead of `model`.
         add_loss: What ``add_loss`` is given in a layer: "mean" over the rows that it sees, or "sum".
         batch_norm: Layers whose state each pass moves: "refuse", or "per_micro_batch" to accept it.
+        check: "first" compares four rows of the first batch with their halves, and refuses a model or a loss in which
+            rows see each other. None: that is not done.
         name: Of the model around.
 
     Raises:
         WindowError: `micro_batches` is no positive number.
         ConfigError: There is no model, or it has a train step or a loss of its own.
+        MeetingError: In ``fit``: rows see each other.
 
     Example:
         >>> import keras, numpy as np
@@ -61,6 +64,7 @@ class ExactWindows(Wrapping):
         outputs: Any = None,
         add_loss: Literal["mean", "sum"] = "mean",
         batch_norm: Literal["refuse", "per_micro_batch"] = "refuse",
+        check: Literal["first"] | None = "first",
         name: str | None = None,
     ) -> None:
         if type(micro_batches) is not int or micro_batches < 1:
@@ -68,7 +72,7 @@ class ExactWindows(Wrapping):
                 f"A window of {micro_batches!r} micro-batches was asked for.",
                 hint="micro_batches is a whole number, 1 or more.",
             )
-        super().__init__(model, inputs, outputs, add_loss, batch_norm, name)
+        super().__init__(model, inputs, outputs, add_loss, batch_norm, check, name)
         self.micro_batches = micro_batches
         self.window = Window()
 
@@ -91,7 +95,13 @@ class ExactWindows(Wrapping):
     def make_train_function(self, force: bool = False) -> None:
         """Make what ``fit`` and ``train_on_batch`` call with each micro-batch."""
         if force or getattr(self, "train_function", None) is None:
-            self.check()
+            self.check_compiled()
+            if self.steps_per_execution != 1:
+                raise ConfigError(
+                    f"compile was given steps_per_execution={self.steps_per_execution}, so that the windows would not "
+                    "see each micro-batch.",
+                    hint="leave that out.",
+                )
             self.train_function = backend.stepping(self)
             self.train_function = backend.guarded(self)
 

@@ -17,6 +17,7 @@ class Wrapping(keras.Model):
         outputs: As of `keras.Model`.
         add_loss: What ``add_loss`` in a layer is given: "mean" over the rows that it sees, or "sum".
         batch_norm: What is done about layers whose state each pass moves: "refuse" or "per_micro_batch".
+        check: "first" or None: whether a few rows of the first batch are compared with their halves.
         name: Of the model around.
     """
 
@@ -27,6 +28,7 @@ class Wrapping(keras.Model):
         outputs: Any,
         add_loss: Literal["mean", "sum"],
         batch_norm: Literal["refuse", "per_micro_batch"],
+        check: Literal["first"] | None,
         name: str | None,
     ) -> None:
         if model is None and inputs is not None and outputs is not None:
@@ -40,6 +42,7 @@ class Wrapping(keras.Model):
         for option, value, known in (
             ("add_loss", add_loss, ("mean", "sum")),
             ("batch_norm", batch_norm, ("refuse", "per_micro_batch")),
+            ("check", check, ("first", None)),
         ):
             if value not in known:
                 raise ConfigError(f"{option} is {value!r}.", hint=f"say one of {', '.join(map(repr, known))}.")
@@ -48,7 +51,8 @@ class Wrapping(keras.Model):
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         self.model = model
         self.add_loss_is, self.batch_norm = add_loss, batch_norm
-        self.examined = False
+        self.check_first = check is not None
+        self.examined = self.checked = False
 
     @property
     def output_names(self) -> Sequence[str] | None:
@@ -64,9 +68,9 @@ class Wrapping(keras.Model):
         """Return what the model returns."""
         return self.model(inputs, training=training)
 
-    def check(self) -> None:
+    def check_compiled(self) -> None:
         """Refuse what a cut batch cannot do; called before the first train step after ``compile``."""
-        self.examined = False
+        self.examined = self.checked = False
         _refuse_own_steps(self, besides=("train_step",))
         innermost: Any = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         if getattr(innermost, "gradient_accumulation_steps", None) or hasattr(innermost, "accum_steps"):
@@ -82,6 +86,7 @@ class Wrapping(keras.Model):
             "model": keras.saving.serialize_keras_object(self.model),
             "add_loss": self.add_loss_is,
             "batch_norm": self.batch_norm,
+            "check": "first" if self.check_first else None,
             "name": self.name,
         }
 
