@@ -266,6 +266,24 @@ def test_what_is_logged_is_of_the_passes_of_updates_alone():
     assert float(trainer.callback_metrics["loss_epoch"]) == pytest.approx(mean, rel=1e-6)
 
 
+def test_the_loss_of_an_update_is_logged_where_it_is_wanted():
+    class Watch(Callback):
+        seen = ()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            metrics = trainer.callback_metrics
+            if "update/loss" in metrics:
+                self.seen = (*self.seen, (batch_idx, float(metrics["update/loss"]), float(metrics["update/grad_norm"])))
+
+    watch, updates = Watch(), []
+    whole = WholeBatch(targets=count, on_update=updates.append, log="update/")
+    fitted(Tagger(dtype=torch.float64), labelled(), whole, watch)
+    told = {update.number: (update.loss, update.grad_norm) for update in updates}
+    assert len(told) == 3
+    for batch, number in ((3, 1), (4, 1), (7, 2), (9, 3)):
+        assert next(each[1:] for each in watch.seen if each[0] == batch) == pytest.approx(told[number], rel=1e-6)
+
+
 def test_hooks_see_the_gradient_of_the_whole_window_and_the_trainer_clips_it():
     class Looking(Quiet):
         norms = ()

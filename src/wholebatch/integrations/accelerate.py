@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from inspect import isroutine
 from typing import Any
+from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 
 from wholebatch.core.batch import Layout
 from wholebatch.core.errors import ConfigError, MissingExtraError, OptimizerError, WindowError
@@ -102,6 +103,7 @@ def accumulator(
         if each is not None
     ]
     alone = _Alone(accelerator, options.pop("before_step", None))
+    _tell_of_clipping(accelerator, model)
     return Accumulator(
         model,
         optimizers,
@@ -198,6 +200,25 @@ class _Alone:
                 hint="leave out `with accelerator.accumulate(model):`, accelerator.backward and optimizer.step: "
                 "accumulator.updates(loader, micro_batches=accelerator.gradient_accumulation_steps) does all of it.",
             )
+
+
+def _tell_of_clipping(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let the accelerator refuse to clip where there is nothing to clip, which looks as if it had been clipped."""
+    clip = accelerator.clip_grad_norm_
+    ours = ref(model)
+
+    def clip_grad_norm_(parameters: Any, *arguments: Any, **options: Any) -> Any:
+        several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        trained = ours()
+        known = set(map(id, trained.parameters())) if trained is not None else set()
+        if several and all(id(each) in known and each.grad is None for each in several):
+            raise WindowError(
+                "There is no gradient to clip: an accumulator has used it up, in an update that was not clipped so.",
+                hint="say it to the accumulator, which clips the gradient of the logical batch once: clip_norm=...",
+            )
+        return clip(several, *arguments, **options)
+
+    accelerator.clip_grad_norm_ = clip_grad_norm_
 
 
 def _require_support(accelerator: Accelerator) -> None:
