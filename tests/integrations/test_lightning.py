@@ -616,6 +616,69 @@ def test_stochastic_weight_averaging_runs_its_pass_for_batch_norm():
     assert steps[0] == steps[1]
 
 
+class ByHand(Quiet):
+    """Two networks, of which the second looks at what the first makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(7, 7).double()
+
+    def training_step(self, batch, batch_idx):
+        of_net, of_other = windows(self)
+        labels = batch["labels"].flatten()
+        logits = self.net(batch["ids"]).flatten(0, 1)
+        of_net.backward(functional.cross_entropy(logits, labels), targets=count(batch))
+        of_other.backward(functional.cross_entropy(self.other(logits.detach()), labels), targets=count(batch))
+
+    def configure_optimizers(self):
+        both = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (self.net, self.other)]
+        return both, [torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5) for each in both]
+
+
+def by_hand(module, path=None, **options):
+    whole = WholeBatch(windows=(4, 3), step_schedules=True, clip_norm=0.05)
+    callbacks = [whole] if path is None else [whole, SaveAt(4, path)]
+    trainer = trainer_of(*callbacks, accumulate_grad_batches=1)
+    trainer.fit(module, StatefulDataLoader(labelled(), batch_size=None), **options)
+    return trainer
+
+
+def test_windows_by_hand_are_clipped_scheduled_and_resumed_each_for_itself(tmp_path):
+    path, module, again = tmp_path / "inside.ckpt", ByHand(), ByHand()
+    trainer = by_hand(module, path)
+    assert trainer.global_step == 3 + 4
+    assert [each.param_groups[0]["lr"] for each in trainer.optimizers] == [0.5 * 0.5**3, 0.5 * 0.5**4]
+    right = Quiet()
+    optimizer = torch.optim.SGD(right.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    right.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
+    expected = undivided(right, labelled(), clip=0.05)
+    assert float((weights(module.net) - expected).norm()) <= 1e-12 * float(expected.norm())
+    assert by_hand(again, ckpt_path=path).global_step == 7
+    assert torch.equal(weights(again), weights(module))
+
+
+def test_an_early_end_by_hand_makes_updates_of_what_is_there():
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 4
+
+    trainer = fitted(ByHand(), labelled(), WholeBatch(windows=(4, 5)), Stop(), accumulate_grad_batches=1)
+    assert trainer.global_step == 3  # 4 and 1 batches of the first, 5 of the second
+
+
+def test_a_loss_scale_over_several_windows_is_refused():
+    with pytest.raises(wb.ConfigError, match="with a loss scale"):
+        fitted(
+            ByHand(),
+            labelled(),
+            WholeBatch(windows=(1, 1)),
+            accumulate_grad_batches=1,
+            plugins=[MixedPrecision("16-mixed", "cpu")],
+        )
+
+
 def test_batch_norm_is_refused_where_it_would_see_a_part():
     class Normed(Quiet):
         def __init__(self):
