@@ -422,10 +422,10 @@ def test_an_epoch_that_the_module_gives_up_ends_with_an_update_of_what_was_there
             return -1 if batch_idx == 6 else None
 
     module = Short(factor=0.5)
-    trainer = fitted(module, labelled(), WholeBatch(targets=count))
-    assert trainer.global_step == 2
-    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5 * 0.5**2
-    assert off(module, undivided(Quiet(factor=0.5), labelled()[:6])) <= 1e-12
+    trainer = fitted(module, labelled(), WholeBatch(targets=count), max_epochs=2)
+    assert trainer.global_step == 4
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5 * 0.5**4
+    assert off(module, undivided(Quiet(factor=0.5), labelled()[:6], epochs=2)) <= 1e-12
 
 
 def test_metrics_see_each_row_once():

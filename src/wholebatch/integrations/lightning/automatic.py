@@ -90,7 +90,7 @@ class Automatic:
             self._close()
             for plateaus in (False, True):
                 self._step_schedules(plateaus)
-            self._applied = False
+        self._ended = self._applied = False  # also where the last batch was given up in the middle
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint inside a window has to hold."""
