@@ -200,10 +200,11 @@ class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at 
 
     def on_exception(self, trainer: Any, *_: Any) -> None:
         """Roll back what is open, after it was kept for a checkpoint that is written on the way out."""
-        self._left = self.state_dict() if trainer.world_size == 1 else {}  # other ranks do not come to this
-        for each in self.accumulators:
-            if each.open_window is not None:
-                each.open_window.rollback()
+        if trainer.world_size == 1:  # other ranks do not come to this, and would have to take part
+            self._left = self.state_dict()
+            for each in self.accumulators:
+                if each.open_window is not None:
+                    each.open_window.rollback()
         self._leave()
 
     def state_dict(self) -> dict[str, Any]:
