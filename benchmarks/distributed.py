@@ -15,7 +15,7 @@ the two ways of wholebatch.
 From the measured parts `wholebatch.core.communication` predicts how the same logical batch would train on up to 64
 ranks; the page shows the model beside what was measured with two.
 
-Takes about twelve minutes.
+Takes about twenty-five minutes, most of them waiting for the link.
 """
 
 import json

@@ -19,7 +19,7 @@ from wholebatch.core import errors
 from wholebatch.recipes.finding import BUILT_IN
 from wholebatch.recipes.options import OPTIONS
 
-COMMANDS = ["train", "plan", "verify", "report", "doctor"]
+COMMANDS = ["train", "plan", "tune", "verify", "report", "doctor"]
 MY_FILE = '''
 """The least that a recipe has to say."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import wholebatch as wb
+from wholebatch.integrations.transformers import WholeBatchTrainer
 
 Batch = dict[str, Tensor]
 
@@ -60,6 +61,21 @@ def a_loop_of_somebody_else(model: nn.Module, loader: Iterator[Batch], scaler: t
     )
     for micro_batch in loader:
         assert_type(accumulator.add(micro_batch, last=False), wb.Window)
+
+
+def growing_batches(model: nn.Module, loader: Iterator[Batch]) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    accumulator = wb.Accumulator(model, optimizer, mean_loss, noise_scale=True)
+    schedule = wb.schedules.ByNoise(4, largest=64, share=0.5)
+    rates = wb.schedules.Rates(optimizer, at=4, rule="sqrt")
+    for update in accumulator.updates(loader, micro_batches=schedule):
+        assert_type(update.noise_scale, float | None)
+        rates.follow(schedule.at(update.number))
+    batches = wb.LogicalBatches(1000, wb.schedules.Stepped(8, {2: 16}, by="epoch"))
+    assert_type(len(batches), int)
+    print(wb.schedules.Change.of(optimizer, 4, "linear"))
+    if accumulator.noise is not None:
+        assert_type(accumulator.noise.scale, float | None)
 
 
 def every_option(model: nn.Module, rows: list[tuple[Tensor, int]]) -> None:
@@ -194,6 +210,13 @@ def sinks(folder: Path, update: wb.Update) -> None:
 def folded(model: nn.Module, batch: Batch) -> float | None:
     optimizer = wb.AdamA(model.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     return wb.Accumulator(model, optimizer, mean_loss, micro_batch=wb.Rows(8)).step(batch).grad_norm
+
+
+def trained(model: nn.Module, args: Any, rows: list[Any]) -> wb.Update | None:
+    trainer = WholeBatchTrainer(model, args, train_dataset=rows, micro_batch=wb.Rows(8), targets="labels", check=None)
+    trainer.train(resume_from_checkpoint=True)
+    assert_type(trainer.accumulator, wb.Accumulator | None)
+    return trainer.last_update
 
 
 def stopped(accumulator: wb.Accumulator, path: Path) -> Any:

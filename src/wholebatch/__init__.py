@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wholebatch.core import schedules
     from wholebatch.core.errors import (
         BatchNormError,
         ConfigError,
@@ -94,6 +95,7 @@ _HOMES = {
     "own_rows": "engine.meetings.meeting",
     "plan": "engine.fit.planning",
     "save": "engine.checkpoint.saving",
+    "schedules": "core.schedules",
     "sinks": "evidence.sinks",
     "sum_over_batch": "engine.meetings.meeting",
     "uncheckpoint_blocks": "engine.fit.checkpointing",
@@ -139,6 +141,7 @@ __all__ = [
     "own_rows",
     "plan",
     "save",
+    "schedules",
     "sinks",
     "sum_over_batch",
     "uncheckpoint_blocks",

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from wholebatch.cli import plan as _plan
+from wholebatch.cli import tune as _tune
 from wholebatch.cli.conformance import conformance
 from wholebatch.cli.edge import DONE, ENDED_BY_CTRL_C, FAILED, check_file, edge, say
 from wholebatch.cli.launch import launch, require_launcher
@@ -53,6 +54,7 @@ def _command(
     Examples:
       wholebatch train text
       wholebatch plan text --memory 500MB
+      wholebatch tune text
       wholebatch verify my_file.py:recipe
       wholebatch report runs/text
       wholebatch conformance
@@ -74,6 +76,12 @@ def train(
         Path | None, typer.Option("--config", "-c", metavar="FILE", help="A TOML file; its keys are these flags.")
     ] = None,
     logical_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["logical_batch"].help)] = None,
+    grow_to: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["grow_to"].help)] = None,
+    grow: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["grow"].help)] = None,
+    lr_rule: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["lr_rule"].help)] = None,
+    noise_scale: Annotated[
+        bool | None, typer.Option("--noise-scale/--no-noise-scale", help=OPTIONS["noise_scale"].help)
+    ] = None,
     micro_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["micro_batch"].help)] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help=OPTIONS["memory"].help)] = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["epochs"].help)] = None,
@@ -116,6 +124,7 @@ def train(
       wholebatch train text --nproc 2 --wrapper fsdp2
       torchrun --nnodes 4 --nproc-per-node 8 ... -m wholebatch train my_file.py:recipe
       wholebatch train images --batch-norm exact --micro-batch '4 rows'
+      wholebatch train text --grow-to '1024 rows' --grow noise --lr-rule sqrt
 
     \b
     A file job.toml:
@@ -129,6 +138,10 @@ def train(
     flags = {
         "recipe": recipe,
         "logical_batch": logical_batch,
+        "grow_to": grow_to,
+        "grow": grow,
+        "lr_rule": lr_rule,
+        "noise_scale": noise_scale,
         "micro_batch": micro_batch,
         "memory": memory,
         "epochs": epochs,
@@ -184,7 +197,7 @@ def _as_flags(given: Mapping[str, Any], config: Path | None) -> list[str]:
         if key == "recipe":
             flags.append(value)
         elif isinstance(value, bool):
-            flags.append(flag if value else f"--no-{key}")
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             for each in value if isinstance(value, list) else [value]:
                 flags += [flag, str(each)]
@@ -231,6 +244,7 @@ def _listening() -> Iterator[None]:
 
 
 app.command()(_plan.plan)
+app.command()(_tune.tune)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Where are we? The state of one window, and which micro-batch opens and closes it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -85,7 +85,7 @@ class WindowState:
         self.phase = phase
 
 
-def group(items: Iterable[Item], micro_batches: int) -> Iterator[tuple[Item | None, bool]]:
+def group(items: Iterable[Item], micro_batches: int | Callable[[], int]) -> Iterator[tuple[Item | None, bool]]:
     """Walk over a stream and say after which item its window closes.
 
     Nothing is read ahead, so that a loader's position is that of the window. The tail closes with a last pair that has
@@ -93,7 +93,8 @@ def group(items: Iterable[Item], micro_batches: int) -> Iterator[tuple[Item | No
 
     Args:
         items: Micro-batches, with or without a length.
-        micro_batches: Places in a window. A micro-batch of None takes its place.
+        micro_batches: Places in a window, or what is asked for them at the first of each window. A micro-batch of None
+            takes its place.
 
     Returns:
         Pairs of an item and whether the window closes after it.
@@ -105,8 +106,10 @@ def group(items: Iterable[Item], micro_batches: int) -> Iterator[tuple[Item | No
         >>> list(group("abcde", 2))
         [('a', False), ('b', True), ('c', False), ('d', True), ('e', False), (None, True)]
     """
+    if callable(micro_batches):
+        return _walk(items, micro_batches)
     check_stream(items, micro_batches)
-    return _walk(items, micro_batches)
+    return _walk(items, lambda: micro_batches)
 
 
 def check_stream(items: Any, micro_batches: Any) -> None:
@@ -133,10 +136,10 @@ def check_stream(items: Any, micro_batches: Any) -> None:
         )
 
 
-def _walk(items: Iterable[Item], micro_batches: int) -> Iterator[tuple[Item | None, bool]]:
-    place = 0
+def _walk(items: Iterable[Item], micro_batches: Callable[[], int]) -> Iterator[tuple[Item | None, bool]]:
+    left = 0
     for item in items:
-        place = place % micro_batches + 1
-        yield item, place == micro_batches
-    if 0 < place < micro_batches:
+        left = (left or micro_batches()) - 1
+        yield item, left == 0
+    if left:
         yield None, True

@@ -13,6 +13,7 @@ from wholebatch.core.batch import Layout, LogicalBatch, paths
 from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError, SplitError
 from wholebatch.core.record import Update
+from wholebatch.core.schedules.schedule import Schedule
 from wholebatch.core.split import Indices, Rows, Tokens
 from wholebatch.core.weights import Count, Reduction
 from wholebatch.engine import memory
@@ -28,6 +29,7 @@ from wholebatch.engine.making import Making
 from wholebatch.engine.meetings.company import OneByOne
 from wholebatch.engine.meetings.lockstep import Execution, Lockstep
 from wholebatch.engine.narrow import SumIn, check_sum_in
+from wholebatch.engine.noise import noise_of
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
@@ -88,11 +90,17 @@ class Accumulator:
             raised by this accumulator. None: ``precision="fp16"`` makes one of its own, and others have none.
         before_step: Called once an update that is to be applied, when the gradient of the logical batch is in
             ``.grad``, divided and clipped, and before an optimizer steps: to look at it, or to change it.
+        noise_scale: Whether the gradient noise scale is measured, from micro-batches against their window, and put
+            into the record; or over how many windows it is averaged, 30 by default. It takes windows of two
+            micro-batches or more, whose rows were not sorted.
         balance: ``"tokens"`` lets rows of each logical batch that `step` is handed move between ranks, so that all have
             equally much to do; with `collate`. None: each rank trains on the rows that it is handed.
 
     Attributes:
         reasons: What was chosen automatically, and why; one sentence each.
+        counts_first: Whether `step` counts the targets of a list of rows before the first forward pass, so that losses
+            are divided once, by the count of all; then all its micro-batches are collated at the same time.
+        noise: The averages of which the noise scale is made, where it is measured; else None.
 
     Raises:
         OptimizerError: Model, optimizer and scheduler do not belong together.
@@ -139,6 +147,7 @@ class Accumulator:
         balance: Balance | None = None,
         loss_scaler: torch.amp.GradScaler | None = None,
         before_step: Callable[[], object] | None = None,
+        noise_scale: bool | int = False,
     ) -> None:
         _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
@@ -157,9 +166,18 @@ class Accumulator:
         check_balance(balance, collate)
         self._reasons = say = Reasons()
         self.reasons = say.said
+        self.counts_first = False
         self._setup = Setup.of(
-            model, optimizer, lr_scheduler, reduce_in=reduce_in, communication=communication, say=say
+            model,
+            optimizer,
+            lr_scheduler,
+            reduce_in=reduce_in,
+            communication=communication,
+            measures=noise_scale is not False,
+            say=say,
         )
+        noise = noise_of(noise_scale, self._setup.optimizers, micro_batch, say)
+        self.noise = noise.average if noise is not None else None
         check_clip_norm(self._setup.optimizers, clip_norm)
         objective = Objective(loss_fn, targets, reduction)
         self._precision = Precision(precision, self._setup.device, loss_scaler)
@@ -174,6 +192,7 @@ class Accumulator:
             on_nonfinite=on_nonfinite,
             batch_norm=batch_norm,
             before_step=before_step,
+            noise=noise,
         )
         self._layout = Layout(collate, paths(whole), dims)
         wire = self._setup.group.wire
@@ -241,7 +260,7 @@ class Accumulator:
     def _step(self, rows: LogicalBatch) -> Update:
         """Make one update from a logical batch of which this process has some rows, or none."""
         group = self._setup.group
-        if self._windows.rules.sums.consumes:  # targets must be known before a backward pass
+        if self.counts_first or self._windows.rules.sums.consumes:  # the latter need targets before a backward pass
             rows.keep()
         retries = 0
         while True:
@@ -257,7 +276,7 @@ class Accumulator:
             self._cutting.follow(sizes, self._reasons)
             retries += 1
 
-    def updates(self, loader: Iterable[Any], *, micro_batches: int) -> Iterator[Update]:
+    def updates(self, loader: Iterable[Any], *, micro_batches: int | Schedule) -> Iterator[Update]:
         """Make updates from a loader that already yields micro-batches.
 
         The tail is an update of its own, weighted by what is in it; nothing is left over for the next epoch. A
@@ -266,7 +285,8 @@ class Accumulator:
         Args:
             loader: Yields micro-batches; its length need not be known. None takes its place in a window and adds
                 nothing.
-            micro_batches: How many make one logical batch.
+            micro_batches: How many make one logical batch, of each rank; or one of `wb.schedules` that says so for each
+                logical batch, by how many windows came before it.
 
         Yields:
             The record of each update, as soon as it has happened.
@@ -363,6 +383,16 @@ class Accumulator:
             RankError: Another rank cannot take over its own.
         """
         take_over(self._windows, self._precision, state)
+
+    @property
+    def loss_scale(self) -> dict[str, Any] | None:
+        """The state of the dynamic loss scale, as `torch.amp.GradScaler` has it; None where there is none."""
+        return self._precision.state_dict()
+
+    @loss_scale.setter
+    def loss_scale(self, state: Mapping[str, Any] | None) -> None:
+        self._precision.require(state)
+        self._precision.load_state_dict(state)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from wholebatch.core.batch import Layout, LogicalBatch
 from wholebatch.core.errors import MeetingError, RankError
 from wholebatch.core.record import Update
+from wholebatch.core.schedules.schedule import Schedule
 from wholebatch.core.window import check_stream, group
 from wholebatch.engine import memory
 from wholebatch.engine.checks.check import FirstCheck
@@ -20,6 +21,57 @@ from wholebatch.engine.meetings.company import Again, Scout, leave, sit_down
 from wholebatch.engine.meetings.lockstep import Lockstep
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.window import Window
+
+
+class Places:
+    """How many micro-batches make each window: always as many, or by a schedule.
+
+    Args:
+        micro_batches: As for `wb.Accumulator.updates`.
+        windows: Count what came before.
+
+    Attributes:
+        now: Those of the window that is made.
+        loader: What yields them.
+    """
+
+    def __init__(self, micro_batches: int | Schedule, windows: Windows) -> None:
+        self._schedule = micro_batches if isinstance(micro_batches, Schedule) else None
+        self._windows = windows
+        self._read = 0
+        self.loader: Any = None
+        self.now: Any = micro_batches if self._schedule is None else self._schedule.ask(windows.made)
+
+    def first(self) -> int:
+        """Return how many places there are, at the first of them."""
+        return int(self.now)
+
+    def counted(self, loader: Any) -> Any:
+        """Return the micro-batches of a loader; where a schedule asks, they are counted."""
+        self.loader = loader
+        return loader if self._schedule is None else self._count(loader)
+
+    def turn(self) -> None:
+        """Look how many make the next window."""
+        self._read = 0
+        if self._schedule is not None:
+            self.now = self._schedule.ask(self._windows.made)
+
+    def note(self, update: Update, *, tail: bool) -> None:
+        """Tell the schedule what came of a window. Of a tail, no rank knows how many micro-batches others had.
+
+        Args:
+            update: Its record.
+            tail: Whether all ranks are at their end.
+        """
+        if self._schedule is not None and not tail:
+            several = self._windows.rules.setup.group.ranks > 1
+            self._schedule.note(update, size=self.now if several else self._read)
+
+    def _count(self, loader: Iterable[Any]) -> Iterator[Any]:
+        for micro_batch in loader:
+            self._read += 1
+            yield micro_batch
 
 
 class Loading:
@@ -53,18 +105,21 @@ class Loading:
         self._splitting = splitting
         self._layout = layout
 
-    def updates(self, loader: Iterable[Any], micro_batches: int) -> Iterator[Update]:
+    def updates(self, loader: Iterable[Any], micro_batches: int | Schedule) -> Iterator[Update]:
         """Make updates from a loader; see `wb.Accumulator.updates`."""
-        check_stream(loader, micro_batches)
+        places = Places(micro_batches, self._windows)
+        check_stream(loader, places.now)
         ranks = self._windows.rules.setup.group
-        stream = self._stream(loader, micro_batches)
+        stream = self._stream(places.counted(loader), places)
         update: Update | None = None
         while update is None or not ranks.streams.all_ended:
+            places.turn()
             with ranks.together(self._windows.renew_sums):
                 ranks.expect_meeting(self._lockstep.meets)
-                update = self._next(stream, micro_batches)
+                update = self._next(stream, places.now)
             if update is None:
                 return
+            places.note(update, tail=ranks.streams.all_ended)
             yield update
         for _ in stream:  # so that the loader, too, comes to its end
             raise RankError(
@@ -84,10 +139,10 @@ class Loading:
         with self._windows.rules.setup.group.apart():  # in the loop of somebody else others may be at another place
             self._splitting.into(window, micro_batch)
 
-    def _stream(self, loader: Iterable[Any], micro_batches: int) -> Iterator[tuple[Any, bool]]:
+    def _stream(self, loader: Iterable[Any], places: "Places") -> Iterator[tuple[Any, bool]]:
         """The micro-batches of this process, and empty windows for as long as other ranks have more."""
         streams = self._windows.rules.setup.group.streams
-        length = _known_length(loader)
+        length = _known_length(places.loader)
         streams.begin()
 
         def read() -> Iterator[Any]:
@@ -96,7 +151,7 @@ class Loading:
                 yield micro_batch
             streams.ended = True
 
-        yield from group(read() if streams.several else loader, micro_batches)
+        yield from group(read() if streams.several else loader, places.first)
         streams.idle = True
         while streams.others_go_on:
             yield None, True

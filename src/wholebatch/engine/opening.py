@@ -43,6 +43,11 @@ class Windows:
                 hook = each.register_step_pre_hook(guard)
                 weakref.finalize(self, hook.remove)
 
+    @property
+    def made(self) -> int:
+        """How many windows there were, the open one included."""
+        return self._number
+
     def open(
         self,
         *,

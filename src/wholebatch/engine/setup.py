@@ -57,6 +57,7 @@ class Setup:
         *,
         reduce_in: str | None = None,
         communication: str = "once",
+        measures: bool = False,
         say: Say = silent,
     ) -> "Setup":
         """Check that the three belong together.
@@ -67,6 +68,7 @@ class Setup:
             lr_scheduler: One schedule or several, or None.
             reduce_in: In which dtype gradients travel between ranks.
             communication: How often ranks speak where weights are spread over them.
+            measures: Whether the gradient noise scale is measured.
             say: Takes the reason of an automatic choice.
 
         Raises:
@@ -83,7 +85,7 @@ class Setup:
         for scheduler in schedulers:
             _check_scheduler(scheduler, optimizers)
         device = input_device(model)
-        group = group_of(model, optimizers, say, reduce_in=reduce_in, communication=communication)
+        group = group_of(model, optimizers, say, reduce_in=reduce_in, communication=communication, measures=measures)
         stepping = Stepping(optimizers, device)
         return cls(model, optimizers, schedulers, device, stepping, group, Schedules(schedulers))
 

@@ -24,6 +24,9 @@ class Reading:
         scaled_norm: 2-norm of the summed gradient as it stands, loss scale included.
         targets: Targets of the window.
         least: The fewest that a device counted in one micro-batch; 0 where none did.
+        spread: The sum over micro-batches of the squared norm of what each added, over its targets, where that is
+            measured; NaN where it is not known.
+        parts: How many these are.
     """
 
     loss: float
@@ -32,6 +35,8 @@ class Reading:
     scaled_norm: float
     targets: float
     least: float
+    spread: float = math.nan
+    parts: float = 0.0
 
 
 class Weighing:
@@ -47,6 +52,11 @@ class Weighing:
         scale: The loss scale, on the device, or None.
         early: Whether gradients are used up as they arrive, so that nothing can be divided at the close.
         reference: What losses are divided by, where that is prescribed. Unit: targets.
+
+    Attributes:
+        spread: The sum over micro-batches of the squared norm of what each added, over its targets; NaN if it is not
+            known of one of them.
+        parts: How many these are.
     """
 
     def __init__(
@@ -68,6 +78,8 @@ class Weighing:
         self._least: Tensor | None = None
         self._root: tuple[float, Tensor] | None = None
         self._noted: list[tuple[Tensor, Count, Count]] = []
+        self.spread: Tensor | float = 0.0
+        self.parts: Count = 0
 
     @property
     def scaled(self) -> bool:
@@ -122,6 +134,23 @@ class Weighing:
                 roots.append(self._enter(loss_factor("mean", count, self._reference), count, part.once))
         return losses, roots
 
+    def note_own(self, square: Tensor | None) -> None:
+        """Note how large the gradient is that the losses weighed last have brought; before `settle`.
+
+        Args:
+            square: Its squared norm, on the device; None: it is not known. Shape ``[]``.
+        """
+        count = self._noted[0][2]
+        if square is None:
+            self.spread = math.nan
+        elif isinstance(count, Tensor):
+            count = count.to(square.device, non_blocking=square.device.type != "cpu")
+            self.spread = self.spread + torch.where(count > 0, square / count, 0.0)
+            self.parts = self.parts + (count > 0)
+        else:
+            self.spread = self.spread + square / count
+            self.parts = self.parts + 1
+
     def settle(self) -> None:
         """Note the losses that were weighed last for the record: they count."""
         count = self._noted[0][2]
@@ -138,10 +167,11 @@ class Weighing:
             norms: 2-norms of the parts of the summed gradient. Each of shape ``[]``.
             targets: Targets of the window. Unit: targets.
         """
-        asked = [self._loss_sum, targets, self._reference, self._scale, self._least]
+        asked = [self._loss_sum, targets, self._reference, self._scale, self._least, self.spread, self.parts]
         numbers = read_numbers([*norms, *(each for each in asked if isinstance(each, Tensor))])
         rest = iter(numbers[len(norms) :])
-        loss_sum, total, reference, scale, least = [next(rest) if isinstance(each, Tensor) else each for each in asked]
+        plain: list[Any] = [next(rest) if isinstance(each, Tensor) else each for each in asked]
+        loss_sum, total, reference, scale, least, spread, parts = plain
         if self._early and total and abs(reference / total - 1) > 1e-6:
             raise WeightError(
                 f"The losses of a window were divided by {reference} targets before their backward passes, and hold "
@@ -157,17 +187,22 @@ class Weighing:
             scaled_norm=scaled_norm,
             targets=total,
             least=least if least is not None else 0.0,
+            spread=spread,
+            parts=parts,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was weighed so far; the loss scale is that of the accumulator."""
-        return {name: getattr(self, f"_{name}") for name in _KEPT}
+        return {name: getattr(self, f"_{name}") for name in _KEPT} | {"spread": self.spread, "parts": self.parts}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from what another process has weighed, with tensors on a device."""
         for name in _KEPT:
             value = state[name]
             setattr(self, f"_{name}", value.to(device, copy=True) if isinstance(value, Tensor) else value)
+        spread, parts = state.get("spread", math.nan), state.get("parts", 0)
+        self.spread = spread.to(device, copy=True) if isinstance(spread, Tensor) else spread
+        self.parts = parts.to(device, copy=True) if isinstance(parts, Tensor) else parts
 
     def _require_the_only_one(self) -> None:
         if self._expected > 1 or self._weighed:
@@ -217,10 +252,11 @@ _TOLD_EARLY = (
 
 def widen(count: Count) -> Count:
     """Return a count as wide as its device has numbers, so that sums and quotients round no more than losses do."""
-    return count.detach().reshape(()).to(_wide(count)) if isinstance(count, Tensor) else count
+    return count.detach().reshape(()).to(widest(count)) if isinstance(count, Tensor) else count
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def widest(tensor: Tensor) -> torch.dtype:
+    """Return the widest numbers that a tensor's device has."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 

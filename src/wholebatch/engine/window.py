@@ -20,6 +20,7 @@ from wholebatch.engine import memory
 from wholebatch.engine.backward import run_backward
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.meetings.company import OneByOne
+from wholebatch.engine.noise import Noise
 from wholebatch.engine.objective import Part, learns, part_of
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import OnNonFinite, Setup
@@ -44,6 +45,7 @@ class Rules:
     on_nonfinite: OnNonFinite
     batch_norm: BatchNorm
     before_step: Callable[[], object] | None = None
+    noise: Noise | None = None
 
 
 _NOTHING = "no micro-batch held a target or made a loss (loss_fn returned None), so there was nothing to learn"
@@ -108,6 +110,7 @@ class Window:
         self._state = WindowState()
         self._update: Update | None = None
         self._fillers = 0
+        self._noise_scale: float | None = None
         self._mark: Mark | None = None
         self._marked = 0  # the first mark is where the window began
         scale = rules.precision.scale()
@@ -295,10 +298,17 @@ class Window:
                 self.before_forward()
             losses, roots = self._weighing.weigh(part)
             self.sums.open_backward()
+            noise = self._rules.noise
+            if noise is not None:
+                noise.listen(self.sums.parameters)
             run_backward(losses, roots)
             self.sums.close_backward()
+            if noise is not None:
+                self._weighing.note_own(noise.heard())
             self._weighing.settle()
         except BaseException as error:
+            if self._rules.noise is not None:
+                self._rules.noise.stop()
             if self._mark is None or not memory.is_out_of_memory(error):
                 self.rollback()
             raise
@@ -360,6 +370,7 @@ class Window:
         counted = [(part, rows) for part, rows in parts if part is not None and learns(part)]
         for part, _ in counted:
             weighed = zip(*self._weighing.weigh(part), strict=True)
+            self._weighing.note_own(None)  # what one adds depends on the others
             self._weighing.settle()
             for loss, root in weighed:
                 if loss.requires_grad:  # a loss of nothing but what met is a constant in the second pass of a replay
@@ -439,6 +450,8 @@ class Window:
                 torch.clear_autocast_cache()  # or an autocast around the whole loop would go on with the old weights
             self.sums.commit()
             self._end(Phase.CLOSED)
+            if self._rules.noise is not None:
+                self._noise_scale = self._rules.noise.take_in(read)
             self._update = self._record(loss=read.loss, norm=read.norm, lr=lr, skipped=None)
             self._rules.setup.schedules.step(read.loss)
         if late is not None:
@@ -483,6 +496,7 @@ class Window:
             skipped=skipped,
             peak_bytes=memory.peak_bytes(self._rules.setup.device),
             seconds=time.perf_counter() - self._started,
+            noise_scale=self._noise_scale,
         )
 
     def _end(self, phase: Phase) -> None:

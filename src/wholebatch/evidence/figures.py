@@ -43,7 +43,7 @@ class _Line:
 
 
 def figures(run: Run) -> list[Figure]:
-    """Return the plots of a run: loss, memory, speed, padding, gradient norm, learning rate.
+    """Return the plots of a run: loss, memory, speed, padding, gradient norm, learning rate, noise scale.
 
     What was never measured has no plot. The same run gives the same bytes, and matplotlib's global state is left alone.
 
@@ -54,7 +54,7 @@ def figures(run: Run) -> list[Figure]:
         MissingExtraError: matplotlib is not installed.
     """
     require_matplotlib()
-    drawn = [_loss(run), _memory(run), _speed(run), _padding(run), _grad_norm(run), _lr(run)]
+    drawn = [_loss(run), _memory(run), _speed(run), _padding(run), _grad_norm(run), _lr(run), _noise_scale(run)]
     return [figure for figure in drawn if figure is not None]
 
 
@@ -123,6 +123,14 @@ def _grad_norm(run: Run) -> Figure | None:
 def _lr(run: Run) -> Figure | None:
     caption = "Learning rate of the optimizer's first group."
     return _figure(run, "Learning rate", caption, run.series("lr"), from_zero=True)
+
+
+def _noise_scale(run: Run) -> Figure | None:
+    scales = run.series("noise_scale")
+    positive = [scale for scale in scales if scale > 0]
+    wide = bool(positive) and max(positive) > 50 * min(positive)
+    caption = "Gradient noise scale in targets: a logical batch of so many wastes half of them, a smaller one less."
+    return _figure(run, "Noise scale, targets", caption, scales, logarithmic=wide, from_zero=not wide)
 
 
 def _figure(

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 
 from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError
+from wholebatch.core.schedules.rates import Rule
 from wholebatch.recipes.amount import Amount
 from wholebatch.recipes.options import OPTIONS
 from wholebatch.recipes.protocol import Recipe
@@ -19,6 +20,7 @@ BatchNormChoice: TypeAlias = Literal["refuse", "exact", "group", "frozen", "per_
 Wrapper: TypeAlias = Literal["none", "ddp", "fsdp2"]
 
 Communication: TypeAlias = Literal["once", "each"]
+Growth: TypeAlias = Literal["geometric", "linear", "noise"]
 SinkName = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -31,6 +33,10 @@ def _parse_sinks(said: object) -> tuple[str, ...]:
 
 def _parse_micro_batch(said: object) -> Amount | Literal["auto"]:
     return "auto" if said == "auto" else Amount.parse(said)
+
+
+def _parse_grow_to(said: object) -> Amount | None:
+    return None if said is None else Amount.parse(said)
 
 
 def _parse_memory(said: object) -> int | None:
@@ -53,6 +59,10 @@ class TrainConfig(BaseModel):
 
     recipe: str
     logical_batch: Annotated[Amount, PlainValidator(Amount.parse)] = Amount(512, "rows")
+    grow_to: Annotated[Amount | None, PlainValidator(_parse_grow_to)] = None
+    grow: Growth = "geometric"
+    lr_rule: Rule = "none"
+    noise_scale: bool = False
     micro_batch: Annotated[Amount | Literal["auto"], PlainValidator(_parse_micro_batch)] = "auto"
     memory: Annotated[int | None, PlainValidator(_parse_memory)] = None
     epochs: int | None = Field(default=None, ge=1)

@@ -16,6 +16,8 @@ from torch import nn
 
 import wholebatch
 from wholebatch.core.errors import WholeBatchError
+from wholebatch.core.record import Update
+from wholebatch.core.schedules import ByNoise, Rates
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
@@ -27,6 +29,7 @@ from wholebatch.evidence.sinks import JsonLines, Sink, SinkError, Sinks
 from wholebatch.recipes.amount import Amount
 from wholebatch.recipes.config import TrainConfig
 from wholebatch.recipes.finding import find_recipe
+from wholebatch.recipes.growth import schedule_of
 from wholebatch.recipes.ingredients import cut_of, model_of, optimizer_of, rows_of, seed_everything
 from wholebatch.recipes.loader import LogicalBatches
 from wholebatch.recipes.outlets import open_sink, require
@@ -127,6 +130,7 @@ class _Run:
         self.device = torch.device("cpu")
         self.summary = Summary(logical_batch=str(config.logical_batch), rank=place.rank, ranks=place.ranks)
         self.reasons: list[str] = []
+        self.said = config.logical_batch.count  # the last size that was spoken of
 
     def go(self) -> None:
         """Train, validate and compare."""
@@ -139,9 +143,11 @@ class _Run:
         model = model_of(self.recipe, self.config.batch_norm)
         self.device = input_device(model)
         wrapped = Wrapped(model, self.recipe, self.config.wrapper, self.config.communication, self.place.ranks)
+        schedule = schedule_of(self.config)
+        optimizer = optimizer_of(self.recipe, model, self.config.lr)
         accumulator = Accumulator(
             wrapped.trained,
-            optimizer_of(self.recipe, model, self.config.lr),
+            optimizer,
             wrapped.loss,
             targets=self.recipe.targets,
             reduction=self.recipe.reduction,
@@ -152,25 +158,32 @@ class _Run:
             accumulate_in=self.config.accumulate_in,
             clip_norm=self.config.clip_norm or None,
             communication=self.config.communication,
+            noise_scale=self.config.noise_scale or isinstance(schedule, ByNoise),
             batch_norm="per_micro_batch" if self.config.batch_norm == "per_micro_batch" else "refuse",
         )
         self.reasons = accumulator.reasons
         if not self.place.first:
             seed_everything((self.config.seed + self.place.rank) % 2**32)  # equal weights, and other dropout
-        batches = LogicalBatches(rows, self.config.logical_batch, length=self.recipe.length, seed=self.config.seed)
-        planned = self.config.updates or sum(batches.count(epoch) for epoch in range(1, (self.config.epochs or 1) + 1))
+        batches = LogicalBatches(
+            rows, self.config.logical_batch, length=self.recipe.length, seed=self.config.seed, schedule=schedule
+        )
+        rates = Rates(optimizer, at=schedule.at(0, 0), rule=self.config.lr_rule) if self.config.grow_to else None
+        planned = self.config.updates or _planned(batches, self.config.epochs or 1)
         self._start(model, num_rows=len(rows), planned=planned)
         done = 0
         for epoch in count(1):
-            for batch in batches.epoch(epoch):
-                self._update(epoch, accumulator, batch)
+            for batch in batches.epoch(epoch, done):
+                if rates is not None:
+                    self._follow(rates, schedule.at(done, epoch - 1))
+                update = self._update(epoch, accumulator, batch)
+                schedule.note(update, batches.amount(batch))
                 done += 1
-                if done == planned:
+                if done == self.config.updates:
                     break
             if held_out:
                 with wrapped.whole():
                     self._validate(epoch, done, model, accumulator, held_out)
-            if done == planned:
+            if done == self.config.updates or (self.config.updates is None and epoch == (self.config.epochs or 1)):
                 break
         held = self.place.largest([self.summary.rows_at_once, self.summary.tokens_at_once or -1])
         self.summary.rows_at_once, tokens = held
@@ -237,7 +250,20 @@ class _Run:
             }
         )
 
-    def _update(self, epoch: int, accumulator: Accumulator, batch: list[Any]) -> None:
+    def _follow(self, rates: Rates, size: int) -> None:
+        """Let the learning rate follow the logical batch, and say so."""
+        first, unit = self.config.logical_batch.count, self.config.logical_batch.unit
+        rates.follow(size)
+        self.summary.logical_batch = (
+            str(self.config.logical_batch) if size == first else f"{first:,} to {size:,} {unit}"
+        )
+        if size >= 1.25 * self.said and self.place.first:
+            _log.info(
+                f"Logical batches have grown from {self.said:,} to {size:,} {unit}, learning rate {rates.lr:.3g}."
+            )
+            self.said = size
+
+    def _update(self, epoch: int, accumulator: Accumulator, batch: list[Any]) -> Update:
         update = accumulator.step(self.place.share(batch, self.recipe.length))
         memory.release(self.device)  # so that each update's peak is its own
         self.summary.updates += update.applied
@@ -245,6 +271,7 @@ class _Run:
         self.summary.cut |= update.micro_batches > 1
         self.summary.joined = any(said.startswith(_JOINS) for said in accumulator.reasons)
         self._write({"event": "update", "epoch": epoch, **update.to_dict()})
+        return update
 
     def _validate(self, epoch: int, done: int, model: nn.Module, accumulator: Accumulator, rows: Sequence[Any]) -> None:
         cut = self.cut if self.cut != "auto" else self.whole
@@ -282,6 +309,14 @@ class _Run:
             tokens = len(rows) * max(map(self.recipe.length, rows))
             self.summary.tokens_at_once = max(self.summary.tokens_at_once or 0, tokens)
         return self.recipe.collate(rows)
+
+
+def _planned(batches: LogicalBatches, epochs: int) -> int:
+    """How many updates some epochs have, as far as is known: one by noise may grow, and there are fewer then."""
+    done = 0
+    for epoch in range(1, epochs + 1):
+        done += batches.count(epoch, done)
+    return done
 
 
 _JOINS = 'lockstep="auto" joins the graphs of all micro-batches'

@@ -29,6 +29,18 @@ OPTIONS: dict[str, Option] = {
     "logical_batch": Option(
         "What one update is made of", "rows or tokens, such as '512 rows' (the default) or '65536 tokens'"
     ),
+    "grow_to": Option(
+        "How large a logical batch becomes in the course of the run", "an amount in the unit of logical_batch"
+    ),
+    "grow": Option(
+        "How it grows to that",
+        "'geometric' (by equal factors, the default), 'linear', or 'noise' (as the measured noise scale allows)",
+    ),
+    "lr_rule": Option(
+        "How the learning rate follows a logical batch that grows",
+        "'none' (the default), 'linear' (SGD) or 'sqrt' (Adam)",
+    ),
+    "noise_scale": Option("Whether the gradient noise scale is measured, for log and report", "true or false"),
     "micro_batch": Option(
         "What is in memory at once", "'auto' (the default), rows or tokens, such as '16 rows' or '4096 tokens'"
     ),

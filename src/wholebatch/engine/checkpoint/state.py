@@ -36,6 +36,7 @@ def state_of(windows: Windows, precision: Precision) -> dict[str, Any]:
         weights = setup.model.state_dict()
         buffers = _other_buffers(setup.model, weights)
     optimizers = [each.state_dict() for each in setup.optimizers]
+    noise = windows.rules.noise
     return {
         "rank": _rank(setup),
         "group": setup.group.state_dict(),
@@ -49,6 +50,7 @@ def state_of(windows: Windows, precision: Precision) -> dict[str, Any]:
         "schedules": [each.state_dict() for each in setup.schedulers],
         "loss scale": precision.state_dict(),
         "random": RandomState.now(setup.device).state_dict(),
+        "noise": None if noise is None else noise.average.state_dict(),
     }
 
 
@@ -78,6 +80,9 @@ def take_over(windows: Windows, precision: Precision, state: Any) -> None:
     precision.load_state_dict(state["loss scale"])
     setup.group.load_state_dict(state["group"])
     windows.load_state_dict(state["window"])
+    noise = windows.rules.noise
+    if noise is not None and state.get("noise") is not None:
+        noise.average.load_state_dict(state["noise"])
     RandomState.of(state["random"], setup.device).restore()
 
 

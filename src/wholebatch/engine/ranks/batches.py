@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import index
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import distributed
@@ -13,6 +13,7 @@ from torch.utils.data import Sampler, default_collate
 
 from wholebatch.core.balance import ATTENTION, balanced, costs_of
 from wholebatch.core.errors import ConfigError, SplitError
+from wholebatch.core.schedules.schedule import Fixed, Schedule
 
 
 class LogicalBatches(Sampler[list[int]]):
@@ -26,7 +27,8 @@ class LogicalBatches(Sampler[list[int]]):
 
     Args:
         lengths: The tokens of each row of the data, or, where rows are alike, how many rows there are.
-        rows: Rows of a logical batch, over all ranks.
+        rows: Rows of a logical batch, over all ranks; or one of `wb.schedules` that says so for each of them. Then it
+            counts those of earlier epochs too, each of which is taken to have been gone through.
         balance: ``"tokens"`` shares out by cost, so that ranks finish together, with `costs_of` and `balanced` of
             `wholebatch.core.balance`; ``"rows"`` gives each rank equally many, give or take one. Default: by tokens
             where there are lengths.
@@ -52,7 +54,7 @@ class LogicalBatches(Sampler[list[int]]):
     def __init__(
         self,
         lengths: int | Sequence[int],
-        rows: int,
+        rows: int | Schedule,
         *,
         balance: Literal["tokens", "rows"] | None = None,
         attention: float = ATTENTION,
@@ -65,9 +67,13 @@ class LogicalBatches(Sampler[list[int]]):
             raise ConfigError(
                 f"balance={balance!r} is no way to share rows out.", hint='pass "tokens", "rows" or None.'
             )
-        if not hasattr(rows, "__index__"):
-            raise SplitError(f"rows={rows!r} is no whole number.", hint="pass how many rows make a logical batch.")
-        if rows < 1:
+        schedule = rows if isinstance(rows, Schedule) else None
+        if schedule is None and not hasattr(rows, "__index__"):
+            raise SplitError(
+                f"rows={rows!r} is no whole number.",
+                hint="pass how many rows make a logical batch, or one of wb.schedules.",
+            )
+        if not isinstance(rows, Schedule) and rows < 1:
             raise SplitError(f"A logical batch of {rows} rows holds nothing.", hint="pass rows=1 or more.")
         if (rank is None) != (ranks is None) or (rank is not None and ranks is not None and not 0 <= rank < ranks):
             raise ConfigError(
@@ -90,13 +96,14 @@ class LogicalBatches(Sampler[list[int]]):
         if self._num_rows < 1:
             raise SplitError("The data hold no rows.", hint="pass the length of each row, or how many there are.")
         self.rows = rows
+        self._schedule = schedule if schedule is not None else Fixed(cast(int, rows))
         self._shuffle = shuffle
         self._seed = seed
         self._epoch = 0
         self._place = (rank, ranks) if rank is not None and ranks is not None else None
 
     def __len__(self) -> int:
-        return -(-self._num_rows // self.rows)
+        return self._count(self._epoch, self._made_before(self._epoch))
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, ranks = self._place or place_among_ranks()
@@ -105,8 +112,13 @@ class LogicalBatches(Sampler[list[int]]):
             # PyTorch's generator looks at 32 bits only: seed and epoch cannot stand side by side in one number.
             seed = random.Random(f"{self._seed} {self._epoch}").getrandbits(32)
             order = torch.randperm(self._num_rows, generator=torch.Generator().manual_seed(seed))
-        for start in range(0, self._num_rows, self.rows):
-            places: list[int] = order[start : start + self.rows].tolist()
+        done = self._made_before(self._epoch)
+        start = 0
+        while start < self._num_rows:
+            # Asked for when its turn comes: a schedule may go by what became of the logical batches before it.
+            rows = self._schedule.ask(done, self._epoch)
+            places: list[int] = order[start : start + rows].tolist()
+            start, done = start + rows, done + 1
             if self._costs is None:
                 yield places[rank::ranks]
             else:
@@ -120,6 +132,24 @@ class LogicalBatches(Sampler[list[int]]):
             epoch: Any number from 0.
         """
         self._epoch = epoch
+        self._schedule.set_epoch(epoch)
+
+    def _made_before(self, epoch: int) -> int:
+        """How many logical batches all epochs before this one had."""
+        done = 0
+        for earlier in range(0 if isinstance(self._schedule, Fixed) else epoch):
+            done += self._count(earlier, done)
+        return done
+
+    def _count(self, epoch: int, done: int) -> int:
+        """How many logical batches an epoch has, as far as the schedule knows."""
+        if isinstance(self._schedule, Fixed):
+            return -(-self._num_rows // self._schedule.size)
+        left, count = self._num_rows, 0
+        while left > 0:
+            left -= self._schedule.at(done + count, epoch)
+            count += 1
+        return count
 
     @staticmethod
     def collate(collate_fn: Callable[[list[Any]], Any] = default_collate) -> Callable[[list[Any]], Any]:

@@ -32,6 +32,7 @@ def group_of(
     *,
     reduce_in: str | None = None,
     communication: str = "once",
+    measures: bool = False,
 ) -> Group:
     """Return the ranks that train a model together: one, unless `torch.distributed` is initialised with more.
 
@@ -41,9 +42,10 @@ def group_of(
         say: Takes the reasons.
         reduce_in: In which dtype gradients travel.
         communication: How often ranks speak where weights are spread over them.
+        measures: Whether the gradient noise scale is measured.
 
     Raises:
-        ConfigError: An option is not one of the choices.
+        ConfigError: An option is not one of the choices, or goes not together with another.
         OptimizerError: An optimizer or a wrapper cannot work on several ranks.
     """
     dtype = check_reduce_in(reduce_in)
@@ -63,7 +65,7 @@ def group_of(
             hint="train in one process, or with an optimizer that steps from the whole gradient, such as AdamW.",
         )
     wire = Wire(process_group)
-    introduce = partial(make_equal, model, optimizers, wire, say)
+    introduce = partial(make_equal, model, optimizers, wire, say, measures=measures)
     sharded = sharded_modules(model)
     rank = f"This is rank {wire.rank} of {wire.ranks}"
     if not sharded:
@@ -72,7 +74,7 @@ def group_of(
             "targets.",
             logging.INFO,
         )
-        return Many(model, wire, introduce, dtype)
+        return Many(model, wire, introduce, dtype, measures=measures)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     costs = (
         f'communication="once" holds {numbers:,} weights and as many gradients on each rank inside a window, and moves '
@@ -80,7 +82,13 @@ def group_of(
     )
     if communication == "once":
         say(f"{rank}, and the weights are sharded: {costs}. Once was taken.", logging.INFO)
-        return Many(model, wire, introduce, dtype)
+        return Many(model, wire, introduce, dtype, measures=measures)
+    if measures:
+        raise ConfigError(
+            'noise_scale needs the gradient of each micro-batch by itself, and with communication="each" fully_shard '
+            "adds up those of all ranks with every pass.",
+            hint='pass communication="once", or measure in one process: the noise scale is that of model and data.',
+        )
     if reduce_in is not None:
         raise ConfigError(
             f'reduce_in={reduce_in!r} has no effect with communication="each", where fully_shard adds gradients up.',

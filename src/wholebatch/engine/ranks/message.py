@@ -44,6 +44,7 @@ class Heard:
         differ: Whether ranks have gradients for different parameters.
         scale: The loss scale; 1 without one.
         beside: Numbers of this rank alone, read along.
+        spread, parts: As in `Reading`, where they are measured.
     """
 
     targets: float
@@ -56,6 +57,8 @@ class Heard:
     differ: bool
     scale: float
     beside: list[float]
+    spread: float = math.nan
+    parts: float = 0.0
 
     @classmethod
     def of(
@@ -69,6 +72,7 @@ class Heard:
         extra: Tensor | float,
         device: torch.device,
         beside: Callable[[], Sequence[Tensor]] = tuple,
+        noise: Sequence[Tensor | float] = (),
     ) -> Self:
         """Say what a rank has to say, and hear the sum over all, with one wait for the device.
 
@@ -80,12 +84,13 @@ class Heard:
             extra: What the group asks besides.
             device: Where the message is written.
             beside: Returns what is read along, when the message is on its way. Each of shape ``[]``.
+            noise: Two numbers more, where the gradient noise scale is measured.
         """
         rows = math.nan if state.rows is None else state.rows
         ends = ending.ended + ending.idle * (wire.ranks + 1)
         mask = mask_of(presence, wire.ranks)
         scale = [] if weighing.scale is None else [weighing.scale]
-        fields = [state.targets, weighing.loss_sum, rows, spoilt(weighing, state), extra, ends, mask, mask**2]
+        fields = [state.targets, weighing.loss_sum, rows, spoilt(weighing, state), extra, ends, mask, mask**2, *noise]
         message = torch.tensor(
             [0.0 if isinstance(field, Tensor) else float(field) for field in fields], dtype=torch.float64, device=device
         )
@@ -96,7 +101,7 @@ class Heard:
         others = list(beside())
         wire.wait(sent)
         read = read_numbers([*others, *scale, *message.unbind()])
-        targets, loss_sum, rows, failed, extras, endings, masks, squares = read[-FIELDS:]
+        targets, loss_sum, rows, failed, extras, endings, masks, squares = read[-len(fields) :][:FIELDS]
         return cls(
             targets=targets,
             loss_sum=loss_sum,
@@ -108,12 +113,13 @@ class Heard:
             differ=wire.ranks * squares != masks**2,  # exactly equal only where all masks are the same
             scale=read[len(others)] if scale else 1.0,
             beside=read[: len(others)],
+            **(dict(zip(("spread", "parts"), read[-len(noise) :], strict=True)) if noise else {}),
         )
 
 
-def say_failed(wire: Wire, device: torch.device) -> None:
+def say_failed(wire: Wire, device: torch.device, *, measures: bool = False) -> None:
     """Say instead that this rank could not do its part."""
-    message = torch.zeros(FIELDS, dtype=torch.float64, device=device)
+    message = torch.zeros(FIELDS + 2 * measures, dtype=torch.float64, device=device)
     message[3] = 1
     wire.wait(wire.add_up(message))
 

@@ -46,9 +46,18 @@ class Many:
         wire: Speaks to the others.
         introduce: Makes all ranks equal, with all of them, before the first window.
         dtype: In which gradients travel; None: as the sums are, in 32 bits at least.
+        measures: Whether the gradient noise scale is measured.
     """
 
-    def __init__(self, model: nn.Module, wire: Wire, introduce: Callable[[], None], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        wire: Wire,
+        introduce: Callable[[], None],
+        dtype: torch.dtype | None,
+        *,
+        measures: bool = False,
+    ) -> None:
         self.ranks = wire.ranks
         self.in_step, self.rehearses, self.passes, self.spare = False, False, 0, None
         self.reference: float | None = None
@@ -59,6 +68,7 @@ class Many:
         self._sparse = sparse_parameters(model)
         self._introduce: Callable[[], None] | None = introduce
         self._dtype = dtype
+        self._measures = measures
         self._reduction: Reduction | None = None
         self._overlap = True
         self._common = 1.0
@@ -155,11 +165,11 @@ class Many:
         assert reduction.sums is sums
         factor = common_factor(weighing.reference, common)
         reduction.finish(factor)
-        heard = self._exchange(weighing, state)
+        heard = self._exchange(weighing, state, factor)
         while heard.extra and not heard.failed:
             self._overlap = False  # such gradients come again
             reduction.repeat(factor)
-            heard = self._exchange(weighing, state)
+            heard = self._exchange(weighing, state, factor)
         self._owed = False
         self.streams.hear(heard)
         if heard.failed:
@@ -183,6 +193,8 @@ class Many:
             scaled_norm=norm,
             targets=heard.targets,
             least=0.0,
+            spread=heard.spread,
+            parts=heard.parts,
         )
 
     def leaves(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -269,7 +281,7 @@ class Many:
         self._outcomes.take_shortages()
         self._owed = True
 
-    def _exchange(self, weighing: Weighing, state: WindowState) -> Heard:
+    def _exchange(self, weighing: Weighing, state: WindowState, factor: Count) -> Heard:
         """Send the message of a window behind its gradient, and hear what all ranks have sent.
 
         The message does not wait for the gradient, so that it costs no latency of its own.
@@ -289,6 +301,8 @@ class Many:
             extra=float(reduction.late),
             device=reduction.device,
             beside=norms,
+            # Of the gradient as it travels: a power of the factor for each of the two in a square.
+            noise=(weighing.spread * factor**2, weighing.parts) if self._measures else (),
         )
 
     def _hear_why(self, weighing: Weighing, state: WindowState) -> Reading:
@@ -317,5 +331,5 @@ class Many:
         elif self._meets:
             self.wire.gather(FAILED)
         self._started.abandon()
-        say_failed(self.wire, self._started.device)
+        say_failed(self.wire, self._started.device, measures=self._measures)
         return self._outcomes.exchange(outcome)

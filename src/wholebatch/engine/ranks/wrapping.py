@@ -114,13 +114,15 @@ def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def make_equal(model: nn.Module, optimizers: Sequence[Optimizer], wire: Wire, say: Say) -> None:
+def make_equal(
+    model: nn.Module, optimizers: Sequence[Optimizer], wire: Wire, say: Say, *, measures: bool = False
+) -> None:
     """Give every rank the weights and buffers of the first, once, and require that all else is equal already.
 
     Raises:
         RankError: The ranks train different models, or with different optimizers.
     """
-    mine = list(_description(model, optimizers))
+    mine = [*_description(model, optimizers), "noise_scale" if measures else "no noise_scale"]
     digests = wire.gather(hashlib.sha256(repr(mine).encode()).hexdigest())
     if len(set(digests)) > 1:
         everyone = wire.gather(mine)

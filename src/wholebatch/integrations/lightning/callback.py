@@ -28,7 +28,7 @@ _OF_THE_TRAINER = {
 }
 
 
-class WholeBatch(Callback):  # type: ignore[misc]  # Lightning is not looked at by mypy
+class WholeBatch(Callback):
     """Makes every update of a `lightning.Trainer` that of the whole logical batch.
 
     The logical batch is either `accumulate_grad_batches` batches of the loader, each a micro-batch, or one batch of the
