@@ -282,3 +282,41 @@ def test_a_choice_that_does_not_exist_is_refused(options, found, hint):
         trained(**options)
     assert hint in error.value.hint
     assert isinstance(error.value, ValueError)
+
+
+# What is counted, and scaled, beforehand.
+
+
+def test_targets_of_a_list_of_rows_are_counted_before_the_first_pass_if_asked():
+    events = []
+
+    def collate(rows):
+        events.append("collate")
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def loss_fn(model, batch):
+        events.append("pass")
+        return mean_square(model, batch)
+
+    batch = regression(5, torch.float64)
+    rows = [{name: x[row] for name, x in batch.items()} for row in range(5)]
+    seen = {}
+    for first in (True, False):
+        accumulator, model = trained(loss_fn, collate=collate, targets=lambda batch: len(batch["x"]))
+        accumulator.counts_first = first
+        events.clear()
+        accumulator.step(rows)
+        seen[first] = list(events), flat(model.parameters())
+    assert seen[True][0] == ["collate"] * 3 + ["pass"] * 3
+    assert seen[False][0] == ["collate", "pass"] * 3
+    assert relative_error(seen[True][1], seen[False][1]) < 1e-14
+
+
+def test_the_loss_scale_can_be_read_and_set():
+    accumulator, _ = trained(precision="fp16")
+    accumulator.loss_scale = {**accumulator.loss_scale, "scale": 8.0}
+    assert accumulator.loss_scale["scale"] == 8.0
+    plain, _ = trained()
+    assert plain.loss_scale is None
+    with pytest.raises(wb.ConfigError, match="here is another precision"):
+        plain.loss_scale = accumulator.loss_scale

@@ -25,7 +25,11 @@ except MissingExtraError as error:
 
 @pytest.mark.parametrize(
     ("page", "without"),
-    [("lightning", ["lightning", "pytorch_lightning"]), ("accelerate", ["accelerate"])],
+    [
+        ("lightning", ["lightning", "pytorch_lightning"]),
+        ("accelerate", ["accelerate"]),
+        ("transformers", ["transformers"]),
+    ],
 )
 def test_a_framework_that_is_not_installed_is_named_with_its_install_line(page, without):
     source = WITHOUT.format(page=page, without=without)

@@ -15,7 +15,7 @@ from wholebatch.evidence import reference
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say about themselves when they are loaded
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments  # noqa: F401 - for others
 
     from wholebatch.integrations.transformers import WholeBatchTrainer
 
@@ -69,6 +69,15 @@ class TakesKeywords(Tagger):
         return super().forward(input_ids, labels=labels)
 
 
+class Pooled(Tagger):
+    """Looks at the mean of all places, padding included."""
+
+    def forward(self, input_ids, labels=None):
+        hidden = self.embedding(input_ids)
+        logits = self.head(torch.tanh(hidden + hidden.mean(dim=1, keepdim=True)))
+        return {"loss": self.loss_of(logits, labels), "logits": logits}
+
+
 def class_weights(labels):
     return torch.where(labels == -100, 0.0, 0.5 + (labels % 3).double())
 
@@ -93,6 +102,10 @@ def pad(rows):
     return {
         name: torch.tensor([part[name] + [fill[name]] * (longest - len(part[name])) for part in parts]) for name in fill
     }
+
+
+def without_mask(micro_batch):
+    return {name: part for name, part in micro_batch.items() if name != "attention_mask"}
 
 
 class Stream(IterableDataset):

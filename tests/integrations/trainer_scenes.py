@@ -1,4 +1,4 @@
-"""`WholeBatchTrainer` on several ranks, scene by scene. Run by `ranks.launch`; judged in test_transformers.py."""
+"""`WholeBatchTrainer` on several ranks, scene by scene. Run by `ranks.launch`; see test_whole_batch_trainer.py."""
 
 import copy
 import os
@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import wholebatch as wb
 from integrations.trainer_models import (
+    Pooled,
     Stream,
     Tagger,
     WholeBatchTrainer,
@@ -18,6 +19,7 @@ from integrations.trainer_models import (
     plainly,
     train,
     trainer_of,
+    without_mask,
 )
 from integrations.trainer_system import whole_batch_trainer, whole_batch_trainer_loss_func
 from ranks import Scenes
@@ -134,6 +136,15 @@ def resumed(place):
     again = trainer_of(trained, rows, folder[0], **setting)
     again.train(resume_from_checkpoint=f"{folder[0]}/checkpoint-2")
     return compared(again, model, trained, rows)
+
+
+@SCENES("padding", ranks=(2,))
+def padding(place):
+    try:
+        train(Pooled(), documents(21), options={"data_collator": lambda rows: without_mask(pad(rows))})
+    except (wb.VerifyError, wb.RankError) as error:
+        return {"said": str(error)}
+    return {"said": "nothing"}
 
 
 @SCENES("refusal", ranks=(2,))

@@ -5,15 +5,14 @@ micro-batch of the scene. Batch norm is made exact, and rows that are compared a
 """
 
 import tempfile
-import warnings
 
 import torch
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import IterableDataset
 
 import wholebatch as wb
+from integrations.trainer_models import Stream, TrainerCallback, trainer_of
 from wholebatch.engine.losses import batch_hard_triplet, info_nce, load_balancing
 from wholebatch.evidence.conformance.adapters.wholebatch import meeting
 from wholebatch.evidence.conformance.coupled import MARGIN, in_batch_negatives
@@ -56,16 +55,6 @@ class TakesKeywords(Model):
 
     def forward(self, input_ids, labels=None, **_):
         return super().forward(input_ids, labels)
-
-
-class Stream(IterableDataset):
-    """An epoch whose length nobody knows."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 def rows_of(task):
@@ -115,12 +104,6 @@ def train_loss_fn(task):
 
 
 def train_with(task, model, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what its dependencies say about themselves when they are loaded
-        from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-
-        from wholebatch.integrations.transformers import WholeBatchTrainer
-
     optimizer = SGD((weight for weight in model.parameters() if weight.requires_grad), lr=task.lr)
     steps = steps_of(optimizer)
     rows = rows_of(task)
@@ -146,31 +129,25 @@ def train_with(task, model, **options):
             self.place += 1
 
     with tempfile.TemporaryDirectory(prefix="wholebatch-trainer-") as folder:
-        trainer = WholeBatchTrainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=folder,
-                use_cpu=True,
-                per_device_train_batch_size=at_once,
-                per_device_eval_batch_size=at_once,
-                gradient_accumulation_steps=task.window,
-                num_train_epochs=task.epochs,
-                max_steps=-1 if task.sized else updates,
-                max_grad_norm=task.clip_norm or 0.0,
-                train_sampling_strategy="sequential",
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=rows if task.sized else Stream(rows),
-            eval_dataset=rows,
-            optimizers=(optimizer, LambdaLR(optimizer, task.lr_factor or (lambda _: 1.0))),
+        trainer = trainer_of(
+            model,
+            rows if task.sized else Stream(rows),
+            folder,
             callbacks=[Callback()],
-            targets=task.targets if task.compares is not None else None,
-            **options,
+            per_device_train_batch_size=at_once,
+            per_device_eval_batch_size=at_once,
+            gradient_accumulation_steps=task.window,
+            num_train_epochs=task.epochs,
+            max_steps=-1 if task.sized else updates,
+            max_grad_norm=task.clip_norm or 0.0,
+            options={
+                "data_collator": None,
+                "eval_dataset": rows,
+                "optimizers": (optimizer, LambdaLR(optimizer, task.lr_factor or (lambda _: 1.0))),
+                "targets": task.targets if task.compares is not None else None,
+                **options,
+            },
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(model.model, steps(), losses)

@@ -6,15 +6,20 @@ trainer = WholeBatchTrainer(model, args, train_dataset=dataset, data_collator=co
 trainer.train()
 """
 
-import importlib.util
+import importlib
 
 from wholebatch.core.errors import MissingExtraError
 
-if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
+try:
+    importlib.import_module("accelerate")
+    importlib.import_module("transformers")
+except ModuleNotFoundError as missing:
+    if missing.name not in ("torch", "accelerate", "transformers"):
+        raise
     raise MissingExtraError(
-        "WholeBatchTrainer needs transformers and accelerate, and they are not installed.",
+        f"wholebatch.integrations.transformers needs accelerate and transformers, and {missing.name} is not installed.",
         hint="pip install 'wholebatch[transformers]'",
-    )
+    ) from None
 
 from wholebatch.integrations.transformers.trainer import WholeBatchTrainer
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wholebatch.core.errors import WeightError
-from wholebatch.core.weights import Count, Reduction
+from wholebatch.core.weights import Count, Reduction, check_reduction
 
 IGNORED = -100
 """The label from which nothing is to be learned, in all of transformers."""
@@ -79,7 +79,7 @@ class TrainerLoss:
 
     def __init__(self, trainer: Any, targets: str | Callable[[Any], Any] | None, reduction: Reduction) -> None:
         self.trainer = trainer
-        self._declared = reduction
+        self._declared = check_reduction(reduction)
         self.rule: Rule | None = None
         if callable(targets):
             self.rule = Rule("given", targets, "what targets=... counts", told=True)
@@ -113,7 +113,8 @@ class TrainerLoss:
         trainer = self.trainer
         inputs = trainer._prepare_inputs(micro_batch)  # a copy: compute_loss may take the labels out
         with trainer.compute_loss_context_manager():
-            items = torch.as_tensor(items, device=trainer.args.device) if items is not None else None
+            if items is not None and not isinstance(items, Tensor):
+                items = torch.full((), items, device=trainer.args.device)  # written there: no copy is waited for
             loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=items)
             return loss
 

@@ -49,7 +49,7 @@ def _of_engines(trainer: Any) -> Iterator[ConfigError]:
             "own.",
             hint=f"leave fsdp out and train in DistributedDataParallel under torchrun; {_OWN_LOOP}",
         )
-    if trainer.is_model_parallel or trainer.is_distributed_loading_by_transformers:
+    if trainer.is_model_parallel or getattr(trainer, "is_distributed_loading_by_transformers", False):
         yield ConfigError(
             "The model lies on several devices (hf_device_map, DistributedConfig).",
             hint="load it without device_map and distributed_config.",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from wholebatch.core.budget import parse_bytes
 from wholebatch.core.errors import ConfigError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Rows, Tokens
@@ -23,6 +24,7 @@ from wholebatch.engine.window import BatchNorm
 from wholebatch.integrations.transformers.balancing import balanced
 from wholebatch.integrations.transformers.logged import Losses
 from wholebatch.integrations.transformers.making import Options, Updates
+from wholebatch.integrations.transformers.objective import TrainerLoss
 from wholebatch.integrations.transformers.refusals import require_supported
 from wholebatch.integrations.transformers.rows import WAITING, Taken, share_out, take, uncollated
 
@@ -55,6 +57,7 @@ class WholeBatchTrainer(Trainer):
         check: As for `wb.Accumulator`.
         reduce_in: As for `wb.Accumulator`.
         balance: As for `wb.Accumulator`.
+        noise_scale: As for `wb.Accumulator`.
         **kwargs: As for `transformers.Trainer`.
 
     Attributes:
@@ -63,7 +66,7 @@ class WholeBatchTrainer(Trainer):
             chosen automatically.
 
     Raises:
-        ConfigError: The arguments ask for what cannot be made exact; see `refusals.py`.
+        ConfigError: The arguments ask for what cannot be made exact, or `memory` is no number of bytes.
         WeightError: `targets` is no way to count; or, at the first window, the loss is none of those that can be told.
 
     Example:
@@ -104,10 +107,14 @@ class WholeBatchTrainer(Trainer):
         check: Literal["first"] | None = "first",
         reduce_in: ReduceIn | None = None,
         balance: Balance | None = None,
+        noise_scale: bool | int = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         require_supported(self)
+        TrainerLoss(self, targets, reduction)  # which refuses what is no way to count
+        if memory is not None:
+            parse_bytes(memory)
         self._options = Options(
             micro_batch=micro_batch,
             memory=memory,
@@ -122,6 +129,7 @@ class WholeBatchTrainer(Trainer):
                 "check": check,
                 "reduce_in": reduce_in,
                 "balance": balance,
+                "noise_scale": noise_scale,
             },
         )
         self._takes_rows = False

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import ranks
 import wholebatch as wb
 from integrations.trainer_models import (
     VOCABULARY,
+    Pooled,
     Stream,
     Tagger,
     TakesKeywords,
@@ -23,6 +22,7 @@ from integrations.trainer_models import (
     plainly,
     train,
     trainer_of,
+    without_mask,
 )
 from integrations.trainer_system import whole_batch_trainer, whole_batch_trainer_loss_func
 from properties import flat
@@ -79,6 +79,12 @@ def test_the_model_is_wrapped_for_two_ranks_and_all_of_them_refuse_together(two)
     for found in ranks.result(two, "refusal", 2):
         assert found["wrapper"] == "DistributedDataParallel"
         assert "neither over labels that are not -100 nor over rows" in found["said"]
+
+
+def test_padding_that_counts_is_refused_on_two_ranks(two):
+    said = [found["said"] for found in ranks.result(two, "padding", 2)]
+    assert "ranks pad differently" in " ".join(said)
+    assert "nothing" not in said
 
 
 @pytest.mark.parametrize("make", [Tagger, TakesKeywords], ids=lambda make: make.__name__)
@@ -398,6 +404,62 @@ def test_a_run_that_is_resumed_ends_as_one_that_is_not(tmp_path):
     assert not torch.equal(flat(stopped.parameters()), flat(whole.parameters()))
 
 
+@pytest.mark.parametrize("first", ["the Trainer's", "ours"])
+def test_a_checkpoint_of_either_is_resumed_by_the_other(tmp_path, first):
+    from transformers import Trainer
+
+    kinds = [Trainer, WholeBatchTrainer] if first == "the Trainer's" else [WholeBatchTrainer, Trainer]
+    model, rows = small("causal"), documents(21)
+    setting = {"save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "random"}
+    trainer_of(copy.deepcopy(model), rows, tmp_path / "cut", kind=kinds[0], max_steps=2, **setting).train()
+    resumed, whole = copy.deepcopy(model), copy.deepcopy(model)
+    again = trainer_of(resumed, rows, tmp_path / "cut", kind=kinds[1], **setting)
+    again.train(resume_from_checkpoint=True)
+    trainer_of(whole, rows, tmp_path / "whole", **setting).train()
+    assert again.state.global_step == 6
+    assert change_error(model, resumed, whole) < EXACT
+
+
+def test_a_trainer_of_a_kind_of_its_own_comes_in_by_inheritance(tmp_path):
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    class Translating(WholeBatchTrainer, Seq2SeqTrainer):
+        pass
+
+    arguments = Seq2SeqTrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=2,
+        predict_with_generate=True,
+        report_to="none",
+        use_cpu=True,
+    )
+    rows = documents(9)
+    trainer = Translating(
+        small("translation"), arguments, train_dataset=rows, data_collator=pad, micro_batch=wb.Rows(3)
+    )
+    trainer.train()
+    assert (trainer.last_update.rows, trainer.state.global_step) == (1, 2)
+    assert len(trainer.predict(rows[:2], max_length=4).predictions) == 2
+
+
+def test_bf16_is_that_of_the_trainer():
+    """The forward pass is in 16 bits and weights, gradients and their sum are not, as with `wb.Accumulator`."""
+    model, rows = small("causal").float(), documents(21)
+    trained = copy.deepcopy(model)
+    train(trained, rows, bf16=True, learning_rate=0.1)
+    error = change_error(model, trained, plainly(model, rows, lr=0.1)[0])
+    assert 1e-5 < error < 0.02
+    assert next(trained.parameters()).dtype == torch.float32
+
+
+def test_the_noise_scale_is_measured_if_asked():
+    trainer = train(Tagger(), documents(24), options={"noise_scale": True, "micro_batch": wb.Rows(1)})
+    assert trainer.last_update.noise_scale is not None
+    assert train(Tagger(), documents(8)).last_update.noise_scale is None
+
+
 def test_a_second_call_of_train_begins_anew():
     model, rows = Tagger(), documents(21)
     trained = copy.deepcopy(model)
@@ -510,6 +572,23 @@ def test_a_collator_that_draws_and_changes_its_rows_is_asked_once():
     assert sum(draws) == 2 * 21
 
 
+def test_where_padding_counts_rows_are_padded_as_in_the_undivided_batch():
+    def collate(rows):
+        return without_mask(pad(rows))
+
+    model, rows = Pooled(), documents(21)
+    trained = copy.deepcopy(model)
+    trainer = train(trained, rows, options={"data_collator": collate})
+    assert change_error(model, trained, plainly(model, rows, collate=collate)[0]) < EXACT
+    assert trainer.last_update.micro_batches == 3
+    (reason,) = [each for each in trainer.accumulator.reasons if "how much it is padded" in each]
+    assert "attention_mask" in reason
+
+    unchecked = copy.deepcopy(model)
+    train(unchecked, rows, options={"data_collator": collate, "check": None})
+    assert change_error(model, unchecked, plainly(model, rows, collate=collate)[0]) > 1e-3
+
+
 def test_batch_norm_is_refused_or_exact():
     class Normed(Tagger):
         def __init__(self):
@@ -568,22 +647,16 @@ def test_other_engines_are_refused(tmp_path, attribute, said):
         require_supported(trainer)
 
 
+@pytest.mark.parametrize(
+    "options", [{"targets": "tokens"}, {"reduction": "average"}, {"memory": "much"}], ids=lambda each: next(iter(each))
+)
+def test_what_is_no_option_is_refused_before_training(tmp_path, options):
+    with pytest.raises(wb.WholeBatchError) as error:
+        trainer_of(Tagger(), documents(4), tmp_path, options=options)
+    assert error.value.hint
+
+
 def test_a_step_on_its_own_is_no_window(tmp_path):
     trainer = trainer_of(Tagger(), documents(4), tmp_path)
     with pytest.raises(wb.ConfigError, match="not with a logical batch"):
         trainer.training_step(trainer.model, pad(documents(2)))
-
-
-def test_without_the_package_the_name_says_what_installs_it():
-    source = """
-import importlib.util
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else found(name, *rest)
-try:
-    import wholebatch.integrations.transformers
-except ImportError as error:
-    print(type(error).__name__, error)
-"""
-    said = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout
-    assert said.startswith("MissingExtraError")
-    assert "pip install 'wholebatch[transformers]'" in said
