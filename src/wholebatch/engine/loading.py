@@ -136,7 +136,8 @@ class Loading:
         self._first_check.look_at_loaded(micro_batch, self._layout)
         if last:
             window.expect_last()
-        self._splitting.into(window, micro_batch)
+        with self._windows.rules.setup.group.apart():  # in the loop of somebody else others may be at another place
+            self._splitting.into(window, micro_batch)
 
     def _stream(self, loader: Iterable[Any], places: "Places") -> Iterator[tuple[Any, bool]]:
         """The micro-batches of this process, and empty windows for as long as other ranks have more."""

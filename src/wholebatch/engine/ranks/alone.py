@@ -90,6 +90,9 @@ class One:
     def moving(self) -> AbstractContextManager[object]:
         return _NOTHING
 
+    def apart(self) -> AbstractContextManager[object]:
+        return _NOTHING
+
     def withdraw(self, why: BaseException | None) -> None:
         pass
 

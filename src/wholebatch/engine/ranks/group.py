@@ -121,6 +121,13 @@ class Group(Protocol):
         """Return the context in which the update happens, on all ranks."""
         ...
 
+    def apart(self) -> AbstractContextManager[object]:
+        """Return the context of what is done while other ranks may be speaking of something else.
+
+        Whoever rolls a window back in it waits for nobody, and does not go on with the others.
+        """
+        ...
+
     def withdraw(self, why: BaseException | None) -> None:
         """Tell the others that this rank's window was rolled back."""
         ...

@@ -224,6 +224,10 @@ class InStep:
         """The context in which all ranks have agreed to move."""
         return self._outcomes.moving()
 
+    def apart(self) -> AbstractContextManager[object]:
+        """Return a context like any other: nobody hears of a failure in a window of one's own anyway."""
+        return nullcontext()
+
     def withdraw(self, why: BaseException | None) -> None:
         """Note that this rank has left a window of its own in the middle; nobody hears of it."""
         if why is not None and not self._supervised and not self._awaited and not isinstance(why, RankError):

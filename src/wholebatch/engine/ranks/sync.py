@@ -72,7 +72,7 @@ class Many:
         self._reduction: Reduction | None = None
         self._overlap = True
         self._common = 1.0
-        self._supervised = False
+        self._supervised = self._apart = False
         self._meets = False
         self._reach: Far | None = None
         self._owed = False  # whether the others wait for this rank's part of a window
@@ -213,13 +213,25 @@ class Many:
         """Tell the others that this rank's window was rolled back."""
         if self._supervised or not self._owed:
             return
-        if why is None:
+        if self._apart:
+            self._owed = False
+            self.wire.lost = f"it left a window in the middle ({'rolled back' if why is None else words(why)})."
+        elif why is None:
             self._owed = False
             self._join(Outcome("failed", "it rolled its window back"))
         elif isinstance(why, Exception):
             self._tell(why)
         else:  # such as Ctrl-C, which waits for nobody
             self.wire.lost = f"it was stopped inside a window ({words(why)})."
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """The context of what is done while others may be speaking of something else, so that no failure is told."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
 
     def report_shortage(self, said: str, finer: Size) -> list[Size]:
         """Tell the others that memory ran out, and return to which sizes ranks have to go."""

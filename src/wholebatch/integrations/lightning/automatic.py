@@ -4,8 +4,7 @@ The trainer runs as ever, and counts micro-batches. Two of its methods are repla
 micro-batch, and the one that ends it, where schedules are stepped.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +18,8 @@ from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.reasons import Reasons
 from wholebatch.engine.rehearsal import is_rehearsal
 from wholebatch.integrations.lightning.keeping import kept, take_over
+from wholebatch.integrations.lightning.logs import Silence, current_hook, logging_of
 from wholebatch.integrations.lightning.repeated import Repeated
-from wholebatch.integrations.lightning.silence import Silence
 from wholebatch.integrations.lightning.support import loaders_of, require_no_accumulation
 
 
@@ -91,7 +90,7 @@ class Automatic:
             self._close()
             for plateaus in (False, True):
                 self._step_schedules(plateaus)
-            self._applied = False
+        self._ended = self._applied = False  # also where the last batch was given up in the middle
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint inside a window has to hold."""
@@ -116,7 +115,7 @@ class Automatic:
         # Around all of it, since micro-batches that meet take turns, and leave in another order than they enter.
         dtype = torch.get_default_dtype()
         try:
-            with _current(self._module, "training_step"):
+            with current_hook(self._module, "training_step"):
                 self._run_batch(batch)
         finally:
             torch.set_default_dtype(dtype)
@@ -149,7 +148,7 @@ class Automatic:
     def _loss(self, _model: Any, micro_batch: Any) -> Any:
         """Run `training_step` as its strategy does, which knows how the model is wrapped and the precision."""
         looks = is_rehearsal() or not torch.is_grad_enabled()
-        with self._silence if looks else _logging_of(self._trainer, micro_batch):
+        with self._silence if looks else logging_of(self._trainer, micro_batch):
             output = self._trainer.strategy.training_step(micro_batch, *self._arguments)
         loss, extra = output, {}
         if isinstance(output, Mapping):
@@ -226,7 +225,7 @@ class Automatic:
 
     def _call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of the callbacks and of the module, as the trainer does."""
-        with _current(self._module, hook):
+        with current_hook(self._module, hook):
             for callback in self._trainer.callbacks:
                 getattr(callback, hook)(self._trainer, self._module, *arguments)
             getattr(self._module, hook)(*arguments)
@@ -251,25 +250,3 @@ def _mean_of(loss: Any) -> Any:
     if isinstance(loss, tuple) and len(loss) in (2, 3):
         loss = loss[0] / loss[1]
     return loss.detach().clone() if isinstance(loss, torch.Tensor) else loss
-
-
-@contextmanager
-def _current(module: Any, hook: str) -> Iterator[None]:
-    """Let a module know in which hook it is, as it asks when something is logged."""
-    before, module._current_fx_name = module._current_fx_name, hook
-    try:
-        yield
-    finally:
-        module._current_fx_name = before
-
-
-@contextmanager
-def _logging_of(trainer: Any, micro_batch: Any) -> Iterator[None]:
-    """Let what is logged be weighted by the rows of a micro-batch."""
-    results = trainer._results
-    before = results.batch
-    results.batch, results.batch_size = micro_batch, None
-    try:
-        yield
-    finally:
-        results.batch, results.batch_size = before, None

@@ -48,6 +48,8 @@ class WholeBatch(Callback):
         step_schedules: For manual optimization: whether each schedule is stepped once an applied update of its
             optimizer. Else `training_step` or a hook does.
         on_update: Called with the record of each window.
+        log: What is put before the names under which the loss and the norm of the gradient of each applied update are
+            logged, such as ``"update/"``. None: they are not. What `training_step` logs is of single micro-batches.
         options: Further options of `wb.Accumulator`, such as `memory`, `collate` or `on_nonfinite`.
 
     Attributes:
@@ -96,6 +98,7 @@ class WholeBatch(Callback):
         clip_norm: float | None = None,
         step_schedules: bool = False,
         on_update: Callable[[Update], object] | None = None,
+        log: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -124,6 +127,8 @@ class WholeBatch(Callback):
         self._clip_norm, self._step_schedules = clip_norm, step_schedules
         self._targets = targets
         self._on_update = on_update
+        self._log = log
+        self._unlogged: Update | None = None
         self._training: Automatic | Manual | None = None
         self._loaded: dict[str, Any] = {}  # from a checkpoint
         self._left: dict[str, Any] = {}  # by a run that broke off, for a checkpoint that is written on its way out
@@ -175,6 +180,15 @@ class WholeBatch(Callback):
             self._training.load_state_dict(loaded)
         self._training.install()
 
+    def on_train_batch_end(self, _trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Log the last update."""
+        update, self._unlogged = self._unlogged, None
+        if update is None or self._log is None or update.skipped is not None:
+            return
+        values = {f"{self._log}loss": update.loss, f"{self._log}grad_norm": update.grad_norm}
+        there = {name: value for name, value in values.items() if value is not None}
+        pl_module.log_dict(there, on_step=True, on_epoch=False, batch_size=1)
+
     def on_train_epoch_end(self, *_: Any) -> None:
         """Make an update of what an early end has left in a window."""
         if self._training is not None:
@@ -186,10 +200,11 @@ class WholeBatch(Callback):
 
     def on_exception(self, trainer: Any, *_: Any) -> None:
         """Roll back what is open, after it was kept for a checkpoint that is written on the way out."""
-        self._left = self.state_dict() if trainer.world_size == 1 else {}  # other ranks do not come to this
-        for each in self.accumulators:
-            if each.open_window is not None:
-                each.open_window.rollback()
+        if trainer.world_size == 1:  # other ranks do not come to this, and would have to take part
+            self._left = self.state_dict()
+            for each in self.accumulators:
+                if each.open_window is not None:
+                    each.open_window.rollback()
         self._leave()
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,7 +223,7 @@ class WholeBatch(Callback):
         self._training = None
 
     def _take(self, update: Update) -> None:
-        self.update = update
+        self.update = self._unlogged = update
         if self._on_update is not None:
             self._on_update(update)
 

@@ -141,6 +141,18 @@ def test_backward_of_the_accelerator_inside_a_window_is_told():
         window.backward(loss_fn(model, batch), targets=2)
 
 
+def test_clipping_that_is_left_in_the_loop_is_told():
+    accelerator = fresh(4)
+    exact, loader, model = prepared(accelerator)
+    list(exact.updates(loader, micro_batches=4))
+    with pytest.raises(wb.WindowError, match="no gradient to clip"):
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    other = accelerator.prepare(make())
+    loss_fn(other, next(iter(loader))).backward()
+    assert float(accelerator.clip_grad_norm_(other.parameters(), 1e-3)) > 1e-3
+    assert float(nn.utils.get_total_norm([each.grad for each in other.parameters()])) <= 1e-3
+
+
 def test_a_hook_of_the_user_is_called_as_well():
     seen = []
     exact, loader, _ = prepared(fresh(4), before_step=lambda: seen.append(1))

@@ -1,5 +1,7 @@
-"""How does a pass of no update leave no trace in what is logged? Nothing is logged, and metrics are put back."""
+"""What is logged, and in whose name? What a pass of no update logs is nothing, and metrics are put back after it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -32,6 +34,28 @@ class Silence:
             for name, value in state.items():
                 setattr(metric, name, value)
         self._metrics = []
+
+
+@contextmanager
+def current_hook(module: Any, hook: str) -> Iterator[None]:
+    """Let a module know in which hook it is, as it asks when something is logged."""
+    before, module._current_fx_name = module._current_fx_name, hook
+    try:
+        yield
+    finally:
+        module._current_fx_name = before
+
+
+@contextmanager
+def logging_of(trainer: Any, micro_batch: Any) -> Iterator[None]:
+    """Let what is logged be weighted by the rows of a micro-batch."""
+    results = trainer._results
+    before = results.batch
+    results.batch, results.batch_size = micro_batch, None
+    try:
+        yield
+    finally:
+        results.batch, results.batch_size = before, None
 
 
 def _state_of(metric: Any) -> dict[str, Any]:
