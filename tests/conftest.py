@@ -1,11 +1,15 @@
 """What every test starts from: the same torch seed, and no time limit for an example on a busy machine."""
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from wholebatch.engine.meetings import company
 
 # Keras has one backend in a process, and writes down in its folder which.
 os.environ["KERAS_BACKEND"] = "torch"
@@ -18,3 +22,12 @@ settings.load_profile("patient")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_window_stays_open() -> Iterator[None]:
+    """What a test leaves in an open window is gone before the next one, wherever `wb.gather` would look for company."""
+    yield
+    if company.here() is not None:
+        gc.collect()
+        company._here.seats.clear()

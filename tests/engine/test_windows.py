@@ -421,3 +421,18 @@ def test_rows_of_the_record_are_those_that_were_told():
     with accumulator.window() as window:
         window.backward(animal.loss_fn(model, animal.batch(3, torch.float64)), targets=3)
     assert window.update.rows is None
+
+
+def test_a_window_that_is_lost_with_its_accumulator_keeps_nobody_company():
+    def lose():
+        model = torch.nn.Linear(2, 1)
+        accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        window = accumulator.window()
+        window.backward(model(torch.ones(1, 2)).mean(), targets=1)
+        window.backward(model(wb.gather(torch.ones(3, 2))).mean(), targets=1)
+
+    x = torch.ones(2, 3)
+    with pytest.raises(wb.MeetingError):
+        lose()
+    gc.collect()
+    assert wb.gather(x) is x

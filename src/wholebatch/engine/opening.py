@@ -35,7 +35,8 @@ class Windows:
         self.current: Window | None = None
         self._sum_in = sum_in
         self._number = 0
-        self._seat: Seat | None = None
+        self._seats: list[Seat] = []  # of the window that is open
+        weakref.finalize(self, _leave_all, self._seats).atexit = False  # where that one is lost with its accumulator
         self._left_open: Mapping[str, Any] | None = None  # a window of another process, which the next goes on with
         guard = _guard(weakref.ref(self))
         for each in rules.setup.optimizers:
@@ -100,7 +101,7 @@ class Windows:
             company=company if isinstance(company, OneByOne) else None,
             ended=self._ended,
         )
-        self._seat = sit_down(company)
+        self._seats.append(sit_down(company))
         if self._left_open is not None:
             left, self._left_open = self._left_open, None
             self.current.load_state_dict(left)
@@ -155,8 +156,12 @@ class Windows:
 
     def _ended(self) -> None:
         self.current = None
-        if self._seat is not None:
-            leave(self._seat)
+        _leave_all(self._seats)
+
+
+def _leave_all(seats: list[Seat]) -> None:
+    while seats:
+        leave(seats.pop())
 
 
 def gradient_sum(setup: Setup, sum_in: SumIn) -> GradientSum:

@@ -125,6 +125,7 @@ def one_cannot(place: Place) -> dict[str, Any]:
     folder = common_folder()
     run = Run("ddp")
     wb.save(folder / "run", run.accumulator)
+    dist.barrier()
     before = {each.name: each.read_bytes() for each in folder.iterdir()}
     unsaid = object() if place.rank == 1 else None  # which only pickle could keep
     not_saved = refusal(lambda: wb.save(folder / "run", run.accumulator, extra=unsaid))

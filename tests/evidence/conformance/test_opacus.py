@@ -42,7 +42,9 @@ def test_the_verdicts_stand_a_second_reading():
 
 def test_what_it_has_no_way_to_say():
     outcomes = {scene.name: judge(page.opacus, scene).outcome for scene in SCENES if scene.name not in RIGHT | set(OFF)}
-    assert set(outcomes.values()) == {"not expressible"}
+    short = {"T5-forward", "T5-backward"}  # has no means against it, so that the error ends the run
+    assert {name for name, outcome in outcomes.items() if outcome == "refuses"} == short
+    assert {outcome for name, outcome in outcomes.items() if name not in short} == {"not expressible"}
 
 
 def test_with_a_tail_each_update_is_divided_by_the_same_number():
