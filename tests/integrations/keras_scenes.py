@@ -143,13 +143,10 @@ def refusal(build):
 
 
 SCENES = {}
-ONLY_ON_TORCH = {"class_weights", "masked_tokens", "keras_itself", "dropout", "kept"}
-"""They say nothing about a backend, and JAX compiles for seconds."""
 
 
 def scene(function):
-    if BACKEND == "torch" or function.__name__ not in ONLY_ON_TORCH:
-        SCENES[function.__name__] = function
+    SCENES[function.__name__] = function
     return function
 
 
@@ -204,7 +201,7 @@ def windows():
             yield IDS[part, :length], LABELS[part, :length]
 
     found = {}
-    for name, data in (("unsized", ragged()), ("sized", (IDS, LABELS)))[: 1 if BACKEND == "jax" else 2]:
+    for name, data in (("unsized", ragged()), ("sized", (IDS, LABELS))):
         model = ExactWindows(start(), 4)
         options = {"batch_size": 4, "validation_data": (IDS, LABELS)} if name == "sized" else {}
         arrays = data if name == "sized" else (data,)
@@ -236,7 +233,7 @@ def optimizer():
     silent = GradientAccumulateOptimizer(sgd(clipnorm=0.1), 4)
     found = {}
     ways = (("told", told, []), ("called", called, [called.at_epoch_end()]), ("silent", silent, []))
-    for name, each, callbacks in ways[: 1 if BACKEND == "jax" else 3]:
+    for name, each, callbacks in ways:
         model, _ = fitted(start(), compiled, each, x, y, batch_size=4, callbacks=callbacks)
         found[name] = off(model, right), int(each.iterations)
     return found

@@ -200,7 +200,7 @@ class Weighing:
         for name in _KEPT:
             value = state[name]
             setattr(self, f"_{name}", value.to(device, copy=True) if isinstance(value, Tensor) else value)
-        spread, parts = state.get("spread", math.nan), state.get("parts", 0)
+        spread, parts = state["spread"], state["parts"]
         self.spread = spread.to(device, copy=True) if isinstance(spread, Tensor) else spread
         self.parts = parts.to(device, copy=True) if isinstance(parts, Tensor) else parts
 

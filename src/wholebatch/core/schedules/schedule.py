@@ -123,7 +123,44 @@ class Stepped(Schedule):
         return f"{self.first}" + "".join(steps)
 
 
-class Linear(Schedule):
+class _Growing(Schedule):
+    """Grows from one size to another, and stays there.
+
+    Args:
+        first: The size at the beginning.
+        last: The size at the end, and from then on. May be smaller.
+        over: After how many updates or epochs it is reached.
+        by: What is counted.
+        multiple: Sizes between the two are multiples of this, such as the number of ranks.
+
+    Raises:
+        ConfigError: A size or a number is none.
+    """
+
+    def __init__(self, first: int, last: int, *, over: int, by: By = "update", multiple: int = 1) -> None:
+        self.first, self.last = check_size("first", first), check_size("last", last)
+        self.over, self.by = check_size("over", over), check_by(by)
+        self.multiple = check_size("multiple", multiple)
+
+    def at(self, done: int, epoch: int | None = None) -> int:
+        """Return the size; see `Schedule.at`."""
+        share = _counted(self, self.by, done, epoch) / self.over
+        if share <= 0.0 or share >= 1.0:
+            return self.last if share else self.first
+        # Rounded to a multiple, no farther than the two ends; and a hair, so that 128 is not 127.99999999999999.
+        rounded = self.multiple * math.floor(self._between(share) / self.multiple * (1 + 1e-12))
+        return max(min(self.first, self.last), min(max(self.first, self.last), rounded))
+
+    @abstractmethod
+    def _between(self, share: float) -> float:
+        """Return the size after a share of the way."""
+
+    def _way(self, steps: str) -> str:
+        count = f"{self.over} {self.by}{'s' * (self.over != 1)}"
+        return f"{self.first} to {self.last} {steps} over {count}"
+
+
+class Linear(_Growing):
     """Grows by the same number each time.
 
     Args:
@@ -142,21 +179,14 @@ class Linear(Schedule):
         [64, 128, 160, 256, 256]
     """
 
-    def __init__(self, first: int, last: int, *, over: int, by: By = "update", multiple: int = 1) -> None:
-        self.first, self.last = check_size("first", first), check_size("last", last)
-        self.over, self.by = check_size("over", over), check_by(by)
-        self.multiple = check_size("multiple", multiple)
-
-    def at(self, done: int, epoch: int | None = None) -> int:
-        """Return the size; see `Schedule.at`."""
-        share = min(1.0, _counted(self, self.by, done, epoch) / self.over)
-        return _between(self.first, self.last, self.first + (self.last - self.first) * share, self.multiple, share)
+    def _between(self, share: float) -> float:
+        return self.first + (self.last - self.first) * share
 
     def __str__(self) -> str:
-        return f"{self.first} to {self.last} in equal steps over {_number(self.over, self.by)}"
+        return self._way("in equal steps")
 
 
-class Geometric(Schedule):
+class Geometric(_Growing):
     """Grows by the same factor each time.
 
     Args:
@@ -175,19 +205,11 @@ class Geometric(Schedule):
         [64, 128, 256, 512, 1024, 1024]
     """
 
-    def __init__(self, first: int, last: int, *, over: int, by: By = "update", multiple: int = 1) -> None:
-        self.first, self.last = check_size("first", first), check_size("last", last)
-        self.over, self.by = check_size("over", over), check_by(by)
-        self.multiple = check_size("multiple", multiple)
-
-    def at(self, done: int, epoch: int | None = None) -> int:
-        """Return the size; see `Schedule.at`."""
-        share = min(1.0, _counted(self, self.by, done, epoch) / self.over)
-        between = self.first * math.exp(share * math.log(self.last / self.first))
-        return _between(self.first, self.last, between, self.multiple, share)
+    def _between(self, share: float) -> float:
+        return self.first * math.exp(share * math.log(self.last / self.first))
 
     def __str__(self) -> str:
-        return f"{self.first} to {self.last} by equal factors over {_number(self.over, self.by)}"
+        return self._way("by equal factors")
 
 
 def check_size(name: str, size: Any) -> int:
@@ -220,16 +242,3 @@ def _counted(schedule: Schedule, by: By, done: int, epoch: int | None) -> int:
     if by == "update":
         return done
     return schedule.epoch if epoch is None else epoch
-
-
-def _between(first: int, last: int, wanted: float, multiple: int, share: float) -> int:
-    """Round to a multiple, no farther than the two ends."""
-    if share in (0.0, 1.0):
-        return last if share else first
-    # A hair, so that 128 is not 127.99999999999999.
-    rounded = multiple * math.floor(wanted / multiple * (1 + 1e-12))
-    return max(min(first, last), min(max(first, last), rounded))
-
-
-def _number(count: int, by: str) -> str:
-    return f"{count} {by}{'s' * (count != 1)}"

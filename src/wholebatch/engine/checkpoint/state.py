@@ -81,7 +81,7 @@ def take_over(windows: Windows, precision: Precision, state: Any) -> None:
     setup.group.load_state_dict(state["group"])
     windows.load_state_dict(state["window"])
     noise = windows.rules.noise
-    if noise is not None and state.get("noise") is not None:
+    if noise is not None and state["noise"] is not None:
         noise.average.load_state_dict(state["noise"])
     RandomState.of(state["random"], setup.device).restore()
 
@@ -109,7 +109,7 @@ def _require(windows: Windows, precision: Precision, state: Any) -> None:
 
 _PARTS = {
     *("rank", "group", "window", "weights", "versions", "buffers", "kinds", "optimizers", "shards", "schedules"),
-    *("loss scale", "random"),
+    *("loss scale", "random", "noise"),
 }
 
 

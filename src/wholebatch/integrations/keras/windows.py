@@ -6,14 +6,9 @@ from typing import Any, Literal
 import keras
 
 from wholebatch.core.errors import ConfigError, WindowError
+from wholebatch.integrations.keras.backends import backend
 from wholebatch.integrations.keras.holding import Window
 from wholebatch.integrations.keras.wrapping import Wrapping
-
-backend: Any
-if keras.backend.backend() == "jax":
-    from wholebatch.integrations.keras import on_jax as backend
-else:
-    from wholebatch.integrations.keras import on_torch as backend
 
 
 @keras.saving.register_keras_serializable(package="wholebatch")
