@@ -196,12 +196,28 @@ def clipped(model, optimizer, micro_batches):
     optimizer.step()
 
 
-@pytest.mark.parametrize("step", [None, right, clipped], ids=["accumulator", "step", "clipping step"])
-def test_a_pass_costs_less_than_five_undivided_steps(step):
+@pytest.mark.parametrize(
+    ("step", "times"), [(None, 3), (right, 3 + 2 / 3), (clipped, 4)], ids=["accumulator", "step", "clipping step"]
+)
+def test_a_certificate_runs_three_batches_and_a_lack_of_memory(step, times):
+    """Undivided, by rows, ragged; a step two micro-batches until memory runs out, and one more to know a clip by."""
     model, rows = mlp().double(), []
     model.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0])))
-    assert wb.verify(model, mean_square, regression(12, torch.float64), step=step).ok
-    assert sum(rows) <= 5 * 12
+    found = wb.verify(model, mean_square, regression(12, torch.float64), step=step)
+    assert found.ok
+    assert [cut.window for cut in found.cuts] == [1, 2, 2]
+    assert "\n  permuted and ragged, 2 micro-batches: off by" in str(found)
+    assert sum(rows) == times * 12
+
+
+@pytest.mark.parametrize("step", [None, loops.FAULTS["clip in the loop"][2]], ids=["accumulator", "step"])
+def test_cuts_are_told_apart_where_one_is_off(step):
+    reduction = "mean" if step is not None else "sum"
+    found = wb.verify(mlp().double(), mean_square, regression(12, torch.float64), step=step, reduction=reduction)
+    assert not found.ok
+    assert [cut.window for cut in found.cuts] == [1, 2, 3]
+    assert "\n  permuted, 3 micro-batches: off by" in str(found)
+    assert "\n  ragged, 2 micro-batches: off by" in str(found)
 
 
 @pytest.mark.parametrize("step", [None, right, loops.FAULTS["clip in the loop"][2]], ids=["none", "right", "wrong"])

@@ -205,18 +205,45 @@ def flat_gradient(parameters: Iterable[nn.Parameter], sample: int | None = None)
     return torch.cat([_entries(parameter, _num_entries(parameter, sample), widest) for parameter in parameters])
 
 
+def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Take the gradients of some parameters out of ``.grad``, as they are: what is dense is not copied.
+
+    Args:
+        parameters: Whose ``.grad`` is None afterwards; where it was so before, the gradient is zero.
+
+    Returns:
+        One for each parameter. Shape of each: ``[entries]``; a complex entry counts as two.
+    """
+    taken = []
+    for parameter in parameters:
+        entries = _flat(parameter)
+        if entries is None:
+            real = parameter.dtype.to_real()
+            entries = torch.zeros(_num_entries(parameter, None), dtype=real, device=parameter.device)
+        taken.append(entries)
+        parameter.grad = None
+    return taken
+
+
 def _num_entries(parameter: nn.Parameter, sample: int | None) -> int:
     entries = parameter.numel() * (2 if parameter.is_complex() else 1)
     return min(entries, sample) if sample is not None else entries
 
 
 def _entries(parameter: nn.Parameter, size: int, dtype: torch.dtype) -> Tensor:
-    if parameter.grad is None:
+    flat = _flat(parameter)
+    if flat is None:
         return torch.zeros(size, dtype=dtype)
+    return flat[:: max(1, flat.numel() // max(1, size))][:size].to("cpu", dtype)
+
+
+def _flat(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient of a parameter as one stretch of real numbers, None where there is none."""
+    if parameter.grad is None:
+        return None
     grad = parameter.grad.detach()
     grad = grad if grad.layout == torch.strided else grad.to_dense()
-    flat = (torch.view_as_real(grad) if grad.is_complex() else grad).flatten()
-    return flat[:: max(1, flat.numel() // max(1, size))][:size].to("cpu", dtype)
+    return (torch.view_as_real(grad) if grad.is_complex() else grad).flatten()
 
 
 def norm(entries: Tensor) -> float:
@@ -225,6 +252,7 @@ def norm(entries: Tensor) -> float:
     Args:
         entries: Shape ``[entries]``.
     """
+    entries = entries if entries.element_size() > 2 else entries.float()
     found = float(torch.linalg.vector_norm(entries))
     if 1e-12 < found < 1e15 or entries.dtype == torch.float64:
         return found
@@ -244,12 +272,8 @@ def errors(cut: Tensor, whole: Tensor, scale: Tensor, sizes: Sequence[int]) -> l
         For each parameter the 2-norm of the difference over that of the parts; a parameter with hardly any gradient is
         measured against 3 % of the average.
     """
-    return relative(norms(cut - whole, sizes), norms(scale, sizes), sizes)
-
-
-def norms(entries: Tensor, sizes: Sequence[int]) -> list[float]:
-    """Return the 2-norm of each parameter's part; arguments as for `errors`."""
-    return [norm(part) for part in entries.split_with_sizes(list(sizes))]
+    parts, scales = (each.split_with_sizes(list(sizes)) for each in (cut - whole, scale))
+    return relative(list(map(norm, parts)), list(map(norm, scales)), sizes)
 
 
 def relative(differences: Sequence[float], scales: Sequence[float], sizes: Sequence[int]) -> list[float]:

@@ -68,10 +68,12 @@ class Trial:
 
 
 def try_step(stage: Stage, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut], move: Callable[[Any], Any]) -> Trial:
-    """Run a step on three windows: by rows, permuted with a lack of memory on the way, and ragged with loud gradients.
+    """Run a step on two windows, and if anything is wrong with them, on three, to tell apart what it is.
 
-    In the first two, gradients are soft, so that no clip acts and only sums and divisions show. Where that is right and
-    the loud ones are not, they may still be the undivided gradient, clipped as a whole.
+    The two are a ragged one, in which gradients are soft, so that no clip acts and only sums and divisions show, and
+    one by rows, in which they are loud and memory runs out on the way. The three are by rows, permuted with a lack of
+    memory, both soft, and ragged with loud gradients. Where soft ones are right and loud ones are not, these may still
+    be the undivided gradient, clipped as a whole.
 
     Args:
         stage: Where the step runs.
@@ -81,7 +83,12 @@ def try_step(stage: Stage, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut]
         move: Brings a micro-batch to the device.
     """
     attempt = _Attempt(stage, judge, rows, move)
-    wide = all(parameter.dtype != torch.float16 for parameter in judge.probe.parameters)
+    dtypes = {parameter.dtype for parameter in judge.probe.parameters}
+    if not dtypes & {torch.float16, torch.bfloat16}:  # whose sums show in three micro-batches that run to the end
+        trial = attempt.two(cuts)
+        if trial is not None:
+            return trial
+    wide = torch.float16 not in dtypes
     soft, loud = (SOFT, LOUD) if wide else (1.0, 1.0)
     first = attempt.run(cuts[0], soft)
     own = attempt.own_window(first)
@@ -105,9 +112,26 @@ class _Attempt:
     def run(self, cut: Cut, loud: float) -> Run:
         return Run(cut, self._stage.run(self._take(cut), loud=loud), loud)
 
+    def two(self, cuts: Sequence[Cut]) -> Trial | None:
+        """Return the trial of two windows, if all is right."""
+        by_rows, _, ragged = cuts
+        soft = self.run(ragged, SOFT)
+        trial = Trial(True, [soft, soft, soft], SOFT)
+        if not (self.once(trial) and self._judge.right(soft.gradient)):
+            return None
+        try:
+            trial.runs[0] = loud = self._interrupted(by_rows, soft, LOUD)
+        except Exception:  # it may refuse gradients that are as loud
+            return None
+        if not self.once(trial):
+            return None
+        if not self._judge.is_whole(loud.gradient):
+            trial.runs[0] = loud = replace(loud, clipped=self._usual_clip(loud))
+        return trial if loud.clipped is not None or self._judge.right(loud.gradient) else None
+
     def three(self, first: Run, cuts: Sequence[Cut], soft: float, loud: float) -> Trial:
         _, permuted, ragged = cuts
-        runs = [first, self._interrupted(permuted, first), self._loud(ragged, loud)]
+        runs = [first, self._interrupted(permuted, first, soft), self._loud(ragged, loud)]
         trial = Trial(False, runs, soft)
         if self.once(trial) and self.linear(trial):
             *_, last = runs
@@ -147,17 +171,23 @@ class _Attempt:
     def _take(self, cut: Cut) -> list[Any]:
         return [self._move(self._rows.take(part)) for part in cut.parts]
 
-    def _interrupted(self, cut: Cut, before: Run) -> Run:
-        """Run out of memory in the middle of a backward pass; where that ends the step, run it again without."""
+    def _interrupted(self, cut: Cut, before: Run, loud: float) -> Run:
+        """Run out of memory in the middle of the second backward pass; where that ends the step, run it again without.
+
+        Args:
+            cut: How the window is cut.
+            before: A window that went well, from which it is known how many gradients arrive in a pass.
+            loud: What gradients are multiplied by.
+        """
         each = before.found.arrivals // max(1, before.found.passes)
-        fail_at = each * (before.found.passes // 2) + each // 2 + 1
+        fail_at = each * min(1, len(cut.parts) - 1) + each // 2 + 1
         try:
-            found = self._stage.run(self._take(cut), loud=before.loud, fail_at=fail_at)
+            found = self._stage.run(self._take(cut), loud=loud, fail_at=fail_at)
         except Exception:  # after the planned failure, another one: that is the user's answer to it
             found = None
         if found is not None and found.escaped is None and found.steps:
-            return Run(cut, found, before.loud, fail_at=fail_at if found.failed else None)
-        return self.run(cut, before.loud)
+            return Run(cut, found, loud, fail_at=fail_at if found.failed else None)
+        return self.run(cut, loud)
 
     def _loud(self, cut: Cut, loud: float) -> Run:
         """Run with loud gradients; where the step refuses those, as it may, without."""
