@@ -145,7 +145,7 @@ def verify(
         if step is None:
             ok, causes, cuts_found, errors = _judge(judge, accumulated, rows, cuts, by_rows, transaction.roll_back)
         else:
-            ok, causes, cuts_found, errors = _judge_step(step, judge, rows, cuts)
+            ok, causes, cuts_found, errors = _judge_step(step, judge, rows, cuts, transaction.roll_back_buffers)
         causes = blame(causes, model, loss_fn, targets=targets, step=step)
         by_parameter = [max(each) for each in zip(*errors, strict=True)]
     finally:
@@ -202,10 +202,10 @@ def _judge(
 
 
 def _judge_step(
-    step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut]
+    step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut], roll_back: Callable[[], None]
 ) -> tuple[bool, list[Cause], list[CutFound], list[list[float]]]:
     """Judge what the user's own step made of the cuts."""
-    trial, causes = examine(step, judge, rows, cuts)
+    trial, causes = examine(step, judge, rows, cuts, roll_back)
     windows = list({id(run): run for run in trial.runs}.values())
     found = [
         CutFound(

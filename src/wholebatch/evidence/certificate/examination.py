@@ -25,7 +25,9 @@ from wholebatch.evidence.certificate.stepcount import miscounts
 from wholebatch.evidence.certificate.trial import Run, Trial, try_step
 
 
-def examine(step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut]) -> tuple[Trial, list[Cause]]:
+def examine(
+    step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut], roll_back: Callable[[], None]
+) -> tuple[Trial, list[Cause]]:
     """Try a step on three cuts of a batch, and name what is wrong with it.
 
     Args:
@@ -33,18 +35,19 @@ def examine(step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut])
         judge: Knows the gradient of the undivided batch.
         rows: The batch.
         cuts: Three cuts of it.
+        roll_back: Puts back what a window has changed in the model's buffers.
 
     Returns:
         The trial, and the causes, which are none where it is ok.
     """
-    with Stage(judge.probe.model, step) as stage:
-        examination = _Examination(stage, judge.probe, rows, cuts, step)
+    stage = Stage(judge.probe.model, step, roll_back)
+    examination = _Examination(stage, judge.probe, rows, cuts, step)
+    trial = examination.attempt(judge)
+    if (
+        not trial.ok and not examination.sums_in_16_bits() and judge.probe.coarsen(examination.rehearse)
+    ):  # such as autocast in the step
         trial = examination.attempt(judge)
-        if (
-            not trial.ok and not examination.sums_in_16_bits() and judge.probe.coarsen(examination.rehearse)
-        ):  # such as autocast in the step
-            trial = examination.attempt(judge)
-        return trial, [] if trial.ok else examination.name(trial, judge)
+    return trial, [] if trial.ok else examination.name(trial, judge)
 
 
 CLIPS = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "clamp", "clamp_", "clip", "clip_", "min")

@@ -172,22 +172,29 @@ class _Attempt:
         return [self._move(self._rows.take(part)) for part in cut.parts]
 
     def _interrupted(self, cut: Cut, before: Run, loud: float) -> Run:
-        """Run out of memory in the middle of the second backward pass; where that ends the step, run it again without.
+        """Run out of memory in the middle of the second backward pass; where that ends the step, run it without.
 
         Args:
             cut: How the window is cut.
             before: A window that went well, from which it is known how many gradients arrive in a pass.
             loud: What gradients are multiplied by.
         """
+        if self._fails(cut, loud, 1) is None:  # at once, so that a step that gives up has not run for long
+            return self.run(cut, loud)
         each = before.found.arrivals // max(1, before.found.passes)
         fail_at = each * min(1, len(cut.parts) - 1) + each // 2 + 1
+        found = self._fails(cut, loud, fail_at)
+        if found is None:
+            return self.run(cut, loud)
+        return Run(cut, found, loud, fail_at=fail_at if found.failed else None)
+
+    def _fails(self, cut: Cut, loud: float, fail_at: int) -> Rehearsal | None:
+        """Return what the step does when memory runs out; None where that ends it."""
         try:
             found = self._stage.run(self._take(cut), loud=loud, fail_at=fail_at)
         except Exception:  # after the planned failure, another one: that is the user's answer to it
-            found = None
-        if found is not None and found.escaped is None and found.steps:
-            return Run(cut, found, loud, fail_at=fail_at if found.failed else None)
-        return self.run(cut, loud)
+            return None
+        return found if found.escaped is None and found.steps else None
 
     def _loud(self, cut: Cut, loud: float) -> Run:
         """Run with loud gradients; where the step refuses those, as it may, without."""
