@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from wholebatch.core.batch import LogicalBatch
@@ -22,7 +23,7 @@ from wholebatch.evidence.certificate.rehearsal import Stage, StepFn
 from wholebatch.evidence.certificate.sixteen import LONG, sixteen, stagnation, summed_in_16_bits
 from wholebatch.evidence.certificate.source import definition, first_call, first_word
 from wholebatch.evidence.certificate.stepcount import miscounts
-from wholebatch.evidence.certificate.trial import Run, Trial, try_step
+from wholebatch.evidence.certificate.trial import Attempt, Run, Trial
 
 
 def examine(
@@ -42,11 +43,11 @@ def examine(
     """
     stage = Stage(judge.probe.model, step, roll_back)
     examination = _Examination(stage, judge.probe, rows, cuts, step)
-    trial = examination.attempt(judge)
-    if (
-        not trial.ok and not examination.sums_in_16_bits() and judge.probe.coarsen(examination.rehearse)
-    ):  # such as autocast in the step
-        trial = examination.attempt(judge)
+    attempt = examination.attempt(judge)
+    trial = attempt.at_once(cuts)
+    if trial is None and examination.rounds_more():
+        trial = attempt.at_once(cuts)
+    trial = trial or attempt.apart(cuts)
     return trial, [] if trial.ok else examination.name(trial, judge)
 
 
@@ -63,16 +64,18 @@ class _Examination:
         self._here = definition(step)
         self._device = input_device(probe.model)
 
-    def attempt(self, judge: Judge) -> Trial:
-        return try_step(self._stage, judge, self._rows, self._cuts, self._move)
+    def attempt(self, judge: Judge) -> Attempt:
+        return Attempt(self._stage, judge, self._rows, self._move)
 
-    def sums_in_16_bits(self) -> bool:
-        """Whether the step rounds a sum of wide gradients to 16 bits, which is no rounding to allow for."""
-        return summed_in_16_bits(self._stage.run(self._take(self._cuts[0]), watch=True))
+    def rounds_more(self) -> bool:
+        """Whether the step computes in a coarser dtype than was known, as under autocast; from then on it is known.
 
-    def rehearse(self) -> None:
-        """Run the step once."""
-        self._stage.run(self._take(self._cuts[0]))
+        That it rounds a sum of wide gradients to 16 bits is nothing to allow for.
+        """
+        if self._probe.eps >= torch.finfo(torch.bfloat16).eps:
+            return False
+        narrow = summed_in_16_bits(self._stage.run(self._take(self._cuts[0]), watch=True))
+        return not narrow and self._probe.coarsen(lambda: self._stage.run(self._take(self._cuts[0])))
 
     def name(self, trial: Trial, judge: Judge) -> list[Cause]:
         """Silence what is known to depend on the cut, one after the other, and look at what is left."""
@@ -112,7 +115,8 @@ class _Examination:
         if piece is not None:
             whole = piece.gradient / piece.targets if piece.is_sum else piece.gradient
             judge = Judge(self._probe, whole, self._cuts[0].parts)
-        return self.attempt(judge), judge
+        attempt = self.attempt(judge)
+        return attempt.at_once(self._cuts) or attempt.apart(self._cuts), judge
 
     def _draws(self) -> bool:
         """Whether the same window gives another gradient when it is run again."""
