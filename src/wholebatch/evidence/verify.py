@@ -10,7 +10,7 @@ from wholebatch.core.errors import ConfigError, OptimizerError, SplitError
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
 from wholebatch.engine.checks.causes import Cause, diagnose
-from wholebatch.engine.checks.pieces import Probe
+from wholebatch.engine.checks.pieces import Probe, is_rounding, take_gradients
 from wholebatch.engine.device import input_device
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.ranks.wrapping import by_itself
@@ -127,21 +127,21 @@ def verify(
     objective = Objective(loss_fn, targets, reduction)
     probe = Probe(model, objective, rows)
     transaction = Transaction(model, input_device(model))
-    found = [parameter.grad for parameter in model.parameters()]
+    found = [(parameter, parameter.grad) for parameter in model.parameters()]
     transaction.begin()
     cut_peak: int | None = None
     try:
         if step is None:
             # Not the random state: other draws show what depends on them.
             form = {"micro_batch": micro_batch, "collate": collate, "whole": whole, "dims": dims}
-            accumulated = Accumulated(model, objective, transaction.roll_back_buffers, **form)
+            accumulated = Accumulated(model, probe.parameters, objective, transaction.roll_back_buffers, **form)
             update, by_rows = accumulated.step(batch)
             cut_peak = update.peak_bytes
         elif not _has_targets(objective, rows):
             raise nothing()
-        peak, whole_gradient = undivided(model, objective, rows)
+        peak = undivided(model, objective, rows)
+        judge = Judge(probe, take_gradients(probe.parameters), cuts[0].parts)
         transaction.roll_back_buffers()
-        judge = Judge(probe, whole_gradient, cuts[0].parts)
         if step is None:
             ok, causes, cuts_found, errors = _judge(judge, accumulated, rows, cuts, by_rows, transaction.roll_back)
         else:
@@ -150,14 +150,15 @@ def verify(
         by_parameter = [max(each) for each in zip(*errors, strict=True)]
     finally:
         transaction.roll_back()
-        for parameter, grad in zip(model.parameters(), found, strict=True):
+        for parameter, grad in found:
             parameter.grad = grad
+    eps = probe.eps
     return Verification(
         ok=ok,
         error=cuts_found[0].error,
-        eps=probe.eps,
-        tolerance=probe.tolerance / probe.eps,
-        by_parameter={name: error / probe.eps for name, error in zip(probe.names, by_parameter, strict=True)},
+        eps=eps,
+        tolerance=probe.tolerance / eps,
+        by_parameter={name: error / eps for name, error in zip(probe.names, by_parameter, strict=True)},
         causes=tuple(causes),
         rows=rows.rows,
         micro_batches=cuts_found[0].micro_batches,
@@ -192,13 +193,14 @@ def _judge(
         windows.insert(1, windows[1])  # it is permuted as well
     else:
         windows[1:] = [(2, permuted, accumulated.window(rows, permuted)), (3, *windows[1][1:])]
+    errors = [judge.errors(gradient) for _, _, gradient in windows]
     found = [
-        CutFound(cut.name, len(run.parts), judge.right(gradient), judge.off(gradient), window=window)
-        for cut, (window, run, gradient) in zip(cuts, windows, strict=True)
+        CutFound(cut.name, len(run.parts), is_rounding(each, probe.tolerance), judge.off(gradient), window=window)
+        for cut, (window, run, gradient), each in zip(cuts, windows, errors, strict=True)
     ]
     off = next((cut for cut, each in zip(cuts, found, strict=True) if not each.ok), None)
     causes = diagnose(probe, everything, off.parts) if off is not None else []
-    return off is None, causes, found, [judge.errors(gradient) for _, _, gradient in windows]
+    return off is None, causes, found, errors
 
 
 def _judge_step(

@@ -64,7 +64,8 @@ class Probe:
         self._objective = objective
         self._rows = rows
         self._sample = sample
-        self._precision = precision or Precision("fp32", input_device(model))
+        self._device = input_device(model)
+        self._precision = precision or Precision("fp32", self._device)
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
@@ -77,7 +78,7 @@ class Probe:
     def eps(self) -> float:
         """The rounding unit of the coarsest weights or, where it was seen, arithmetic; with TF32, that of TF32."""
         eps = max(self._weights_eps, self._precision.eps, self._seen_eps)
-        tf32 = torch.backends.cuda.matmul.allow_tf32 and input_device(self.model).type == "cuda"
+        tf32 = self._device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return max(eps, 2.0**-10) if tf32 else eps
 
     @property
@@ -87,9 +88,10 @@ class Probe:
         A loss that is steep in its rows, such as one with a low temperature, rounds more than its weights do. In
         float64 there is room for that: no mistake worth a name is as small as 1e-8.
         """
-        if self.eps < 1e-12:
-            return 2.0**26 * self.eps
-        return (4096 if self.eps < 1e-5 else 16) * self.eps
+        eps = self.eps
+        if eps < 1e-12:
+            return 2.0**26 * eps
+        return (4096 if eps < 1e-5 else 16) * eps
 
     @property
     def autocasts(self) -> bool:
@@ -100,7 +102,7 @@ class Probe:
     def as_the_weights_are(self) -> Iterator[None]:
         """Run without autocast for a while, and judge by the rounding of the weights."""
         before = self._precision, self._seen_eps
-        self._precision, self._seen_eps = Precision("fp32", input_device(self.model)), 0.0
+        self._precision, self._seen_eps = Precision("fp32", self._device), 0.0
         try:
             yield
         finally:
@@ -144,7 +146,7 @@ class Probe:
         places = {row: place for place, row in enumerate(whole)}
         near = Near([[places[row] for row in part] for part in parts], len(parts))
         runs = [partial(self._forward, part) for part in parts]
-        found, minutes = run_joined(runs, near, device=input_device(self.model))
+        found, minutes = run_joined(runs, near, device=self._device)
         learned = [part for part in found if part is not None]
         if not learned:
             return None
@@ -159,7 +161,7 @@ class Probe:
             return self._gradient(losses, weights)
 
     def _forward(self, indices: Indices) -> Part | None:
-        micro_batch = move(self._rows.take(indices), input_device(self.model))
+        micro_batch = move(self._rows.take(indices), self._device)
         count = self._objective.count(micro_batch, len(indices))
         if float(count) == 0 and not self.meets:
             return None

@@ -1,6 +1,6 @@
 """Which gradient does the accumulator step with, and which one does the plain loop have of the undivided batch?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,16 +24,24 @@ class Accumulated:
 
     Args:
         model: The module.
+        parameters: Those that learn.
         objective: What is to be trained.
         roll_back: Puts back what a window has changed in the model.
         cut: How the accumulator cuts by itself.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, roll_back: Callable[[], None], **cut: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        objective: Objective,
+        roll_back: Callable[[], None],
+        **cut: Any,
+    ) -> None:
         self._model = model
+        self._parameters = parameters
         self._objective = objective
         self._roll_back = roll_back
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._caught: list[Tensor] = []
         self._accumulator = Accumulator(
             model,
@@ -93,8 +101,8 @@ class Accumulated:
                     window.add(added, rows=len(part))
 
 
-def undivided(model: nn.Module, objective: Objective, rows: LogicalBatch) -> tuple[int | None, list[Tensor]]:
-    """Return the peak memory and the gradient of a batch as a whole, from the plain loop. Unit of the former: bytes."""
+def undivided(model: nn.Module, objective: Objective, rows: LogicalBatch) -> int | None:
+    """Leave the gradient of a batch as a whole in ``.grad``, and return the peak memory of that. Unit: bytes."""
     device = input_device(model)
     memory.reset_peak(device)
     reference.gradient(  # type: ignore[no-untyped-call]
@@ -104,8 +112,7 @@ def undivided(model: nn.Module, objective: Objective, rows: LogicalBatch) -> tup
         targets=objective.targets or (lambda _batch: rows.rows),
         reduction=objective.reduction,
     )
-    peak = memory.peak_bytes(device)
-    return peak, take_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
+    return memory.peak_bytes(device)
 
 
 def nothing(why: str = "no micro-batch held a target") -> WeightError:
