@@ -220,6 +220,40 @@ def test_cuts_are_told_apart_where_one_is_off(step):
     assert "\n  ragged, 2 micro-batches: off by" in str(found)
 
 
+def retries_on_what_is_there(model, optimizer, micro_batches):
+    """Skips gradients that are too large, so that its retry is not seen where they are loud."""
+    optimizer.zero_grad()
+    for each in micro_batches:
+        for _ in range(2):
+            try:
+                (mean_square(model, each) * len(each["x"]) / rows_of(micro_batches)).backward()
+                break
+            except torch.OutOfMemoryError:
+                continue
+    if max(float(parameter.grad.norm()) for parameter in model.parameters()) < 100:
+        optimizer.step()
+
+
+def test_a_retry_is_seen_in_a_step_that_refuses_loud_gradients():
+    found = wb.verify(mlp().double(), mean_square, regression(12, torch.float64), step=retries_on_what_is_there)
+    assert [cause.name for cause in found.causes] == ["retry on partial gradients"]
+
+
+def adds_decay(model, optimizer, micro_batches):
+    """Its gradients are those of the batch only as long as they are as large as they are."""
+    right_sum = rows_of(micro_batches)
+    optimizer.zero_grad()
+    for each in micro_batches:
+        (mean_square(model, each) * len(each["x"]) / right_sum).backward()
+    for parameter in model.parameters():
+        parameter.grad += 0.1 * parameter.detach()
+    optimizer.step()
+
+
+def test_a_decay_that_the_batch_does_not_have_is_no_rounding():
+    assert not wb.verify(mlp().double(), mean_square, regression(12, torch.float64), step=adds_decay).ok
+
+
 @pytest.mark.parametrize("step", [None, right, loops.FAULTS["clip in the loop"][2]], ids=["none", "right", "wrong"])
 def test_nothing_is_left_behind(step):
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Dropout(0.5), nn.Linear(7, 3)).double()

@@ -53,8 +53,8 @@ def verify(
     as they were. What a step changes elsewhere, such as a moving average of its own, is not undone.
 
     When all is well, the batch is run three times: once undivided, once by rows, and once ragged and permuted at once.
-    A step runs some 40 % of a window more, until the lack of memory. What differs is run some more, each cut for
-    itself, to find out why.
+    A step runs a micro-batch more, until the lack of memory. What differs is run some more, each cut for itself, to
+    find out why.
 
     Args:
         model: The module, in the mode in which it trains.
@@ -83,7 +83,7 @@ def verify(
         SplitError: The batch has fewer than two rows, or its parts disagree on how many rows there are.
         WeightError: The batch holds no target.
         NonFiniteError: Loss or gradient of the batch is infinite or not a number.
-        OptimizerError: The model is no module.
+        OptimizerError: The model is no module, or nothing in it learns.
         ConfigError: The step cannot be called with what it gets, or an argument is not one of those above.
         Exception: What loss function or step raised, as it is.
 
@@ -112,6 +112,11 @@ def verify(
         raise OptimizerError(
             f"The model is a {type(model).__name__}, not a torch.nn.Module.",
             hint="pass the module first: wb.verify(model, loss_fn, batch).",
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise OptimizerError(
+            "None of the model's parameters requires a gradient, so that there is none to compare.",
+            hint="unfreeze what is to learn: parameter.requires_grad_(True).",
         )
     if micro_batch is not None and not isinstance(micro_batch, Rows | Tokens):
         raise ConfigError(

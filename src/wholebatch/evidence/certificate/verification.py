@@ -52,7 +52,8 @@ class Verification:
         causes: Why they differ, each with the line to change; empty when they agree.
         rows: Rows in the batch.
         micro_batches: How many parts it was cut into, by rows.
-        cut_peak_bytes: Highest memory use with the batch cut, as in `Update.peak_bytes`; None where nothing tells.
+        cut_peak_bytes: Highest memory use with the batch cut, as in `Update.peak_bytes`: on a CPU of the whole process,
+            with what earlier work has left behind. None where nothing tells.
         undivided_peak_bytes: The same with the batch as a whole. Unit: bytes.
         cuts: What came of each cut; where all is well, one window shows two of them.
         step: Where the user's own step is defined; None where the accumulator was verified.
