@@ -446,6 +446,15 @@ def test_gradients_are_taken_as_they_are():
     assert all(parameter.grad is None for parameter in (narrow, sparse, complex_one, without))
 
 
+def test_a_gradient_that_is_a_view_is_copied_when_it_is_taken():
+    """As in DistributedDataParallel with `gradient_as_bucket_view`, whose next backward pass writes there again."""
+    bucket, parameter = torch.ones(4), nn.Parameter(torch.ones(2))
+    parameter.grad = bucket[:2]
+    (taken,) = take_gradients([parameter])
+    bucket.zero_()
+    assert taken.tolist() == [1, 1]
+
+
 class OwnBatchNorm(nn.Module):
     """Standardises by the rows that it sees in training mode, and by fixed numbers in evaluation."""
 

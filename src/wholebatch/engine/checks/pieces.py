@@ -208,7 +208,9 @@ def flat_gradient(parameters: Iterable[nn.Parameter], sample: int | None = None)
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Take the gradients of some parameters out of ``.grad``, as they are: what is dense is not copied.
+    """Take the gradients of some parameters out of ``.grad``, as they are.
+
+    What is dense is not copied, unless it is a view of something else, which may be written again: DDP has such.
 
     Args:
         parameters: Whose ``.grad`` is None afterwards; where it was so before, the gradient is zero.
@@ -222,6 +224,8 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         if entries is None:
             real = parameter.dtype.to_real()
             entries = torch.zeros(_num_entries(parameter, None), dtype=real, device=parameter.device)
+        elif parameter.grad is not None and parameter.grad._is_view():
+            entries = entries.clone()
         taken.append(entries)
         parameter.grad = None
     return taken
