@@ -38,10 +38,11 @@ from wholebatch.engine.ranks.membership import Communication
 from wholebatch.engine.ranks.reduction import ReduceIn, check_reduce_in
 from wholebatch.engine.ranks.repeats import say_repeated_rows
 from wholebatch.engine.reasons import Reasons
-from wholebatch.engine.setup import OnNonFinite, Setup
+from wholebatch.engine.rules import BatchNorm, OnNonFinite, Rules
+from wholebatch.engine.setup import Setup
 from wholebatch.engine.steps.consuming import check_clip_norm
 from wholebatch.engine.transaction import Transaction
-from wholebatch.engine.window import BatchNorm, Rules, Window
+from wholebatch.engine.window import Window
 
 
 class Accumulator:

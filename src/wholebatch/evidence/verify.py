@@ -276,10 +276,7 @@ def _run_window(accumulator: Accumulator, model: nn.Module, objective: Objective
             micro_batch = move(rows.take(part), device)
             count = objective.count(micro_batch, len(part))
             added = None if not isinstance(count, Tensor) and count == 0 else objective(model, micro_batch, count)
-            if added is None:
-                window.leave_out(rows=len(part))
-            else:
-                window.add(added, rows=len(part))
+            window.add(added, rows=len(part))
 
 
 def _whole_gradient(model: nn.Module, objective: Objective, rows: LogicalBatch) -> tuple[int | None, Tensor]:

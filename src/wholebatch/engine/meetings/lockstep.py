@@ -99,10 +99,14 @@ class Lockstep:
         def before(number: int) -> None:
             place.rows = rows[number]
 
-        weighing = window.rehearsal()
+        weighing = window.intake.rehearsal()
         joined = self._why_joined()
         reach = self._group.reach(
-            cut, len(runs), self._model, self._device, lambda: (weighing if joined is None else window).reference
+            cut,
+            len(runs),
+            self._model,
+            self._device,
+            lambda: (weighing if joined is None else window.intake.weighing).reference,
         )
         failed = False
         try:
@@ -173,7 +177,7 @@ class Lockstep:
         finally:
             taps.put_back()
         with recomputing_with(minutes):
-            window.add_together(list(zip(parts, rows, strict=True)), *reach.roots())
+            window.intake.add_together(list(zip(parts, rows, strict=True)), *reach.roots())
         reach.close()
 
     def _why_joined(self) -> str | None:

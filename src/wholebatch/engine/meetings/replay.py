@@ -88,7 +88,7 @@ def run_replayed(
         before(number)
         part, replay = _second_pass(run, meetings, moments, number, reach)
         with recomputing_with(replay.minutes):
-            window.add_together([(part, rows[number])], replay.values, replay.gradients)
+            window.intake.add_together([(part, rows[number])], replay.values, replay.gradients)
         del part, replay
     after.roll_back()
     return [str(meeting.calls[0]) for meeting in meetings]
