@@ -12,8 +12,9 @@ from wholebatch.core.split import Indices
 from wholebatch.engine.fit.cutting import Place
 from wholebatch.engine.meetings.company import Again, recomputing_with
 from wholebatch.engine.meetings.exactnorm import exact_layers
+from wholebatch.engine.meetings.far import RankFailedError
 from wholebatch.engine.meetings.joined import run_joined
-from wholebatch.engine.meetings.reach import RankFailedError, Reach
+from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.replay import Run, run_replayed
 from wholebatch.engine.meetings.taps import Taps
 from wholebatch.engine.ranks.group import Group
