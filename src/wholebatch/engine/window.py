@@ -17,7 +17,7 @@ from wholebatch.engine.meetings.company import OneByOne
 from wholebatch.engine.objective import Part, part_of
 from wholebatch.engine.retraction import Retraction
 from wholebatch.engine.rules import Rules
-from wholebatch.engine.transaction import uninterrupted
+from wholebatch.engine.uninterrupted import uninterrupted
 from wholebatch.engine.weighing import Reading, Weighing
 
 _MAKE_IT_AGAIN = (
@@ -55,12 +55,12 @@ class Window:
         rules: Rules,
         *,
         number: int,
-        targets: Count | None = None,
-        micro_batches: int = 1,
-        padding: float | None = None,
-        row_by_row: bool = False,
-        company: OneByOne | None = None,
-        ended: Callable[[], None] = lambda: None,
+        targets: Count | None,
+        micro_batches: int,
+        padding: float | None,
+        row_by_row: bool,
+        company: OneByOne | None,
+        ended: Callable[[], None],
     ) -> None:
         self._started = time.perf_counter()
         self._rules = rules
