@@ -42,7 +42,8 @@ class Holding:
         Raises:
             WindowError: Somebody zeroed, scaled or added to the gradients since `watch`.
         """
-        if _held.by is None or _held.by() is not self:
+        by = _held.by
+        if by is None or by() is not self:
             self._take_over()
             return
         if self._watched is None:
