@@ -22,13 +22,13 @@ from wholebatch.core.weights import mean_weights
 from wholebatch.engine.backward import run_backward
 from wholebatch.engine.checks.rounding import CoarsestDtype
 from wholebatch.engine.device import input_device, move
+from wholebatch.engine.holding import Holding
 from wholebatch.engine.meetings.company import Alone, among, recomputing_with
 from wholebatch.engine.meetings.exactnorm import exact_layers
 from wholebatch.engine.meetings.joined import run_joined
 from wholebatch.engine.meetings.reach import Near
 from wholebatch.engine.objective import Objective, Part
 from wholebatch.engine.precision import Precision
-from wholebatch.engine.sums import GradientSum
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +170,13 @@ class Probe:
         return None if part is None or float(part.targets) == 0 else part
 
     def _gradient(self, losses: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        sums = GradientSum(self.parameters, [], "weights")
-        sums.start()
+        holding = Holding(self.parameters, [])
+        holding.begin()
         try:
             run_backward(losses, weights)
             return flat_gradient(self.parameters, self._sample).double()
         finally:
-            sums.roll_back()
+            holding.end(used_up=False)
 
 
 def _entering(part: Part, weight: float) -> tuple[list[Tensor], list[Tensor]]:

@@ -95,10 +95,7 @@ class Accumulated:
                 added = None
                 if isinstance(count, Tensor) or count != 0:
                     added = self._objective(self._model, micro_batch, count)
-                if added is None:
-                    window.leave_out(rows=len(part))
-                else:
-                    window.add(added, rows=len(part))
+                window.add(added, rows=len(part))
 
 
 def undivided(model: nn.Module, objective: Objective, rows: LogicalBatch) -> int | None:
