@@ -57,8 +57,9 @@ class Precision:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         # The scaler looks for infinities in the gradients of an optimizer. One with a single number, the norm of the
         # window's gradient, tells it about all optimizers at once.
-        self._norm = torch.zeros(1, device=device, requires_grad=True)
-        self._probe = torch.optim.SGD([self._norm], lr=0.0)
+        if self._scaler is not None:
+            self._norm = torch.zeros(1, device=device, requires_grad=True)
+            self._probe = torch.optim.SGD([self._norm], lr=0.0)
 
     @property
     def eps(self) -> float:

@@ -41,7 +41,8 @@ class TakesGradients(Protocol):
 
 def takers(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     """Return the optimizers that take gradients in as they arrive."""
-    return [each for each in optimizers if isinstance(each, TakesGradients)]
+    # As isinstance(each, TakesGradients), which takes thirty times as long.
+    return [each for each in optimizers if hasattr(each, "begin_window") and hasattr(each, "consume")]
 
 
 def check_clip_norm(optimizers: Sequence[Optimizer], clip_norm: float | None) -> None:
