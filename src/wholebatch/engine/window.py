@@ -301,7 +301,11 @@ class Window:
             noise = self._rules.noise
             if noise is not None:
                 noise.listen(self.sums.parameters)
-            run_backward(losses, roots)
+            if self._company is None:
+                run_backward(losses, roots)
+            else:
+                with self._company.recomputing():
+                    run_backward(losses, roots)
             self.sums.close_backward()
             if noise is not None:
                 self._weighing.note_own(noise.heard())
