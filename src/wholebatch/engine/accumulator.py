@@ -162,6 +162,11 @@ class Accumulator:
             raise ConfigError(
                 f"clip_norm={clip_norm!r} is no norm to clip a gradient to.", hint="pass a number above 0, or None."
             )
+        if before_step is not None and not callable(before_step):
+            raise ConfigError(
+                f"before_step is a {type(before_step).__name__}, which cannot be called.",
+                hint="pass a function without arguments, which looks at the gradients in .grad.",
+            )
         check_reduce_in(reduce_in)
         check_balance(balance, collate)
         self._reasons = say = Reasons()
@@ -400,7 +405,10 @@ class Accumulator:
 
 
 def _is_positive(number: object) -> bool:
-    return hasattr(number, "__float__") and float(number) > 0
+    try:
+        return hasattr(number, "__float__") and float(number) > 0
+    except (TypeError, ValueError):  # a tensor of several numbers
+        return False
 
 
 def _require_a_size(micro_batch: object) -> None:
