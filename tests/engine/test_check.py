@@ -657,3 +657,17 @@ def test_what_the_loss_raises_in_the_comparison_is_raised_by_training_too():
     )
     with pytest.raises(RuntimeError, match="expected 4 rows, got 5"):
         accumulator.step(torch.randn(12, 3, dtype=torch.float64))
+
+
+def test_a_first_batch_that_is_not_finite_is_no_mistake_where_micro_batches_meet():
+    model = nn.Linear(3, 2).double()
+    accumulator = wb.Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: wb.losses.info_nce(model(x), x[:, :2]),
+        micro_batch=wb.Rows(4),
+    )
+    x = torch.randn(10, 3, dtype=torch.float64)
+    assert accumulator.step(torch.full_like(x, torch.nan)).skipped == "the loss is nan"
+    assert accumulator.step(x).applied
+    assert "equal" in accumulator.reasons[-1]
