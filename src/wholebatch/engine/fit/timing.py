@@ -17,18 +17,16 @@ NEARLY = 0.03
 """The largest size is taken whose speed is within this share of the best: the clock is not finer, and each micro-batch
 costs something beside its pass."""
 
-WORSE = 0.15
-"""Where a size is slower than the best by more than this share, smaller ones are not looked at."""
-
-BUSY = 0.5
-"""A size that is slower by no more than this share is run again before it ends the search: a machine that does other
-things as well makes a pass slower, and never faster."""
+WORSE = 0.5
+"""Where a size is slower than the best by more than this share, smaller ones are not looked at. Less may be another
+process, which makes a pass slower, and never faster."""
 
 
 def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
     """Return how many rows to take at once, and what the clock said.
 
-    The largest that fits is looked at first, then smaller ones as long as that does not look worse.
+    The largest that fits is looked at first, then smaller ones as long as that does not look worse; and again, all but
+    the largest where it takes long, before a smaller one is taken.
 
     Args:
         probe: Runs passes.
@@ -52,17 +50,14 @@ def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
             continue
         if len(each) == 1 and each[size] * rows < BRIEF:
             return most, ""
-        best = min(each.values())
-        if best * (1 + WORSE) < each[size] <= best * (1 + BUSY):
-            look(size)
-        if each[size] > best * (1 + WORSE):
+        if each[size] > min(each.values()) * (1 + WORSE):
             break
     if not each:
         return most, ""
     chosen = _best(each)
-    if chosen != most:  # what looked slower than this one may have been disturbed
+    if chosen != most:  # another may have been disturbed
         for size in sorted(each):
-            if size <= chosen or (size == max(each) and each[size] * size < SHORT):
+            if size < max(each) or each[size] * size < SHORT:
                 look(size)
         chosen = _best(each)
     said = ", ".join(f"{say_rate(1 / one)} with {size}" for size, one in sorted(each.items()) if one > 0)
