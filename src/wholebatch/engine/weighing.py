@@ -91,6 +91,10 @@ class Weighing:
         """What every loss was divided by; 1 where there was none. Unit: targets."""
         return 1 if self._reference is None else self._reference
 
+    def divide_like(self, other: "Weighing") -> None:
+        """Divide losses by what another one divides them by."""
+        self._reference = other._reference
+
     @property
     def scale(self) -> Tensor | None:
         """The loss scale, on the device, or None."""

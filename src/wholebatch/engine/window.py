@@ -423,6 +423,10 @@ class Window:
         """Return what weighs losses as this window does, before the first of them, and notes nothing in it."""
         return copy.copy(self._weighing)
 
+    def weigh_like(self, rehearsal: Weighing) -> None:
+        """Divide losses by what they were divided by in a rehearsal, whichever comes first now."""
+        self._weighing.divide_like(rehearsal)
+
     def _close(self) -> Update:
         group = self._rules.setup.group
         self._mark = None  # or it would keep gradients that are used up one by one

@@ -54,7 +54,7 @@ def in_lockstep(
         before: Called with the number of a micro-batch before it goes on.
         meet: Called with what each micro-batch brings to a meeting; returns what each of them gets.
         finish: Called with the number of a micro-batch and its result as soon as it is there.
-        after: Called with the number of a micro-batch when it has come to a meeting, or to its end.
+        after: Called with the number of a micro-batch when it has come to a meeting, or has finished.
 
     Raises:
         MeetingError: The micro-batches do not meet at the same places.
@@ -70,10 +70,10 @@ def in_lockstep(
                 before(number)
                 each.go_on(stack_size)
                 each.raise_error()
-                after(number)
                 _require_same_place(micro_batches, number)
                 if each.is_done:
                     finish(number, each.take_result())
+                after(number)
             if micro_batches[0].is_done:
                 return
             calls = [each.take_call() for each in micro_batches]

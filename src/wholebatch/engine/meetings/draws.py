@@ -10,32 +10,68 @@ from wholebatch.core.errors import MeetingError
 from wholebatch.engine.meetings.company import Call
 
 
+class Stream:
+    """The random streams of PyTorch, of which nobody draws between the stop of a micro-batch and the next one's turn.
+
+    Args:
+        device: Where the model is.
+
+    Attributes:
+        last: Where they stood when a micro-batch last stopped.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.last = self.now()
+
+    def now(self) -> tuple[Tensor, ...]:
+        """Return where they stand."""
+        state: tuple[Tensor, ...] = (torch.get_rng_state(),)
+        if self._device.type in ("cuda", "xpu"):
+            state = (*state, torch.get_device_module(self._device).get_rng_state(self._device))
+        return state
+
+    def stop(self) -> None:
+        """Note that a micro-batch has stopped; what has not moved is kept once."""
+        now = self.now()
+        if not _same(self.last, now):
+            self.last = now
+
+    def put(self, state: tuple[Tensor, ...]) -> None:
+        """Let them stand somewhere else."""
+        cpu, *other = state
+        torch.set_rng_state(cpu)
+        if other:
+            torch.get_device_module(self._device).set_rng_state(other[0], self._device)
+
+
 class Passage:
-    """Where the streams of PyTorch stood when each micro-batch came to a meeting, and when it went on from there.
+    """Where the streams stood when each micro-batch came to a meeting, and when it went on from there.
 
     Activation checkpointing puts the stream back to where it stood when a part of a model began. If the part meets,
     the others have drawn meanwhile: from the meeting on it has to be put to where it stood after it.
 
     Args:
-        device: Where the model is.
+        stream: Of the micro-batches.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
         self._came: list[tuple[Tensor, ...]] = []
         self._went: list[tuple[Tensor, ...]] = []
 
     def come(self) -> None:
         """Note that the next micro-batch has come."""
-        self._came.append(self._now(self._came))
+        self._stream.stop()
+        self._came.append(self._stream.last)
 
     def go_on(self) -> None:
         """Note that the next micro-batch goes on."""
-        self._went.append(self._now(self._went or self._came))
+        self._went.append(self._stream.last)
 
     def of(self, number: int) -> "Passage":
         """Return the same of one micro-batch alone."""
-        one = Passage(self._device)
+        one = Passage(self._stream)
         one._came, one._went = [self._came[number]], [self._went[number]]
         return one
 
@@ -49,7 +85,7 @@ class Passage:
         Raises:
             MeetingError: Several came alike and went on with different draws.
         """
-        now = self._now(())
+        now = self._stream.now()
         alike = [number for number, came in enumerate(self._came) if _same(came, now)]
         if not alike:  # the stream was not put back, so nothing that draws was checkpointed
             return
@@ -63,17 +99,7 @@ class Passage:
                     hint="let the checkpointed function end at the meeting, or begin with it.",
                 )
             alike = nearest
-        cpu, *other = self._went[alike[0]]
-        torch.set_rng_state(cpu)
-        if other:
-            torch.get_device_module(self._device).set_rng_state(other[0], self._device)
-
-    def _now(self, before: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Where the streams stand, in the memory of the last state if they have not moved since."""
-        state: tuple[Tensor, ...] = (torch.get_rng_state(),)
-        if self._device.type in ("cuda", "xpu"):
-            state = (*state, torch.get_device_module(self._device).get_rng_state(self._device))
-        return before[-1] if before and _same(before[-1], state) else state
+        self._stream.put(self._went[alike[0]])
 
 
 def distance(calls: Sequence[Call], call: Call) -> float:

@@ -104,13 +104,13 @@ class _Exact(nn.Module):
         moments = meet(
             "exact batch norm",
             value,
-            partial(_merge, layer.eps),
+            _merge,
             beside=(counted, tuple(x.shape)),
             once=partial(_track, layer),
             of=self,
         )
         on_the_way = kept is None and moments.requires_grad and value.requires_grad
-        return normalize(x, moments, layer.weight, layer.bias, relay if on_the_way else None)
+        return normalize(x, moments, layer.weight, layer.bias, layer.eps, relay if on_the_way else None)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         plain = next(kind for kind in type(self).__mro__ if not issubclass(kind, _Exact))
@@ -208,12 +208,12 @@ def _uses_batch(layer: Any) -> bool:
     return bool(layer.training or (layer.running_mean is None and layer.running_var is None))
 
 
-def _merge(eps: float, values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Tensor:
+def _merge(values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Tensor:
     counts, shape = [count for count, _ in beside], beside[0][1]
     total = total_of(counts)
     if not isinstance(total, Tensor) and total <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    return merge(eps, counts, values)
+    return merge(counts, values)
 
 
 def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
@@ -221,7 +221,7 @@ def _track(layer: _BatchNorm, moments: Tensor, beside: Sequence[Any]) -> None:
     if not (layer.training and layer.track_running_stats) or layer.running_mean is None or layer.running_var is None:
         return
     counts = [count for count, _ in beside]
-    total, (mean, _, variance) = total_of(counts), moments.detach()
+    total, (mean, variance) = total_of(counts), moments.detach().unbind(0)
     moves: Any = torch.as_tensor(sum(counts) > 0) if isinstance(total, Tensor) else 1
     share: Any = layer.momentum
     if layer.num_batches_tracked is not None:

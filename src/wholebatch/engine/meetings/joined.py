@@ -15,7 +15,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.meetings.baton import in_lockstep
 from wholebatch.engine.meetings.company import Call
-from wholebatch.engine.meetings.draws import Passage
+from wholebatch.engine.meetings.draws import Passage, Stream
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
 
@@ -48,7 +48,8 @@ def run_joined(
         keep_freed_blocks()
     results: list[Any] = [None] * len(runs)
     minutes = Minutes(reach.ranks)
-    passages = [Passage(device), Passage(device)]  # the meeting that they come from, and the one that they go to
+    stream = Stream(device)
+    passages = [Passage(stream), Passage(stream)]  # the meeting that they come from, and the one that they go to
 
     def meet(calls: Sequence[Call]) -> list[Any]:
         minutes.require_unchanged()
@@ -59,7 +60,7 @@ def run_joined(
             calls[0].once(result, brought.beside)
         share = _sharing(result)
         minutes.take(calls, result, share, passages[1])
-        passages[:] = passages[1], Passage(device)
+        passages[:] = passages[1], Passage(stream)
         return [share(call) for call in calls]
 
     def go_on(number: int) -> None:

@@ -1,8 +1,8 @@
 """What does batch norm compute, when its rows lie in several micro-batches? Moments, their merge, and what follows.
 
-A micro-batch brings the moments of its n_k values a channel, and gets those of all:
+A micro-batch brings mean and variance of its n_k values a channel, and gets those of all:
 
-    n = sum n_k,   mean = sum n_k mean_k / n,   M2 = sum ( M2_k + n_k (mean_k - mean)^2 ),   var = M2 / n,
+    n = sum n_k,   mean = sum n_k mean_k / n,   var = sum n_k ( var_k + (mean_k - mean)^2 ) / n,
 
 which is stable where a sum of squares is not (Chan, Golub and LeVeque, 1979). Gradients flow back through the moments
 to every micro-batch.
@@ -40,7 +40,7 @@ class Relay:
 
 
 def moments_of(x: Tensor, relay: Relay) -> Tensor:
-    """Return mean, and sum of squared deviations from it, of each channel.
+    """Return mean and variance of each channel.
 
     Args:
         x: Shape ``[rows, channels, ...]``.
@@ -62,22 +62,22 @@ def moments_of_kept(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide, dims = widened(x), _dims(x)
     count = kept.expand(len(x), 1, *x.shape[2:]).sum()
-    mean = torch.where(kept, wide, 0.0).sum(dims) / count.clamp(min=1)
+    divisor = count.clamp(min=1)
+    mean = torch.where(kept, wide, 0.0).sum(dims) / divisor
     squares = torch.where(kept, wide - _over(mean, x), 0.0).square().sum(dims)
-    return torch.stack([mean, squares]), count
+    return torch.stack([mean, squares / divisor]), count
 
 
-def merge(eps: float, counts: Sequence[Count], moments: Sequence[Tensor]) -> Tensor:
-    """Return mean, 1 / deviation and variance of all values from the moments of some; shape ``[3, channels]``.
+def merge(counts: Sequence[Count], moments: Sequence[Tensor]) -> Tensor:
+    """Return mean and variance of all values from those of some; shape ``[2, channels]``.
 
     Args:
-        eps: Added to the variance before its root is taken.
         counts: Values a channel of each part.
         moments: As from `moments_of`.
     """
     equal = not any(isinstance(count, Tensor) for count in counts) and len(set(counts)) == 1
-    shares: Count = counts[0] if equal else _on_device(counts, moments[0])
-    result: Tensor = _Merge.apply(eps, shares, total_of(counts), *moments)  # type: ignore[no-untyped-call]
+    shares = 1.0 / len(counts) if equal else _on_device(counts, moments[0]) / total_of(counts)
+    result: Tensor = _Merge.apply(shares, *moments)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -87,18 +87,21 @@ def total_of(counts: Sequence[Count]) -> Count:
     return total.clamp(min=1) if isinstance(total, Tensor) else total
 
 
-def normalize(x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, relay: Relay | None) -> Tensor:
-    """Return ``(x - mean) * scale * weight + bias``, differentiable in all five.
+def normalize(
+    x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relay: Relay | None
+) -> Tensor:
+    """Return ``(x - mean) / sqrt(var + eps) * weight + bias``, differentiable in all tensors.
 
     Args:
         x: Shape ``[rows, channels, ...]``.
-        moments: Mean, scale and variance, which is not used; shape ``[3, channels]``.
+        moments: Mean and variance; shape ``[2, channels]``.
         weight: Shape ``[channels]``, or None.
         bias: Shape ``[channels]``, or None.
+        eps: Added to the variance.
         relay: Takes the gradient of `x` to where the moments of `x` came from, which adds its own. It must be on the
             way: `moments` have come from there.
     """
-    result: Tensor = _Normalize.apply(x, moments, weight, bias, relay)  # type: ignore[no-untyped-call]
+    result: Tensor = _Normalize.apply(x, moments, weight, bias, eps, relay)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -114,20 +117,18 @@ class _Moments(torch.autograd.Function):
             variance, mean = torch.var_mean(wide, dim=_dims(x), correction=0)
         ctx.save_for_backward(x, mean)
         ctx.relay = relay
-        return torch.stack([mean, variance.mul_(x.numel() // x.shape[1])])
+        return torch.stack([mean, variance])
 
     @staticmethod
     def backward(ctx: Any, d_moments: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
+        d_mean, d_variance = (d_moments / (x.numel() // x.shape[1])).unbind(0)
         if torch.is_grad_enabled():  # a second derivative is wanted, and the mean depends on x
             wide = widened(x)
-            d_mean, d_squares = d_moments
-            d_x = 2 * _over(d_squares, x) * (wide - _over(wide.mean(_dims(x)), x)) + _over(d_mean / count, x)
+            d_x = 2 * _over(d_variance, x) * (wide - _over(wide.mean(_dims(x)), x)) + _over(d_mean, x)
             return d_x.to(x.dtype), None
-        d_mean, d_squares = d_moments.unbind(0)
-        shift, slope = d_mean / count, 2 * d_squares
-        d_x = _affine(x, mean, slope, shift)
+        doubles = torch.full_like(mean, 0.25)  # as a variance: what is divided by its root counts twice
+        d_x = _normalized(x, mean, doubles, d_variance, d_mean, 0.0)
         rest = ctx.relay.take()
         return d_x if rest is None else d_x.addcmul_(rest[0], _over(rest[1], x)), None
 
@@ -136,35 +137,35 @@ class _Merge(torch.autograd.Function):
     """See `merge`. The gradients of all moments in a handful of operations."""
 
     @staticmethod
-    def forward(ctx: Any, eps: float, counts: Count, total: Count, *moments: Tensor) -> Tensor:
-        result = _merged(eps, counts, total, moments)
-        ctx.eps, ctx.counts, ctx.total = eps, counts, total
-        ctx.save_for_backward(result, *moments)
+    def forward(ctx: Any, shares: float | Tensor, *moments: Tensor) -> Tensor:
+        result, ctx.apart = _merged(shares, moments)
+        ctx.shares = shares
+        ctx.save_for_backward(*moments)
         return result
 
     @staticmethod
     def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
-        result, *moments = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
-            again = _merged(ctx.eps, ctx.counts, ctx.total, moments)
+            moments = ctx.saved_tensors
+            again, _ = _merged(ctx.shares, moments)
             wanted = [each for each in moments if each.requires_grad]
             found = iter(torch.autograd.grad(again, wanted, d_result, create_graph=True))
-            return None, None, None, *(next(found) if each.requires_grad else None for each in moments)
-        mean, scale, _ = result
-        d_mean, d_scale, d_variance = d_result
-        slope = (d_variance - scale.pow(3).mul_(d_scale).mul_(0.5)).div_(ctx.total)
-        means, _ = torch.stack(moments, dim=1)
-        d_means = torch.addcmul(d_mean / ctx.total, means - mean, slope, value=2.0).mul_(ctx.counts)
-        d_squares = slope.expand_as(means)
-        return None, None, None, *torch.stack([d_means, d_squares], dim=1).unbind(0)
+            return None, *(next(found) if each.requires_grad else None for each in moments)
+        d_mean, d_variance = d_result.unbind(0)
+        d_means = torch.addcmul(d_mean, ctx.apart, d_variance, value=2.0)
+        d_moments = torch.stack([d_means, d_variance.expand_as(d_means)], dim=1).mul_(ctx.shares)
+        return None, *d_moments.unbind(0)
 
 
-def _merged(eps: float, counts: Count, total: Count, moments: Sequence[Tensor]) -> Tensor:
-    means, squares = torch.stack(list(moments), dim=1)
-    mean = means.mean(0) if isinstance(counts, int) else (means * (counts / total)).sum(0)
-    between = ((means - mean).square() * counts).sum(0)
-    variance = (squares.sum(0) + between) / total
-    return torch.stack([mean, torch.rsqrt(variance + eps), variance])
+def _merged(shares: float | Tensor, moments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all, and how far the mean of each part is from it; shape ``[parts, channels]``."""
+    each = torch.stack(list(moments))
+    both = each.mean(0) if isinstance(shares, float) else (each * shares).sum(0)
+    mean, within = both.unbind(0)
+    apart = each[:, 0] - mean
+    squares = apart.square()
+    between = squares.mean(0) if isinstance(shares, float) else (squares * shares[:, 0]).sum(0)
+    return torch.stack([mean, within + between]), apart
 
 
 class _Normalize(torch.autograd.Function):
@@ -172,52 +173,65 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, relay: Relay | None
+        ctx: Any,
+        x: Tensor,
+        moments: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        relay: Relay | None,
     ) -> Tensor:
         ctx.save_for_backward(x, moments, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.relay = relay
-        mean, scale, _ = moments.unbind(0)
-        slope = scale if weight is None else scale * weight
-        wide_bias = None if bias is None else bias.to(mean.dtype)
-        return _affine(x, mean, slope, wide_bias)
+        ctx.eps, ctx.relay = eps, relay
+        mean, variance = moments.unbind(0)
+        return _normalized(x, mean, variance, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, moments, weight = ctx.saved_tensors
-        mean, scale, variance = moments.unbind(0)
+        mean, variance = moments.unbind(0)
+        scale = (variance + ctx.eps).rsqrt()
         slope = scale if weight is None else scale * weight
         if torch.is_grad_enabled():  # a second derivative is wanted
             wide = widened(d_y)
             d_x = (wide * _over(slope, x)).to(x.dtype)
             d_bias = wide.sum(_dims(x))
-            d_slope = (wide * (widened(x) - _over(mean, x))).sum(_dims(x))
+            d_weight = (wide * (widened(x) - _over(mean, x))).sum(_dims(x)) * scale
         else:
             asked = [ctx.relay is None, True, True]
-            d_x, d_slope, d_bias = torch.ops.aten.native_batch_norm_backward(
-                d_y, x, slope, mean, torch.ones_like(mean), None, None, False, 0.0, asked
+            factor = torch.ones_like(mean) if weight is None else _like(mean, weight)
+            d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+                d_y, x, factor, mean, variance, None, None, False, ctx.eps, asked
             )
             if ctx.relay is not None:
                 ctx.relay.put(d_y, slope)
                 d_x = None
-        d_scale = d_slope if weight is None else d_slope * weight
-        d_moments = torch.stack([-slope * d_bias, d_scale, torch.zeros_like(variance)])
-        d_weight = None if weight is None else (d_slope * scale).to(weight.dtype)
-        return d_x, d_moments, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype), None
+        d_moments = torch.stack([-slope * d_bias, -0.5 * slope * scale * d_weight])
+        d_own_weight = None if weight is None else d_weight.to(weight.dtype)
+        d_own_bias = None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
+        return d_x, d_moments, d_own_weight, d_own_bias, None, None
 
 
-def _affine(x: Tensor, mean: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
-    """Return ``(x - mean) * slope + shift`` by the kernel that does it in one pass, also for narrower `x`."""
-    return torch.batch_norm(x, slope, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, True)
+def _normalized(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm by given moments: the kernel does it in one pass, also for narrower `x`."""
+    return torch.batch_norm(x, _like(mean, weight), _like(mean, bias), mean, variance, False, 0.0, eps, True)
+
+
+def _like(moments: Tensor, affine: Any) -> Any:
+    """A weight or a bias in the dtype of the moments."""
+    return affine if affine is None or affine.dtype == moments.dtype else affine.to(moments.dtype)
 
 
 def _on_device(counts: Sequence[Count], like: Tensor) -> Tensor:
-    """Counts as a column, in the dtype of the moments; shape ``[parts, 1]``."""
+    """Counts in the dtype of the moments; shape ``[parts, 1, 1]``."""
     if any(isinstance(count, Tensor) for count in counts):
         column = torch.stack([torch.as_tensor(count, device=like.device) for count in counts])
     else:
         column = torch.tensor(counts, dtype=like.dtype, device="cpu")
-    return column.to(like.device, like.dtype, non_blocking=True).unsqueeze(1)
+    return column.to(like.device, like.dtype, non_blocking=True).view(-1, 1, 1)
 
 
 def _dims(x: Tensor) -> list[int]:

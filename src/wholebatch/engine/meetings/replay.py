@@ -6,15 +6,15 @@ Let X be what a meeting made of the values x_k of all micro-batches. With L = su
 
 The first pass runs all micro-batches in lockstep with frozen weights, so that a graph exists only from X on, and sums
 dL_j/dX. The second pass runs them one by one, with the random numbers and the buffers of the first, takes X as it is,
-and enters c_k at x_k. It costs one forward pass more and never holds more than one micro-batch's graph. What lies
-between two meetings and depends on the first one is kept for all micro-batches until the last meeting.
+and enters c_k at x_k. The last one runs once, with a graph that is kept for this. So it costs one forward pass more,
+but for the last micro-batch, and never holds more than one micro-batch's graph. What lies between two meetings and
+depends on the first one is kept for all micro-batches until the last meeting.
 
 Source: the idea of GradCache, arXiv 2101.06983, for any meeting and any code around it.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -26,7 +26,8 @@ from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.meetings.baton import in_lockstep
 from wholebatch.engine.meetings.company import Again, Call, among, known_rows, recomputing_with, without_value
-from wholebatch.engine.meetings.draws import Passage
+from wholebatch.engine.meetings.draws import Passage, Stream
+from wholebatch.engine.meetings.kept import Brought, Kept, Weights
 from wholebatch.engine.meetings.moments import Moments
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
@@ -75,8 +76,11 @@ def run_replayed(
         MeetingError: The second pass did not meet where the first one did.
     """
     moments = Moments(model, device, transaction)
-    with _frozen(model):
-        meetings = _first_pass(weighing, runs, reach, moments, device, before)
+    weights = Weights(model)
+    with weights.frozen(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+        meetings, kept = _first_pass(weighing, runs, reach, moments, weights, device, before)
+    window.weigh_like(weighing)
     moments.keep(len(runs), len(meetings))
     after = Transaction(model, device)
     after.begin()
@@ -84,7 +88,12 @@ def run_replayed(
     for meeting in meetings:
         meeting.settle(reach, unique=sum(each.alike == meeting.alike for each in meetings) == 1)
     reach.close()
-    for number, run in enumerate(runs):
+    twice = runs
+    if kept is not None and kept.is_whole:
+        twice = runs[:-1]
+        before(kept.number)
+        _add_kept(window, kept, meetings, rows[kept.number])
+    for number, run in enumerate(twice):
         before(number)
         part, replay = _second_pass(run, meetings, moments, number, reach)
         with recomputing_with(replay.minutes):
@@ -99,15 +108,28 @@ def _first_pass(
     runs: Sequence[Run],
     reach: Reach,
     moments: Moments,
+    weights: Weights,
     device: torch.device,
     before: Callable[[int], None],
-) -> list["_Meeting"]:
-    """Run all micro-batches in lockstep, and return their meetings with the gradients that enter there."""
+) -> tuple[list["_Meeting"], Kept | None]:
+    """Run all micro-batches in lockstep, with frozen weights but for the last one.
+
+    Returns:
+        Their meetings, with the gradients that enter there; and the last micro-batch, unless other ranks take part.
+    """
     meetings: list[_Meeting] = []
-    passages = [Passage(device)]
+    stream = Stream(device)
+    passages = [Passage(stream)]
+    kept: Kept | None = None
 
     def go(number: int) -> None:
+        nonlocal kept
         before(number)
+        if number == len(runs) - 1 and reach.ranks == 1:
+            kept = kept or Kept(number)
+            weights.freeze(not kept.is_open)
+        else:
+            weights.freeze(True)
         moments.keep(number, len(meetings))
         if meetings:
             meetings[-1].passage.go_on()
@@ -115,30 +137,39 @@ def _first_pass(
     def meet(calls: Sequence[Call]) -> list[Any]:
         for each in meetings:
             each.minutes.require_unchanged()
-        if meetings and any(isinstance(call.value, Tensor) and call.value.requires_grad for call in calls):
+        if meetings and any(needs_what_met(number, call) for number, call in enumerate(calls)):
             raise Again(
                 f"what meets at {calls[0]} needs the gradient of what met before, at {meetings[-1].calls[0]}",
                 joined=True,
             )
         meetings.append(_Meeting(calls, reach, passages[-1]))
-        passages.append(Passage(device))
-        return meetings[-1].answers(calls)
+        passages.append(Passage(stream))
+        answers = meetings[-1].answers(calls)
+        if kept is not None:
+            kept.meet(calls[kept.number], meetings[-1].leaf_of(kept.number))
+        return answers
+
+    def needs_what_met(number: int, call: Call) -> bool:
+        if kept is not None and number == kept.number:
+            return kept.needs_what_met(call.value)
+        return isinstance(call.value, Tensor) and call.value.requires_grad
 
     def finish(number: int, part: Part | None) -> None:
-        if part is None or not learns(part):
-            return
-        entering = [pair for pair in zip(*weighing.weigh(part), strict=True) if pair[0].requires_grad]
+        losses, roots = weighing.weigh(part) if part is not None and learns(part) else ([], [])
+        entering = [pair for pair in zip(losses, roots, strict=True) if pair[0].requires_grad]
         leaves = [(meeting, leaf) for meeting in meetings if (leaf := meeting.take_leaf(number)) is not None]
-        if not entering or not leaves:
-            return
         minutes = Minutes(reach.ranks)
         for meeting, leaf in leaves:
             minutes.take(meeting.calls, None, partial(_given, leaf), meeting.passage.of(number))
+        is_kept = kept is not None and number == kept.number and kept.end(part, [loss for loss, _ in entering])
+        if not entering or not leaves:
+            return
         with recomputing_with(minutes):
             found = torch.autograd.grad(
                 [loss for loss, _ in entering],
                 [leaf for _, leaf in leaves],
                 [root for _, root in entering],
+                retain_graph=is_kept,
                 allow_unused=True,
             )
         for (meeting, _), gradient in zip(leaves, found, strict=True):
@@ -164,8 +195,28 @@ def _first_pass(
     else:
         for each in meetings:
             each.minutes.require_unchanged()
-        return meetings
+        return meetings, kept
     raise again
+
+
+def _add_kept(window: Window, kept: Kept, meetings: Sequence["_Meeting"], rows: int | None) -> None:
+    """Add the micro-batch that ran once to a window, and let its graph go."""
+    minutes = Minutes(1)
+    values, gradients = [], []
+    for meeting, brought, leaf in zip(meetings, kept.brought, kept.got, strict=True):
+        again = meeting.replayed if leaf is None else partial(_given, leaf)
+        minutes.take(meeting.calls, meeting.result, again, meeting.passage.of(kept.number))
+        gradient = meeting.entering(kept.number)
+        if gradient is not None and brought is not None:
+            brought.require_unchanged()
+            values.append(brought.value)
+            gradients.append(gradient)
+    part = kept.part
+    if part is not None and learns(part) and not values:
+        require_graph(part.loss)
+    with recomputing_with(minutes):
+        window.add_together([(part, rows)], values, gradients)
+    kept.forget()
 
 
 def _second_pass(
@@ -241,6 +292,9 @@ class _Meeting:
                 self._given[number] = found[number].requires_grad_()
         return found
 
+    def leaf_of(self, number: int) -> Tensor | None:
+        return self._given.get(number)
+
     def take_leaf(self, number: int) -> Tensor | None:
         return self._given.pop(number, None)
 
@@ -296,8 +350,7 @@ class _Replay:
         self._place = 0
         self.ranks = reach.ranks
         self.minutes = Minutes(reach.ranks)
-        self.values: list[Tensor] = []
-        self._versions: list[int] = []
+        self._brought: list[Brought] = []
         self.gradients: list[Tensor] = []
 
     def meet(self, call: Call) -> Any:
@@ -308,11 +361,15 @@ class _Replay:
         self._moments.restore(self._number, self._place)
         gradient = meeting.entering(self._number)
         if gradient is not None and call.with_graph and call.value.requires_grad:
-            self.values.append(call.value)
-            self._versions.append(call.value._version)
+            self._brought.append(Brought(call.value))
             self.gradients.append(gradient)
         self.minutes.take(meeting.calls, meeting.result, meeting.replayed, meeting.passage.of(self._number))
         return meeting.replayed(call)
+
+    @property
+    def values(self) -> list[Tensor]:
+        """Where gradients enter."""
+        return [each.value for each in self._brought]
 
     def own_rows(self) -> Indices | None:
         return known_rows(self._rows)
@@ -322,12 +379,8 @@ class _Replay:
         if self._place < len(self._meetings):
             raise self._other("ends", f"at {self._meetings[self._place].calls[0]}")
         self.minutes.require_unchanged()
-        if any(value._version != version for value, version in zip(self.values, self._versions, strict=True)):
-            raise MeetingError(
-                "A tensor was changed after it had been brought to a meeting, and the gradient that is for it "
-                "would enter at another one.",
-                hint='bring a copy, wb.gather(x.clone()), or pass lockstep="joined".',
-            )
+        for each in self._brought:
+            each.require_unchanged()
 
     def _other(self, now: str, before: str) -> MeetingError:
         return MeetingError(
@@ -347,21 +400,6 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *_gradients: Tensor) -> tuple[None, None]:
         return None, None
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no weight require a gradient, so that graphs begin at meetings."""
-    weights = [each for each in model.parameters() if each.requires_grad and each.is_leaf]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
-        try:
-            for each in weights:
-                each.requires_grad_(False)
-            yield
-        finally:
-            for each in weights:
-                each.requires_grad_(True)
 
 
 def _given(leaf: Tensor, _call: Call) -> Tensor:
