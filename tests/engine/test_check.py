@@ -1,5 +1,6 @@
 """The first batch, cut and uncut: what is wrong raises, what is random does not, and no trace is left."""
 
+import copy
 import random
 
 import pytest
@@ -630,3 +631,65 @@ def test_weights_that_a_pass_puts_into_their_bounds_are_no_mistake():
     animal = Animal(mlp, regression, bounded)
     accumulator = accumulator_of(animal, animal.model())
     assert accumulator.step(regression(12, torch.float64)).applied
+
+
+class TakesFourRows(nn.Module):
+    """As a model does whose first state, or whose compiled graph, is made for one number of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x):
+        if len(x) != 4:
+            raise RuntimeError(f"expected 4 rows, got {len(x)}")
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_that_takes_one_number_of_rows_is_trained_and_not_compared(loaded):
+    torch.manual_seed(0)
+    model = TakesFourRows().double()
+    right = copy.deepcopy(model.layer)
+    data = torch.randn(12, 3, dtype=torch.float64)
+    accumulator = wb.Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: model(x).square().mean(),
+        micro_batch=wb.Rows(4),
+    )
+    if loaded:
+        assert [update.rows for update in accumulator.updates(data.split(4), micro_batches=3)] == [12]
+    else:
+        assert accumulator.step(data).micro_batches == 3
+    assert "the loss raises RuntimeError: expected 4 rows, got 1" in accumulator.reasons[0]
+    right(data).square().mean().backward()
+    with torch.no_grad():
+        right.weight -= 0.1 * right.weight.grad
+    torch.testing.assert_close(model.layer.weight, right.weight, rtol=1e-12, atol=1e-12)
+
+
+def test_what_the_loss_raises_in_the_comparison_is_raised_by_training_too():
+    model = TakesFourRows().double()
+    accumulator = wb.Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: model(x).square().mean(),
+        micro_batch=wb.Rows(5),
+    )
+    with pytest.raises(RuntimeError, match="expected 4 rows, got 5"):
+        accumulator.step(torch.randn(12, 3, dtype=torch.float64))
+
+
+def test_a_first_batch_that_is_not_finite_is_no_mistake_where_micro_batches_meet():
+    model = nn.Linear(3, 2).double()
+    accumulator = wb.Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: wb.losses.info_nce(model(x), x[:, :2]),
+        micro_batch=wb.Rows(4),
+    )
+    x = torch.randn(10, 3, dtype=torch.float64)
+    assert accumulator.step(torch.full_like(x, torch.nan)).skipped == "the loss is nan"
+    assert accumulator.step(x).applied
+    assert "equal" in accumulator.reasons[-1]

@@ -515,7 +515,7 @@ def test_an_accelerator_is_asked_for_what_it_keeps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", module.max_memory_allocated)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", module.reset_peak_memory_stats)
     assert room.available_bytes(device) == 0.95 * (1000 + 200)
-    trace = memory.trace_peaks(device, lambda between: between())
+    (trace,) = memory.trace_peaks(device, [lambda between: between()])
     assert trace.changes == (400, -400, 800, -800)
     assert trace.second == 2
     assert memory.allocation_retries(device) == 7
@@ -527,7 +527,7 @@ def test_metal_is_asked_for_what_it_keeps(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1000)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 500)
     assert room.available_bytes(torch.device("mps")) == 400
-    assert memory.trace_peaks(torch.device("mps"), lambda between: between()) is None
+    assert memory.trace_peaks(torch.device("mps"), [lambda between: between()]) is None
     assert memory.allocation_retries(CPU) is None
 
 
@@ -749,4 +749,18 @@ def test_batch_norm_takes_no_single_row_and_is_planned_all_the_same():
     assert plan.fits
     assert plan.micro_batches > 1
     assert 1 not in plan.timed
-    assert any("1 layers compute over the rows that they see, 1 first" in reason for reason in plan.reasons)
+    assert any("Layers that compute over the rows that they see: 1." in reason for reason in plan.reasons)
+
+
+@pytest.mark.parametrize("micro_batch", ["auto", wb.Rows(4)], ids=str)
+def test_a_cut_saves_nothing_where_batch_norm_is_exact(micro_batch):
+    """The graphs of all micro-batches are held at the same time, and the accumulator refuses the same budget."""
+    model = wb.exact_batch_norm(nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Linear(64, 16)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = wb.plan(model, optimizer, squares, torch.randn(32, 16), 64, "60kB", micro_batch=micro_batch, timed=False)
+    assert not plan.fits
+    assert plan.peak_bytes == plan.peak_at(64) == sum(plan.memory.values()) > 60_000
+    assert "Batch norm is exact in 1, so the graphs" in plan.reasons[0]
+    assert wb.plan(model, optimizer, squares, torch.randn(32, 16), 64, "1MB", timed=False).fits
+    with pytest.raises(wb.OutOfMemoryError, match="exact in 1"):
+        wb.Accumulator(model, optimizer, squares, memory="60kB", check=None).step(torch.randn(64, 16))

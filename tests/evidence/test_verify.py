@@ -260,3 +260,8 @@ def test_what_is_no_module_cannot_be_verified():
 def test_a_way_of_cutting_that_is_none_is_refused():
     with pytest.raises(wb.ConfigError, match="micro_batch=3 says nothing"):
         verified(CALM["mlp"], micro_batch=3)
+
+
+def test_a_step_that_is_none_is_refused():
+    with pytest.raises(wb.ConfigError, match="step is a int"):
+        verified(CALM["mlp"], step=3)

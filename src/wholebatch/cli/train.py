@@ -173,8 +173,8 @@ def _say_start(event: Mapping[str, Any]) -> None:
     if event["event"] == "start":
         say(
             f"{event['recipe']}: {event['parameters']:,} parameters, {event['rows']:,} rows; "
-            f"{event['updates_planned']:,} updates of {event['logical_batch']}, {event['micro_batch']} at once, "
-            f"{event['precision']} on {event['device']}"
+            f"{event['updates_planned']:,} update{'s' * (event['updates_planned'] != 1)} of {event['logical_batch']}, "
+            f"{event['micro_batch']} at once, {event['precision']} on {event['device']}"
         )
 
 

@@ -244,11 +244,26 @@ def _rows_of(leaf: Any) -> Any:
 def paths(whole: str | Iterable[str]) -> tuple[str, ...]:
     """Return the paths that were given as one or several.
 
+    Raises:
+        ConfigError: They are no paths.
+
     Example:
         >>> paths("image"), paths(["image", "mask"])
         (('image',), ('image', 'mask'))
     """
-    return (whole,) if isinstance(whole, str) else tuple(whole)
+    try:
+        found = (whole,) if isinstance(whole, str) else tuple(whole)
+    except TypeError:
+        raise _no_paths(whole) from None
+    if set(map(type, found)) - {str}:
+        raise _no_paths(whole)
+    return found
+
+
+def _no_paths(whole: object) -> ConfigError:
+    return ConfigError(
+        f"whole={whole!r} names no tensors.", hint="pass their paths, as in whole=['image'] or whole=['extra.mask']."
+    )
 
 
 def _is_whole(tokens: Any) -> bool:

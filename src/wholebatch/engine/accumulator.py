@@ -155,6 +155,7 @@ class Accumulator:
             micro_batch=micro_batch,
             collate=collate,
             clip_norm=clip_norm,
+            before_step=before_step,
             reduce_in=reduce_in,
             balance=balance,
             on_nonfinite=on_nonfinite,

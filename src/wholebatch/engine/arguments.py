@@ -16,6 +16,7 @@ def check_arguments(
     micro_batch: object,
     collate: Callable[[list[Any]], Any] | None,
     clip_norm: object,
+    before_step: object,
     reduce_in: str | None,
     balance: str | None,
     **choices: object,
@@ -36,9 +37,14 @@ def check_arguments(
             f"micro_batch={micro_batch!r} says nothing about which rows go together.",
             hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
         )
-    if clip_norm is not None and not (hasattr(clip_norm, "__float__") and float(clip_norm) > 0):
+    if clip_norm is not None and not _is_positive(clip_norm):
         raise ConfigError(
             f"clip_norm={clip_norm!r} is no norm to clip a gradient to.", hint="pass a number above 0, or None."
+        )
+    if before_step is not None and not callable(before_step):
+        raise ConfigError(
+            f"before_step is a {type(before_step).__name__}, which cannot be called.",
+            hint="pass a function without arguments, which looks at the gradients in .grad.",
         )
     check_reduce_in(reduce_in)
     check_balance(balance, collate)
@@ -56,6 +62,13 @@ def require_a_size(micro_batch: object) -> None:
             "pass for itself.",
             hint='pass wb.Rows(8), wb.Tokens(4096, length=...), or communication="once".',
         )
+
+
+def _is_positive(number: object) -> bool:
+    try:
+        return hasattr(number, "__float__") and float(number) > 0
+    except (TypeError, ValueError):  # a tensor of several numbers
+        return False
 
 
 _ALLOWED: dict[str, tuple[object, ...]] = {

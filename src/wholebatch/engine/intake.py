@@ -154,7 +154,11 @@ class Intake:
 
     def _backward(self, losses: Sequence[Tensor], roots: Sequence[Tensor]) -> None:
         self._sums.open_backward()
-        run_backward(losses, roots)
+        if self._company is None:
+            run_backward(losses, roots)
+        else:
+            with self._company.recomputing():
+                run_backward(losses, roots)
         self._sums.close_backward()
 
     def _count(self, part: Part, rows: int | None) -> None:

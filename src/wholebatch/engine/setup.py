@@ -1,6 +1,7 @@
 """Who trains what? Model, optimizers and schedules, and whether they belong together."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,8 +104,9 @@ class Setup:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first optimizer's first group."""
-        return float(self.optimizers[0].param_groups[0]["lr"])
+        """The learning rate of the first optimizer's first group; NaN where it finds its step by itself."""
+        lr = self.optimizers[0].param_groups[0].get("lr")
+        return math.nan if lr is None else float(lr)
 
     def step(self) -> BaseException | None:
         """Step every optimizer once, for a window; see `Stepping.step`."""

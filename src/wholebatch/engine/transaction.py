@@ -69,7 +69,7 @@ class Transaction:
         buffers = {
             f"{path}.{name}": self._begun.copy_of(module, name)
             for path, module in self._model.named_modules()
-            for name in module._buffers
+            for name in module._buffers.keys()  # noqa: SIM118 - that of a scripted module cannot be gone through
         }
         return {"random": self._begun.random.state_dict(), "buffers": buffers}
 
@@ -78,7 +78,7 @@ class Transaction:
         self._fresh, self._draws = False, True
         self._begun.random = RandomState.of(state["random"], self._device)
         for path, module in self._model.named_modules():
-            for name in module._buffers:
+            for name in module._buffers.keys():  # noqa: SIM118
                 copy, saved = self._begun.copy_of(module, name), state["buffers"].get(f"{path}.{name}")
                 if copy is not None and _alike(saved, copy):
                     copy.copy_(saved)
@@ -170,7 +170,7 @@ class _Kept:
     def put_back_buffers(self, modules: list[nn.Module]) -> None:
         for module in modules:
             buffers = self._buffers.get(module, {})
-            for name in [name for name in module._buffers if name not in buffers]:
+            for name in [name for name in module._buffers.keys() if name not in buffers]:  # noqa: SIM118
                 del module._buffers[name]
             for name, buffer in buffers.items():
                 if buffer is not None and buffer.is_inference():  # it takes no changes; its copy is as good

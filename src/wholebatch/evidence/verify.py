@@ -123,6 +123,11 @@ def verify(
             f"micro_batch={micro_batch!r} says nothing about which rows go together.",
             hint="pass wb.Rows(8) or wb.Tokens(4096, length=...), or leave it out.",
         )
+    if step is not None and not callable(step):
+        raise ConfigError(
+            f"step is a {type(step).__name__}, which cannot be called.",
+            hint="pass your own window: step(model, optimizer, micro_batches), or leave it out.",
+        )
     whole = paths(whole)
     rows = Layout(collate, whole, dims).logical(batch)
     if rows.rows < 2:

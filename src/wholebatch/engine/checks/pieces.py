@@ -134,7 +134,8 @@ class Probe:
         if part is None:
             return None
         losses, weights = _entering(part, 1.0)
-        return Piece(float(part.targets), part.reduction == "sum", self._gradient(losses, weights))
+        with recomputing_with(alone):
+            return Piece(float(part.targets), part.reduction == "sum", self._gradient(losses, weights))
 
     def together(self, whole: Indices, parts: Sequence[Indices]) -> Tensor | None:
         """Return the gradient of the objective over parts that meet, or None where there is nothing to learn.
