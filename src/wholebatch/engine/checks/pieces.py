@@ -209,9 +209,10 @@ def flat_gradient(parameters: Iterable[nn.Parameter], sample: int | None = None)
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Take the gradients of some parameters out of ``.grad``, as they are.
+    """Take the gradients of some parameters out of ``.grad``, as they are, but for where they are: on the CPU.
 
-    What is dense is not copied, unless it is a view of something else, which may be written again: DDP has such.
+    What is there and dense is not copied, unless it is a view of something else, which may be written again: DDP has
+    such. An accelerator keeps its memory for the next pass.
 
     Args:
         parameters: Whose ``.grad`` is None afterwards; where it was so before, the gradient is zero.
@@ -223,11 +224,10 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     for parameter in parameters:
         entries = _flat(parameter)
         if entries is None:
-            real = parameter.dtype.to_real()
-            entries = torch.zeros(_num_entries(parameter, None), dtype=real, device=parameter.device)
+            entries = torch.zeros(_num_entries(parameter, None), dtype=parameter.dtype.to_real())
         elif parameter.grad is not None and parameter.grad._is_view():
             entries = entries.clone()
-        taken.append(entries)
+        taken.append(entries.cpu())
         parameter.grad = None
     return taken
 

@@ -13,7 +13,7 @@ from wholebatch.core.split import Indices
 from wholebatch.engine.checks.pieces import Probe, errors, is_rounding, norm, relative, scale_of_parts
 
 Gradient: TypeAlias = Tensor | Sequence[Tensor]
-"""All parameters one after the other, or one by one: then nothing has to be copied. Shape (of each) ``[entries]``."""
+"""On the CPU: all parameters one after the other, or, without a copy, one by one. Shape (of each) ``[entries]``."""
 
 
 class Judge:
@@ -35,8 +35,8 @@ class Judge:
 
     @cached_property
     def whole(self) -> Tensor:
-        """The gradient of the undivided batch, on the CPU, in 32 bits or more. Shape ``[entries]``."""
-        return torch.cat([_wide(each).cpu() for each in self._whole])
+        """The gradient of the undivided batch, in 32 bits or more. Shape ``[entries]``."""
+        return torch.cat(list(map(_wide, self._whole)))
 
     def errors(self, gradient: Gradient) -> list[float]:
         """Return the relative error of each parameter's gradient."""
@@ -73,7 +73,7 @@ class Judge:
         of, known = self._known.get(id(known_by), (None, []))
         if of is None or of() is not known_by:
             pairs = zip(self._by_parameter(gradient), self._whole, strict=True)
-            known = [norm(_wide(one) - _wide(other).to(one.device)) for one, other in pairs]
+            known = [norm(_wide(one) - _wide(other)) for one, other in pairs]
             self._known[id(known_by)] = weakref.ref(known_by), known
         return known
 
