@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import wholebatch as wb
 from menagerie import numbers
-from wholebatch.engine.meetings.company import Again, Call, Site
+from wholebatch.engine.meetings.call import Call, Site
+from wholebatch.engine.meetings.company import Again
 from wholebatch.engine.meetings.far import Far, RankFailedError
 from wholebatch.engine.meetings.joined import run_joined
 from wholebatch.engine.meetings.reach import Near

@@ -532,3 +532,31 @@ def test_what_begins_to_move_in_the_window_that_runs_short_is_never_half_taken_b
     left[0] = 2
     (update,) = accumulator.updates(rows, micro_batches=3)  # now it is marked
     assert update.retries == 1
+
+
+@pytest.mark.parametrize("others", [0, 1, 2])
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_a_micro_batch_is_taken_back_while_another_window_is_open(others, place):
+    """What its window had come to lies aside where the other one had its turn in between."""
+
+    def run(others, short):
+        torch.manual_seed(0)
+        model, other = linear(torch.float64), linear(torch.float64)
+        left = [0]
+        if place == "forward":
+            model.register_forward_hook(lambda *_: short_when(left)(None))
+        else:
+            model[0].weight.register_post_accumulate_grad_hook(short_when(left))
+        mine, others_own = accumulator_of(model), accumulator_of(other)
+        rows = [torch.randn(4, 3, dtype=torch.float64) for _ in range(4)]
+        mine.add(rows[0])
+        for micro_batch in rows[1 : 1 + others]:
+            others_own.add(micro_batch)
+        left[0] = short
+        window = mine.add(rows[3])
+        assert (left[0] < -1) == bool(short)  # it was run again, in parts
+        window.close()
+        return list(model.parameters())
+
+    for one, right in zip(run(others, 1), run(others, 0), strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-12, atol=1e-14)

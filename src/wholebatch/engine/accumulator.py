@@ -27,8 +27,8 @@ from wholebatch.engine.forward import Forward
 from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.loading import Loading
 from wholebatch.engine.making import Making
-from wholebatch.engine.meetings.company import OneByOne
 from wholebatch.engine.meetings.lockstep import Execution, Lockstep
+from wholebatch.engine.meetings.singly import OneByOne
 from wholebatch.engine.narrow import SumIn, check_sum_in
 from wholebatch.engine.noise import noise_of
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn

@@ -11,7 +11,7 @@ from wholebatch.core.weights import Count
 from wholebatch.core.window import WindowState
 from wholebatch.engine.backward import run_backward
 from wholebatch.engine.batchnorm import require_row_by_row
-from wholebatch.engine.meetings.company import OneByOne
+from wholebatch.engine.meetings.singly import OneByOne
 from wholebatch.engine.objective import Part, learns
 from wholebatch.engine.rules import Rules
 from wholebatch.engine.weighing import Weighing, widen

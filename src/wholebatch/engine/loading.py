@@ -17,8 +17,9 @@ from wholebatch.engine.fit.cutting import Shortage
 from wholebatch.engine.fit.splitting import Splitting
 from wholebatch.engine.forward import Forward
 from wholebatch.engine.making import Making
-from wholebatch.engine.meetings.company import Again, Scout, leave, sit_down
+from wholebatch.engine.meetings.company import Again, leave, sit_down
 from wholebatch.engine.meetings.lockstep import Lockstep
+from wholebatch.engine.meetings.singly import Scout
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.window import Window
 

@@ -14,8 +14,9 @@ from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.checks.check import FirstCheck
 from wholebatch.engine.fit.cutting import Place, Shortage
 from wholebatch.engine.forward import Forward
-from wholebatch.engine.meetings.company import Again, Scout
+from wholebatch.engine.meetings.company import Again
 from wholebatch.engine.meetings.lockstep import Lockstep
+from wholebatch.engine.meetings.singly import Scout
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.window import Window

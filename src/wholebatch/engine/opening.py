@@ -10,7 +10,8 @@ from torch import Tensor
 
 from wholebatch.core.errors import ConfigError, WindowError
 from wholebatch.core.weights import Count, check_count
-from wholebatch.engine.meetings.company import Company, OneByOne, Seat, leave, sit_down
+from wholebatch.engine.meetings.company import Company, Seat, leave, sit_down
+from wholebatch.engine.meetings.singly import OneByOne
 from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import plain_count
 from wholebatch.engine.rules import Rules

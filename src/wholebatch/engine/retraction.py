@@ -45,7 +45,7 @@ class Retraction:
         if last is not None and last.stays:
             self._mark = _Mark(last.sums, [each._version for each in last.sums], True)  # type: ignore[union-attr]
             return
-        sums = list(map(self._sums.held, self._sums.parameters))
+        sums = self._sums.so_far()
         stays = not self._sums.narrow and all(each is not None and each.layout == torch.strided for each in sums)
         self._mark = _Mark(sums, [-1 if each is None else each._version for each in sums], stays)
 
@@ -71,11 +71,12 @@ class Retraction:
                 hint="make the same window again, or smaller micro-batches; weights are as before.",
             )
         self._sums.lose_track()
+        self._sums.hold()  # where the forward pass failed, another window may
         met: list[nn.Parameter] = []
-        for parameter, before, version in zip(self._sums.parameters, mark.sums, mark.versions, strict=True):
-            if parameter in self._sums.narrow:
-                parameter.grad = None  # what had not been added yet
-            now = self._sums.held(parameter)
+        for parameter in self._sums.narrow:
+            parameter.grad = None  # what had not been added yet
+        came = zip(self._sums.parameters, mark.sums, mark.versions, self._sums.so_far(), strict=True)
+        for parameter, before, version, now in came:
             if now is before and (now is None or now._version == version):
                 continue
             if before is None:
@@ -102,8 +103,8 @@ class Retraction:
         others = [each for each in self._sums.parameters if each.requires_grad and each not in left]
         hooks = [when_added(parameter, arrived) for parameter in parameters]
         try:
+            self._sums.open_backward()
             with self._sums.leaving_out(others):
-                self._sums.open_backward()
                 torch.autograd.backward(losses, [-root for root in roots])
         except _Enough:
             pass

@@ -102,10 +102,10 @@ class GradientSum:
             for parameter, grad in zip(parameters, grads, strict=True):
                 parameter.grad = grad
 
-    def held(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return what the sum of a parameter is held in, or None where there is nothing yet."""
-        own = self._own.get(parameter) if self._own else None
-        return own.held if own is not None else parameter.grad
+    def so_far(self) -> list[Tensor | None]:
+        """Return what the sum of each parameter is held in, wherever that is kept; None where there is nothing yet."""
+        grads = zip(self.parameters, self._holding.gradients, strict=True)
+        return [self._own[each].held if each in self._own else grad for each, grad in grads]
 
     def forget(self, parameter: nn.Parameter) -> None:
         """Keep nothing of a parameter's sum."""

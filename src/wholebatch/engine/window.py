@@ -13,7 +13,7 @@ from wholebatch.core.window import Phase
 from wholebatch.engine import memory
 from wholebatch.engine.closing import move, why_skipped
 from wholebatch.engine.intake import Intake
-from wholebatch.engine.meetings.company import OneByOne
+from wholebatch.engine.meetings.singly import OneByOne
 from wholebatch.engine.objective import Part, part_of
 from wholebatch.engine.retraction import Retraction
 from wholebatch.engine.rules import Rules

@@ -23,10 +23,11 @@ from wholebatch.engine.backward import run_backward
 from wholebatch.engine.checks.rounding import CoarsestDtype
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.holding import Holding
-from wholebatch.engine.meetings.company import Alone, among, recomputing_with
+from wholebatch.engine.meetings.company import among, recomputing_with
 from wholebatch.engine.meetings.exactnorm import exact_layers
 from wholebatch.engine.meetings.joined import run_joined
 from wholebatch.engine.meetings.reach import Near
+from wholebatch.engine.meetings.singly import Alone
 from wholebatch.engine.objective import Objective, Part
 from wholebatch.engine.precision import Precision
 

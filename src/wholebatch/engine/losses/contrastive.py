@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from wholebatch.core.errors import LossError
 from wholebatch.engine.losses.tiles import told_apart
-from wholebatch.engine.meetings.company import Order, here, meet
+from wholebatch.engine.meetings.call import Order
+from wholebatch.engine.meetings.company import here, meet
 from wholebatch.engine.meetings.meeting import gather, own_rows, rows_in_order
 from wholebatch.engine.precision import widened
 

@@ -18,7 +18,8 @@ from torch.utils import _python_dispatch as dispatch
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.meetings.company import Call, known_rows, sit_down, without_value
+from wholebatch.engine.meetings.call import Call, known_rows, without_value
+from wholebatch.engine.meetings.company import sit_down
 
 STACKS = 2 << 30
 """Address space of all threads' stacks together, where that leaves each what it needs. Unit: bytes."""

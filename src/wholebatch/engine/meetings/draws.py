@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wholebatch.core.errors import MeetingError
-from wholebatch.engine.meetings.company import Call
+from wholebatch.engine.meetings.call import Call
 
 
 class Stream:

@@ -13,9 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wholebatch.core.errors import BatchNormError
 from wholebatch.engine.device import modules
-from wholebatch.engine.meetings.company import Alone, Order, among, here, meet
+from wholebatch.engine.meetings.call import Order
+from wholebatch.engine.meetings.company import among, here, meet
 from wholebatch.engine.meetings.normalizing import Relay, merge, moments_of, moments_of_kept, normalize, total_of
 from wholebatch.engine.meetings.normmask import kept_positions
+from wholebatch.engine.meetings.singly import Alone
 
 Module = TypeVar("Module", bound=nn.Module)
 

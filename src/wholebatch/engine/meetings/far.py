@@ -16,7 +16,8 @@ from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.core.weights import Count
 from wholebatch.engine.device import modules, move
-from wholebatch.engine.meetings.company import Again, Call, Order
+from wholebatch.engine.meetings.call import Call, Order
+from wholebatch.engine.meetings.company import Again
 from wholebatch.engine.meetings.parcels import exchange, in_words, label_of
 from wholebatch.engine.meetings.reach import Brought
 from wholebatch.engine.meetings.sharing import shared

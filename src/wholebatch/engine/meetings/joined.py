@@ -14,7 +14,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.meetings.baton import in_lockstep
-from wholebatch.engine.meetings.company import Call
+from wholebatch.engine.meetings.call import Call
 from wholebatch.engine.meetings.draws import Passage, Stream
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes

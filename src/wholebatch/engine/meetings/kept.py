@@ -14,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.utils import parametrize
 
 from wholebatch.core.errors import MeetingError
-from wholebatch.engine.meetings.company import Call
+from wholebatch.engine.meetings.call import Call
 from wholebatch.engine.objective import Part
 
 

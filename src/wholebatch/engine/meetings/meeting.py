@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from wholebatch.core.errors import MeetingError
-from wholebatch.engine.meetings.company import Order, here, meet
+from wholebatch.engine.meetings.call import Order
+from wholebatch.engine.meetings.company import here, meet
 
 Summed = TypeVar("Summed", Tensor, int, float)
 

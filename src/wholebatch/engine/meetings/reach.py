@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from wholebatch.core.split import Indices
-from wholebatch.engine.meetings.company import Call, Order
+from wholebatch.engine.meetings.call import Call, Order
 
 
 @dataclass(frozen=True, slots=True)

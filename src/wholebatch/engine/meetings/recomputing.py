@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.meetings.company import Call
+from wholebatch.engine.meetings.call import Call
 from wholebatch.engine.meetings.draws import Passage, distance
 
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.meetings.baton import in_lockstep
-from wholebatch.engine.meetings.company import Again, Call, among, known_rows, recomputing_with, without_value
+from wholebatch.engine.meetings.call import Call, known_rows, without_value
+from wholebatch.engine.meetings.company import Again, among, recomputing_with
 from wholebatch.engine.meetings.draws import Passage, Stream
 from wholebatch.engine.meetings.kept import Brought, Kept, Weights
 from wholebatch.engine.meetings.moments import Moments
