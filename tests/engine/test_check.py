@@ -29,7 +29,7 @@ from menagerie import (
 from properties import assert_leaves_no_trace, flat, sgd, state_of
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.checks.causes import diagnose
-from wholebatch.engine.checks.pieces import Probe, flat_gradient, norm
+from wholebatch.engine.checks.pieces import Probe, flat_gradient, norm, take_gradients
 from wholebatch.engine.checks.silence import silenced
 from wholebatch.engine.objective import Objective
 
@@ -432,6 +432,28 @@ def test_a_flat_gradient_is_as_wide_as_the_widest_and_a_copy():
     kept = flat_gradient([alone])
     alone.grad.zero_()
     assert kept.tolist() == [1, 1]
+
+
+def test_gradients_are_taken_as_they_are():
+    narrow, sparse = nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), nn.Parameter(torch.ones(2, 2))
+    complex_one, without = (nn.Parameter(torch.ones(1, 2) * 1j) for _ in range(2))
+    narrow.grad, complex_one.grad = torch.full((2,), 3.0, dtype=torch.bfloat16), torch.full((1, 2), 1 + 2j)
+    sparse.grad = torch.sparse_coo_tensor([[1]], [[4.0, 5.0]], (2, 2), check_invariants=True)
+    held = narrow.grad
+    taken = take_gradients([narrow, sparse, complex_one, without])
+    assert [each.tolist() for each in taken] == [[3, 3], [0, 0, 4, 5], [1, 2, 1, 2], [0, 0, 0, 0]]
+    assert not any(each.is_complex() for each in taken)
+    assert taken[0].data_ptr() == held.data_ptr()
+    assert all(parameter.grad is None for parameter in (narrow, sparse, complex_one, without))
+
+
+def test_a_gradient_that_is_a_view_is_copied_when_it_is_taken():
+    """As in DistributedDataParallel with `gradient_as_bucket_view`, whose next backward pass writes there again."""
+    bucket, parameter = torch.ones(4), nn.Parameter(torch.ones(2))
+    parameter.grad = bucket[:2]
+    (taken,) = take_gradients([parameter])
+    bucket.zero_()
+    assert taken.tolist() == [1, 1]
 
 
 class OwnBatchNorm(nn.Module):

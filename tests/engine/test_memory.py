@@ -144,13 +144,15 @@ def test_the_peak_sees_the_undivided_batch():
 def test_memory_is_counted_alike_by_the_profiler_s_public_face(monkeypatch):
     """Another version of PyTorch may not have the short way to it."""
 
-    def run(between):
-        x = torch.zeros(1000)
+    def run(between, numbers=1000):
+        x = torch.zeros(numbers)
         between()
-        return (x + 1) @ torch.ones(1000)
+        return (x + 1) @ torch.ones(numbers)
 
-    short = memory.trace_peaks(torch.device("cpu"), run)
+    runs = [run, lambda between: run(between, 2000), lambda _: torch.zeros(10)]
+    short = memory.trace_peaks(torch.device("cpu"), runs)
     monkeypatch.delattr("torch._C._autograd._enable_profiler")
-    assert memory.trace_peaks(torch.device("cpu"), run) == short
-    assert short.changes[0] == 4000
-    assert short.second == 1
+    assert memory.trace_peaks(torch.device("cpu"), runs) == short
+    assert [each.changes[0] for each in short] == [4000, 8000, 40]
+    assert [each.second for each in short] == [1, 1, 2]
+    assert all(sum(each.changes) == 0 for each in short)

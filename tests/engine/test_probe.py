@@ -515,7 +515,7 @@ def test_an_accelerator_is_asked_for_what_it_keeps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", module.max_memory_allocated)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", module.reset_peak_memory_stats)
     assert room.available_bytes(device) == 0.95 * (1000 + 200)
-    trace = memory.trace_peaks(device, lambda between: between())
+    (trace,) = memory.trace_peaks(device, [lambda between: between()])
     assert trace.changes == (400, -400, 800, -800)
     assert trace.second == 2
     assert memory.allocation_retries(device) == 7
@@ -527,7 +527,7 @@ def test_metal_is_asked_for_what_it_keeps(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1000)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 500)
     assert room.available_bytes(torch.device("mps")) == 400
-    assert memory.trace_peaks(torch.device("mps"), lambda between: between()) is None
+    assert memory.trace_peaks(torch.device("mps"), [lambda between: between()]) is None
     assert memory.allocation_retries(CPU) is None
 
 

@@ -14,7 +14,8 @@ from torch import nn
 import wholebatch as wb
 from menagerie import BATCH_NORM, CALM, DROPOUT, mean_square, numbers, regression
 from properties import assert_leaves_no_trace, flat, state_of
-from wholebatch.engine.transaction import Transaction, uninterrupted
+from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.uninterrupted import uninterrupted
 
 ROWS = 6
 

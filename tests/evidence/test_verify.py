@@ -246,6 +246,11 @@ def test_a_batch_without_targets_cannot_be_verified():
         wb.verify(model, animal.loss_fn, batch, targets=num_labels)
 
 
+def test_a_model_in_which_nothing_learns_cannot_be_verified():
+    with pytest.raises(wb.OptimizerError, match="None of the model's parameters requires a gradient"):
+        wb.verify(mlp().requires_grad_(False), mean_square, regression(6, torch.float32))
+
+
 def test_what_is_no_module_cannot_be_verified():
     with pytest.raises(wb.OptimizerError, match="model is a function") as error:
         wb.verify(mean_square, mlp(), regression(4, torch.float32))

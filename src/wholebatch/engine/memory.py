@@ -5,16 +5,16 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
-from wholebatch.core.errors import RankError
+from wholebatch.core.errors import OutOfMemoryError, RankError
 from wholebatch.core.trace import Kind, Trace
-from wholebatch.engine.profiling import BETWEEN, changes_of, profiled
+from wholebatch.engine.profiling import AFTER, BETWEEN, changes_of, profiled
 
 if sys.platform == "linux":
     import resource
@@ -118,6 +118,17 @@ def in_a_line(error: BaseException) -> str:
         ('MemoryError', 'one')
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def said_of_shortage(error: Exception) -> str:
+    """Return what an error says of memory that ran out. Only these words may leave the block that caught it.
+
+    Raises:
+        Exception: The error itself, if it speaks of something else, or of a shortage that has been dealt with.
+    """
+    if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+        raise error
+    return in_a_line(error)
 
 
 def kind_in_a_line(error: BaseException) -> str:
@@ -225,36 +236,44 @@ def tensor_peak() -> Iterator[TensorPeak]:
 _SCRATCH: Kind = "scratch"
 
 
-def trace_peaks(device: torch.device, run: Callable[[Callable[[], None]], None]) -> Trace | None:
-    """Return what came and went while something ran, everything included that kernels take for themselves.
+def trace_peaks(device: torch.device, runs: Sequence[Callable[[Callable[[], None]], None]]) -> list[Trace] | None:
+    """Return what came and went while each of some things ran, everything included that kernels take for themselves.
 
     Args:
         device: Where the weights live. On a CPU every change is told, on CUDA and XPU the peak of each half.
-        run: Takes a function that it calls between its two halves.
+        runs: Each takes a function that it calls between its two halves.
 
     Returns:
         None where the device does not tell, or where a profile is under way already. What was taken is of the kind
         ``"scratch"``.
     """
     if device.type in ("cuda", "xpu"):
-        return _peaks_of_halves(device, run)
+        return [_peaks_of_halves(device, run) for run in runs]
     if device.type != "cpu" or torch._C._autograd._profiler_enabled():
         return None
-
-    def between() -> None:
-        with torch.profiler.record_function(BETWEEN):
-            pass
-
-    with profiled() as profile:
-        run(between)
+    with profiled() as profile:  # one for all: its start and its end take longer than some of them
+        for run in runs:
+            run(partial(_mark, BETWEEN))
+            _mark(AFTER)
+    traces: list[Trace] = []
     changes: list[int] = []
     second: int | None = None
     for _, change, name in changes_of(profile):
         if name == BETWEEN:
             second = len(changes)
+        elif name == AFTER:
+            kinds = (_SCRATCH,) * len(changes)
+            traces.append(Trace(tuple(changes), kinds, len(changes) if second is None else second))
+            changes, second = [], None
         elif change:
             changes.append(change)
-    return Trace(tuple(changes), (_SCRATCH,) * len(changes), len(changes) if second is None else second)
+    return traces
+
+
+def _mark(name: str) -> None:
+    """Let the profiler see a mark."""
+    with torch.profiler.record_function(name):
+        pass
 
 
 def _peaks_of_halves(device: torch.device, run: Callable[[Callable[[], None]], None]) -> Trace:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-BETWEEN = "wholebatch: between"
-"""The name of a mark that is seen beside the changes."""
+BETWEEN, AFTER = "wholebatch: between", "wholebatch: after"
+"""The names of marks that are seen beside the changes."""
 
 
 class Profile:
@@ -90,6 +90,6 @@ def changes_of(found: Profile) -> list[tuple[int, int, str]]:
     """Return when memory was taken or given back, how much of it, and the marks between, in order."""
     seen = ((event.name(), event) for event in found.events)
     return sorted(
-        ((event.start_ns(), event.nbytes(), name) for name, event in seen if name in ("[memory]", BETWEEN)),
+        ((event.start_ns(), event.nbytes(), name) for name, event in seen if name in ("[memory]", BETWEEN, AFTER)),
         key=lambda each: each[0],
     )

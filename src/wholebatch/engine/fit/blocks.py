@@ -1,6 +1,5 @@
 """What does each block of a model keep, and how long would it take to compute it anew?"""
 
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from wholebatch.core.tree import flatten
 from wholebatch.core.ways import Block
 from wholebatch.engine import memory
+from wholebatch.engine.fit.clock import now
 
 
 class Ledger:
@@ -74,12 +74,12 @@ class Ledger:
             if isinstance(leaf, Tensor) and _key(leaf) not in self._alive:  # what goes in is kept in any case
                 self._watch(leaf)
         memory.synchronize(self._device)
-        self._open.append((name, time.perf_counter()))
+        self._open.append((name, now(self._device)))
 
     def _leave(self, name: str, _module: nn.Module, _args: Any, result: Any) -> None:
         memory.synchronize(self._device)
         _, start = self._open.pop()
-        self._seconds[name] += time.perf_counter() - start
+        self._seconds[name] += now(self._device) - start
         for _, leaf, _ in flatten(result)[0]:
             if isinstance(leaf, Tensor):  # what comes out is wanted by the next block too
                 self._bytes[name] -= self._forget(_key(leaf), name)

@@ -1,10 +1,10 @@
 """What does this model need here? Small looks at a model, on fake tensors or real ones, that leave no trace."""
 
 import gc
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from wholebatch.core.tree import map_leaves
 from wholebatch.engine import memory
 from wholebatch.engine.device import move
 from wholebatch.engine.fit.blocks import Ledger
+from wholebatch.engine.fit.clock import now
 from wholebatch.engine.fit.fakes import Fakes
 from wholebatch.engine.fit.resident import beside_passes
 from wholebatch.engine.fit.sample import Sample
@@ -108,10 +109,10 @@ class Probe:
             batch = self.sample.repeat(rows_of[length], micro_batches * rows)
             timeline = Timeline(self.device, limit)
             timeline.ignore(list(_tensors_of(self.setup.model)))
-            start = self._now()
+            start = now(self.device)
             with timeline:
                 self._passes(self._micro_batches(batch, rows), self.setup.parameters, timeline)
-            self.row_seconds = min(self.row_seconds, (self._now() - start) / rows)
+            self.row_seconds = min(self.row_seconds, (now(self.device) - start) / rows)
             hidden.update(timeline.hidden)
             return timeline.trace()
 
@@ -128,21 +129,18 @@ class Probe:
         Returns:
             None where nobody can tell: another profile is under way, or the device does not count.
         """
-        traces: dict[Size, Trace] = {}
+        batch = self.sample.repeat(row, 2 * max(rows))
+
+        def run(each: int, between: Callable[[], None]) -> None:
+            start = now(self.device)
+            self._passes(self._micro_batches(batch, each)[:2], self.setup.parameters, None, between)
+            self.row_seconds = min(self.row_seconds, (now(self.device) - start) / (2 * each))
+
         with self._untouched():
-            for each in rows:
-                batch = self.sample.repeat(row, 2 * each)
-
-                def run(between: Callable[[], None], batch: LogicalBatch = batch, each: int = each) -> None:
-                    start = self._now()
-                    self._passes(self._micro_batches(batch, each), self.setup.parameters, None, between)
-                    self.row_seconds = min(self.row_seconds, (self._now() - start) / batch.rows)
-
-                trace = memory.trace_peaks(self.device, run)
-                if trace is None:
-                    return None
-                traces[each, 0] = trace
-        return Passes.of(traces)
+            traces = memory.trace_peaks(self.device, [partial(run, each) for each in rows])
+        if traces is None:
+            return None
+        return Passes.of({(each, 0): trace for each, trace in zip(rows, traces, strict=True)})
 
     def measure_one(self, row: int) -> Passes | None:
         """The same of a single row, where two are too much: what one takes is counted twice for two."""
@@ -162,22 +160,16 @@ class Probe:
             try:
                 for _ in range(times):
                     memory.synchronize(self.device)
-                    start = self._now()
+                    start = now(self.device)
                     (micro_batch,) = self._micro_batches(batch, rows)
                     sums.open_backward()
                     torch.autograd.backward(self._loss(micro_batch()))
                     sums.close_backward()
                     memory.synchronize(self.device)
-                    best = min(best, self._now() - start)
+                    best = min(best, now(self.device) - start)
             finally:
                 sums.roll_back()
         return best
-
-    def _now(self) -> float:
-        """Read the clock. One thread's own time is the same on a busy machine; that of several adds up, and tells
-        nothing."""
-        one = self.device.type == "cpu" and torch.get_num_threads() == 1
-        return time.process_time() if one else time.perf_counter()
 
     def watch(self, rows: int, row: int, ledger: Ledger) -> float:
         """Let a ledger look at a forward pass, and return how long that takes for each row. Unit: seconds.
@@ -190,10 +182,10 @@ class Probe:
                 self._loss(micro_batch())  # the first pass of all compiles and allocates
             ledger.clear()
             with ledger.watching():
-                start = time.perf_counter()
+                start = now(self.device)
                 self._loss(micro_batch())
                 memory.synchronize(self.device)
-                return (time.perf_counter() - start) / rows
+                return (now(self.device) - start) / rows
 
     def _fake_traces(self, fakes: Fakes, sizes: Sequence[Size], rows_of: Mapping[int, int]) -> dict[Size, Trace]:
         def look(size: Size) -> Trace:

@@ -1,5 +1,6 @@
 """Which of the sizes that fit is the fastest? A few passes tell, where a window is long enough to be worth them."""
 
+import math
 from collections.abc import Sequence
 
 from wholebatch.core.budget import say_rate
@@ -10,20 +11,22 @@ BRIEF = 0.03
 """A window that takes less is not worth a second look at the clock. Unit: seconds."""
 
 SHORT = 0.02
-"""A pass that takes less is run again before it decides anything. Unit: seconds."""
+"""The largest size, where a pass of it takes less, is run again before a smaller one is preferred. Unit: seconds."""
 
 NEARLY = 0.03
 """The largest size is taken whose speed is within this share of the best: the clock is not finer, and each micro-batch
 costs something beside its pass."""
 
-WORSE = 0.15
-"""Where a size is slower than the best by more than this share, smaller ones are not looked at."""
+WORSE = 0.5
+"""Where a size is slower than the best by more than this share, smaller ones are not looked at. Less may be another
+process, which makes a pass slower, and never faster."""
 
 
 def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
     """Return how many rows to take at once, and what the clock said.
 
-    The largest that fits is looked at first, then smaller ones as long as that does not look worse.
+    The largest that fits is looked at first, then smaller ones as long as that does not look worse; and again, all but
+    the largest where it takes long, before a smaller one is taken.
 
     Args:
         probe: Runs passes.
@@ -35,22 +38,27 @@ def fastest_of(probe: Probe, most: int, rows: int, row: int) -> tuple[int, str]:
     if len(sizes) == 1 or probe.row_seconds * rows < BRIEF:
         return most, ""
     each: dict[int, float] = {}
-    for size in sizes:
+
+    def look(size: int) -> None:
         seconds = _seconds(probe, size, row)
-        if seconds is None:
+        if seconds is not None:
+            each[size] = min(each.get(size, math.inf), seconds / size)
+
+    for size in sizes:
+        look(size)
+        if size not in each:
             continue
-        each[size] = seconds / size
-        if len(each) == 1 and seconds * rows / size < BRIEF:
+        if len(each) == 1 and each[size] * rows < BRIEF:
             return most, ""
         if each[size] > min(each.values()) * (1 + WORSE):
             break
     if not each:
         return most, ""
     chosen = _best(each)
-    if chosen != most and each[chosen] * chosen < SHORT:
-        for size in {max(each), chosen}:
-            again = _seconds(probe, size, row)
-            each[size] = min(each[size], again / size) if again is not None else each[size]
+    if chosen != most:  # another may have been disturbed
+        for size in sorted(each):
+            if size < max(each) or each[size] * size < SHORT:
+                look(size)
         chosen = _best(each)
     said = ", ".join(f"{say_rate(1 / one)} with {size}" for size, one in sorted(each.items()) if one > 0)
     return chosen, f" (rows a second: {said})"
@@ -81,7 +89,8 @@ def clock(probe: Probe, sizes: Sequence[int], row: int, *, patience: float = flo
         try:
             if place == 0:  # the first pass of all compiles and allocates
                 probe.seconds(rows, row)
-            seconds[rows] = probe.seconds(rows, row)
+            taken = probe.seconds(rows, row)
+            seconds[rows] = min(taken, probe.seconds(rows, row)) if taken < SHORT else taken
         except Exception as error:
             if memory.is_out_of_memory(error):
                 return seconds
