@@ -293,7 +293,7 @@ def test_rows_that_a_loader_has_not_collated_are_told_from_a_micro_batch():
     rows = [(torch.ones(3), torch.ones(2)) for _ in range(4)]
     with pytest.raises(wb.WeightError, match="disagree on its rows") as error:
         list(accumulator.updates([rows], micro_batches=1))
-    assert "loader collate it" in error.value.hint
+    assert "the loader collate it" in error.value.hint
 
 
 # What is counted, and scaled, beforehand.
