@@ -247,7 +247,7 @@ def _judge(probe: Probe, piece: list[int], parts: list[list[int]], found: list[f
 
 def _off_by(found: list[float], piece: list[int]) -> str:
     return (
-        f"The cut changes the gradient: on {len(piece)} rows of the first batch, one against the others, it is off by "
+        f"The cut changes the gradient: on {len(piece)} rows of the first batch, some against the others, it is off by "
         f"{max(found):.2g} (relative). "
     )
 
