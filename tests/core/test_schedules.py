@@ -58,6 +58,7 @@ def test_growth_is_by_equal_steps_or_by_equal_factors():
         lambda: Fixed(True),
         lambda: Stepped(4, {0: 8}),
         lambda: Stepped(4, {3: -8}),
+        lambda: Stepped(4, [3, 8]),
         lambda: Stepped(4, {3: 8}, by="step"),
         lambda: Linear(4, 8, over=0),
         lambda: Geometric(4, 8, over=2, multiple=0),

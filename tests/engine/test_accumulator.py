@@ -288,6 +288,14 @@ def test_a_choice_that_does_not_exist_is_refused(options, found, hint):
     assert isinstance(error.value, ValueError)
 
 
+def test_rows_that_a_loader_has_not_collated_are_told_from_a_micro_batch():
+    accumulator, _ = trained(collate=torch.utils.data.default_collate)
+    rows = [(torch.ones(3), torch.ones(2)) for _ in range(4)]
+    with pytest.raises(wb.WeightError, match="disagree on its rows") as error:
+        list(accumulator.updates([rows], micro_batches=1))
+    assert "the loader collate it" in error.value.hint
+
+
 # What is counted, and scaled, beforehand.
 
 

@@ -662,7 +662,7 @@ def test_a_model_that_takes_one_number_of_rows_is_trained_and_not_compared(loade
         assert [update.rows for update in accumulator.updates(data.split(4), micro_batches=3)] == [12]
     else:
         assert accumulator.step(data).micro_batches == 3
-    assert "the loss raises RuntimeError: expected 4 rows, got 1" in accumulator.reasons[0]
+    assert "the loss raises RuntimeError: expected 4 rows, got 2" in accumulator.reasons[0]
     right(data).square().mean().backward()
     with torch.no_grad():
         right.weight -= 0.1 * right.weight.grad
@@ -693,3 +693,15 @@ def test_a_first_batch_that_is_not_finite_is_no_mistake_where_micro_batches_meet
     assert accumulator.step(torch.full_like(x, torch.nan)).skipped == "the loss is nan"
     assert accumulator.step(x).applied
     assert "equal" in accumulator.reasons[-1]
+
+
+def test_a_loss_that_takes_two_rows_at_least_is_compared_in_halves():
+    def spread(model, x):
+        if len(x) < 2:
+            raise ValueError("two rows at least")
+        return model(x).std(0).sum()
+
+    model = nn.Linear(3, 2).double()
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), spread, micro_batch=wb.Rows(6))
+    with pytest.raises(wb.VerifyError, match="not a sum over rows"):
+        accumulator.step(torch.randn(12, 3, dtype=torch.float64))

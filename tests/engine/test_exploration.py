@@ -354,6 +354,8 @@ def test_a_failed_rank_does_not_wait_for_the_others():
     ("options", "said"),
     [
         ({"local_steps": 0}, "local_steps=0"),
+        ({"local_steps": 2.5}, "local_steps=2.5"),
+        ({"local_steps": "4"}, "local_steps='4'"),
         ({"synchronous": False, "process_group": object()}, "takes no process group"),
         ({"synchronous": False}, "do not know where to meet"),
         ({"reduction": "median"}, "median"),

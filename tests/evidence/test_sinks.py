@@ -306,3 +306,8 @@ def test_the_import_needs_the_standard_library_alone(module):
     loaded = set(done.stdout.split())
     assert f"wholebatch.evidence.{module}" in loaded
     assert loaded & {"rich", "matplotlib", "numpy", "torch", "pydantic"} == set()
+
+
+def test_a_callback_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="A callback is a int"):
+        CallbackSink(3)

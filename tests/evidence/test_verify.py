@@ -265,3 +265,18 @@ def test_a_way_of_cutting_that_is_none_is_refused():
 def test_a_step_that_is_none_is_refused():
     with pytest.raises(wb.ConfigError, match="step is a int"):
         verified(CALM["mlp"], step=3)
+
+
+@pytest.mark.parametrize("moved", [1e-5, 4.0], ids=["nearly converged", "far from it"])
+def test_spectral_norm_is_named_and_called_no_mistake(moved):
+    """Its estimate is one step of a power iteration better with every pass; that is neither chance nor a wrong loss."""
+    torch.manual_seed(0)
+    layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(5, 7))
+    model = torch.nn.Sequential(layer, torch.nn.Tanh(), torch.nn.Linear(7, 3)).double()
+    with torch.no_grad():
+        weight = layer.parametrizations.weight.original
+        weight.add_(moved * torch.randn_like(weight))
+    verification = wb.verify(model, mean_square, regression(12, torch.float64))
+    assert not verification.ok
+    assert [cause.name for cause in verification.causes] == ["spectral norm"]
+    assert "no mistake" in verification.causes[0].hint

@@ -132,7 +132,8 @@ class Objective:
             if rows is None:
                 raise WeightError(
                     "The tensors of a micro-batch disagree on its rows, so its targets cannot be counted.",
-                    hint="pass targets=..., a function that counts what the loss averages over.",
+                    hint="pass targets=..., a function that counts what the loss averages over. Of a list of rows, let "
+                    "the loader collate it (collate_fn=...), or hand it to accumulator.step(rows) as a logical batch.",
                 )
             return rows
         counted = plain_count(self.targets(micro_batch))

@@ -73,7 +73,8 @@ def verify(
     Returns:
         The certificate: the errors by cut, and by parameter in units of eps, and the causes where the updates differ,
         each with the line to change. Of model and loss: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"carried
-        over"``, ``"reduction"``, ``"targets"``, ``"balancing loss"``, ``"not a sum over rows"``. Of a step:
+        over"``, ``"spectral norm"``, ``"reduction"``, ``"targets"``, ``"balancing loss"``, ``"not a sum over rows"``.
+        Of a step:
         ``"mean of means"``, ``"ragged last window"``, ``"temperature counted k times"``, ``"balancing loss"``,
         ``"optimizer stepped per micro-batch"``, ``"scheduler per micro-batch"``, ``"retry on partial gradients"``,
         ``"stagnating bf16 sums"``, ``"clipping before the sum"``, ``"dropped micro-batches"``, ``"not divided"``,

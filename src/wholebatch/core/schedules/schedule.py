@@ -109,6 +109,11 @@ class Stepped(Schedule):
 
     def __init__(self, first: int, milestones: Mapping[int, int], *, by: By = "update") -> None:
         self.first = check_size("first", first)
+        if not hasattr(milestones, "items"):
+            raise ConfigError(
+                f"milestones is a {type(milestones).__name__}, and does not say which size begins when.",
+                hint="pass a dict from updates or epochs to sizes, such as {1000: 128, 3000: 256}.",
+            )
         self.milestones = {check_size("milestone", when): check_size("size", size) for when, size in milestones.items()}
         self.by = check_by(by)
 

@@ -70,7 +70,7 @@ def _moved_buffers(probe: Probe, transaction: Transaction) -> list[str]:
     known = {*batch_dependent_layers(probe.model), *exact_layers(probe.model)}
     moved = []
     for name, module in probe.model.named_modules():
-        if name in known or _is_spectral(module):
+        if name in known or is_spectral(module):
             continue
         for key, buffer in module._buffers.items():
             before = transaction.copy_of_buffer(module, key)
@@ -79,7 +79,8 @@ def _moved_buffers(probe: Probe, transaction: Transaction) -> list[str]:
     return moved
 
 
-def _is_spectral(module: nn.Module) -> bool:
+def is_spectral(module: nn.Module) -> bool:
+    """Return whether a layer divides weights by an estimate of their norm, which each pass in training improves."""
     hooks = module._forward_pre_hooks.values()
     return isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
@@ -90,7 +91,7 @@ class _Attributes:
     def __init__(self, model: nn.Module) -> None:
         self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, Tensor]]] = []
         for name, module in model.named_modules():
-            if _is_spectral(module):
+            if is_spectral(module):
                 continue
             held = {key: value for key, value in vars(module).items() if _is_kept(key, value)}
             copies = {key: value.detach().clone() for key, value in held.items() if isinstance(value, Tensor)}

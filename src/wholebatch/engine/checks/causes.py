@@ -14,7 +14,7 @@ from torch import nn
 
 from wholebatch.core.split import Indices
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.checks.carrying import carried
+from wholebatch.engine.checks.carrying import carried, is_spectral
 from wholebatch.engine.checks.pieces import Piece, Probe, compare, errors, is_rounding, weighted_sum
 from wholebatch.engine.checks.silence import DROPOUT, evaluating, silenced
 from wholebatch.engine.device import input_device
@@ -26,9 +26,9 @@ class Cause:
     """Why a cut changes the gradient.
 
     Attributes:
-        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"carried over"``, ``"reduction"``, ``"targets"``,
-            ``"not finite"``, ``"balancing loss"`` or ``"not a sum over rows"``. A user's own step has further ones, in
-            `wholebatch.evidence.certificate`.
+        name: ``"batch norm"``, ``"dropout"``, ``"randomness"``, ``"carried over"``, ``"spectral norm"``,
+            ``"reduction"``, ``"targets"``, ``"not finite"``, ``"balancing loss"`` or ``"not a sum over rows"``. A
+            user's own step has further ones, in `wholebatch.evidence.certificate`.
         found: What was found, as a sentence.
         hint: What to do about it.
         where: The line to change, as in ``"my_file.py:23: optimizer.step()"``, or None where it is not known.
@@ -80,8 +80,9 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
     def stirs() -> bool:
         return _stirs(probe, whole)
 
+    spectral = {name: layer for name, layer in probe.model.named_modules() if is_spectral(layer) and layer.training}
     if agree() or (probe.coarsen(lambda: probe.run(whole)) and agree()):
-        return causes
+        return [spectral_cause(list(spectral))] if spectral else causes  # its estimate is better by now
     buffers = carried(probe, whole)
     if buffers:
         return [carried_cause(buffers)]
@@ -91,6 +92,10 @@ def diagnose(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cau
             causes.append(batch_norm_cause(layers))
             if agree():
                 return causes
+        if spectral:
+            with evaluating(list(spectral.values())):
+                if agree():
+                    return [*causes, spectral_cause(list(spectral))]
         # What is drawn once in a while, as in LayerDrop, need not show in two runs; that it was drawn does.
         random = [random_cause(probe.model)]
         seen = random if draws() else []
@@ -235,6 +240,17 @@ def batch_norm_cause(layers: Sequence[str]) -> Cause:
         "batch norm",
         f"Layers in training mode compute over the rows that they are given: {', '.join(layers)}.",
         'use wb.exact_batch_norm(model), wb.convert_batch_norm(model, to="group") or wb.freeze_batch_norm(model).',
+        layers=tuple(layers),
+    )
+
+
+def spectral_cause(layers: Sequence[str]) -> Cause:
+    """Return the cause that these layers are, by their names in the model."""
+    return Cause(
+        "spectral norm",
+        f"Spectral norm improves its estimate in every forward pass ({_listed(layers)}), once a micro-batch when the "
+        "batch is cut, so that the two differ by what the estimate has gained.",
+        "this is no mistake; to compare exactly, call model.eval() first.",
         layers=tuple(layers),
     )
 

@@ -138,14 +138,14 @@ def check_first(
     try:
         dependent = set(batch_dependent_layers(model))
         with evaluating([layer for name, layer in model.named_modules() if name in dependent]):
-            found = [_compare_piece(probe, piece) for piece in pieces]
+            pieces, found = _compare(probe, pieces, transaction)
     except Exception as error:
         if isinstance(error, WholeBatchError) or is_out_of_memory(error):
             raise
         _explain(error, meets=probe.meets)
         # Some models take one number of rows and no other; if they are not at fault, training will raise it again.
         return (
-            f"The first batch was not compared cut and uncut: on a few of its rows, or on one, the loss raises "
+            "The first batch was not compared cut and uncut: on a few of its rows the loss raises "
             f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         )
     finally:
@@ -163,9 +163,28 @@ def check_first(
     )
 
 
-def _compare_piece(probe: Probe, piece: list[int]) -> float | str:
-    """Return the relative error of one row against the others, or why it cannot be told; raise if it is no rounding."""
-    parts = [piece[:1], piece[1:]]
+def _compare(
+    probe: Probe, pieces: list[list[int]], transaction: Transaction
+) -> tuple[list[list[int]], list[float | str]]:
+    """Compare one row of each piece with the others, or its halves where a loss does not take one row.
+
+    Returns:
+        The pieces that were compared, and what was found.
+    """
+    halves = [piece for piece in pieces if len(piece) > 3]
+    try:
+        return pieces, [_compare_piece(probe, piece) for piece in pieces]
+    except Exception as error:
+        if isinstance(error, WholeBatchError) or is_out_of_memory(error) or not halves:
+            raise
+        _explain(error, meets=probe.meets)
+    transaction.roll_back()
+    return halves, [_compare_piece(probe, piece, len(piece) // 2) for piece in halves]
+
+
+def _compare_piece(probe: Probe, piece: list[int], first: int = 1) -> float | str:
+    """Return the relative error of the first rows against the others, or why nobody can tell; raise if no rounding."""
+    parts = [piece[:first], piece[first:]]
     found = compare(probe, piece, parts) or [0.0]
     if is_rounding(found, probe.tolerance):
         return max(found)
@@ -228,7 +247,7 @@ def _judge(probe: Probe, piece: list[int], parts: list[list[int]], found: list[f
 
 def _off_by(found: list[float], piece: list[int]) -> str:
     return (
-        f"The cut changes the gradient: on {len(piece)} rows of the first batch, one against the others, it is off by "
+        f"The cut changes the gradient: on {len(piece)} rows of the first batch, some against the others, it is off by "
         f"{max(found):.2g} (relative). "
     )
 

@@ -119,8 +119,8 @@ class AccumulatedGradientNormalization:
         timeout: float = 600.0,
         center: Center | None = None,
     ) -> None:
-        if local_steps < 1:
-            raise ConfigError(f"local_steps={local_steps} makes no step.", hint="pass 1 or more.")
+        if not _makes_a_step(local_steps):
+            raise ConfigError(f"local_steps={local_steps!r} makes no step.", hint="pass a whole number, 1 or more.")
         if not synchronous and process_group is not None:
             raise ConfigError(
                 "The asynchronous variant takes no process group: every rank that torch.distributed.rpc knows adds.",
@@ -285,3 +285,7 @@ def _kinds(parameters: Sequence[nn.Parameter]) -> dict[tuple[torch.device, torch
 def _real(parameter: Tensor) -> Tensor:
     parameter = parameter.detach()
     return torch.view_as_real(parameter) if parameter.is_complex() else parameter
+
+
+def _makes_a_step(local_steps: object) -> bool:
+    return isinstance(local_steps, int) and local_steps >= 1

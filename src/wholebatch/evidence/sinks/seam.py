@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from wholebatch.core.errors import WholeBatchError
+from wholebatch.core.errors import ConfigError, WholeBatchError
 
 
 class SinkError(WholeBatchError, OSError):
@@ -41,6 +41,9 @@ class CallbackSink:
     Args:
         function: Called with each event, in order.
 
+    Raises:
+        ConfigError: It cannot be called.
+
     Example:
         >>> sink = CallbackSink(lambda event: print(event["number"], event["loss"]))
         >>> sink.write({"event": "update", "number": 1, "loss": 2.5})
@@ -48,6 +51,11 @@ class CallbackSink:
     """
 
     def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
+        if not callable(function):
+            raise ConfigError(
+                f"A callback is a {type(function).__name__}, which cannot be called.",
+                hint="pass a function of an event, such as lambda event: print(event['loss']).",
+            )
         self._function = function
 
     def write(self, event: Mapping[str, Any]) -> None:
