@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wholebatch.cli import main
-from wholebatch.cli.commands import _as_flags
+from wholebatch.cli.train import _as_flags
 from wholebatch.recipes import ranks
 from wholebatch.recipes.ranks import Place, joined
 

@@ -1,5 +1,6 @@
 """The first batch, cut and uncut: what is wrong raises, what is random does not, and no trace is left."""
 
+import copy
 import random
 
 import pytest
@@ -28,7 +29,7 @@ from menagerie import (
 from properties import assert_leaves_no_trace, flat, sgd, state_of
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.checks.causes import diagnose
-from wholebatch.engine.checks.pieces import Probe, flat_gradient, norm
+from wholebatch.engine.checks.pieces import Probe, flat_gradient, norm, take_gradients
 from wholebatch.engine.checks.silence import silenced
 from wholebatch.engine.objective import Objective
 
@@ -433,6 +434,28 @@ def test_a_flat_gradient_is_as_wide_as_the_widest_and_a_copy():
     assert kept.tolist() == [1, 1]
 
 
+def test_gradients_are_taken_as_they_are():
+    narrow, sparse = nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), nn.Parameter(torch.ones(2, 2))
+    complex_one, without = (nn.Parameter(torch.ones(1, 2) * 1j) for _ in range(2))
+    narrow.grad, complex_one.grad = torch.full((2,), 3.0, dtype=torch.bfloat16), torch.full((1, 2), 1 + 2j)
+    sparse.grad = torch.sparse_coo_tensor([[1]], [[4.0, 5.0]], (2, 2), check_invariants=True)
+    held = narrow.grad
+    taken = take_gradients([narrow, sparse, complex_one, without])
+    assert [each.tolist() for each in taken] == [[3, 3], [0, 0, 4, 5], [1, 2, 1, 2], [0, 0, 0, 0]]
+    assert not any(each.is_complex() for each in taken)
+    assert taken[0].data_ptr() == held.data_ptr()
+    assert all(parameter.grad is None for parameter in (narrow, sparse, complex_one, without))
+
+
+def test_a_gradient_that_is_a_view_is_copied_when_it_is_taken():
+    """As in DistributedDataParallel with `gradient_as_bucket_view`, whose next backward pass writes there again."""
+    bucket, parameter = torch.ones(4), nn.Parameter(torch.ones(2))
+    parameter.grad = bucket[:2]
+    (taken,) = take_gradients([parameter])
+    bucket.zero_()
+    assert taken.tolist() == [1, 1]
+
+
 class OwnBatchNorm(nn.Module):
     """Standardises by the rows that it sees in training mode, and by fixed numbers in evaluation."""
 
@@ -608,3 +631,65 @@ def test_weights_that_a_pass_puts_into_their_bounds_are_no_mistake():
     animal = Animal(mlp, regression, bounded)
     accumulator = accumulator_of(animal, animal.model())
     assert accumulator.step(regression(12, torch.float64)).applied
+
+
+class TakesFourRows(nn.Module):
+    """As a model does whose first state, or whose compiled graph, is made for one number of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x):
+        if len(x) != 4:
+            raise RuntimeError(f"expected 4 rows, got {len(x)}")
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_that_takes_one_number_of_rows_is_trained_and_not_compared(loaded):
+    torch.manual_seed(0)
+    model = TakesFourRows().double()
+    right = copy.deepcopy(model.layer)
+    data = torch.randn(12, 3, dtype=torch.float64)
+    accumulator = wb.Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: model(x).square().mean(),
+        micro_batch=wb.Rows(4),
+    )
+    if loaded:
+        assert [update.rows for update in accumulator.updates(data.split(4), micro_batches=3)] == [12]
+    else:
+        assert accumulator.step(data).micro_batches == 3
+    assert "the loss raises RuntimeError: expected 4 rows, got 1" in accumulator.reasons[0]
+    right(data).square().mean().backward()
+    with torch.no_grad():
+        right.weight -= 0.1 * right.weight.grad
+    torch.testing.assert_close(model.layer.weight, right.weight, rtol=1e-12, atol=1e-12)
+
+
+def test_what_the_loss_raises_in_the_comparison_is_raised_by_training_too():
+    model = TakesFourRows().double()
+    accumulator = wb.Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: model(x).square().mean(),
+        micro_batch=wb.Rows(5),
+    )
+    with pytest.raises(RuntimeError, match="expected 4 rows, got 5"):
+        accumulator.step(torch.randn(12, 3, dtype=torch.float64))
+
+
+def test_a_first_batch_that_is_not_finite_is_no_mistake_where_micro_batches_meet():
+    model = nn.Linear(3, 2).double()
+    accumulator = wb.Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: wb.losses.info_nce(model(x), x[:, :2]),
+        micro_batch=wb.Rows(4),
+    )
+    x = torch.randn(10, 3, dtype=torch.float64)
+    assert accumulator.step(torch.full_like(x, torch.nan)).skipped == "the loss is nan"
+    assert accumulator.step(x).applied
+    assert "equal" in accumulator.reasons[-1]

@@ -321,6 +321,52 @@ def test_activation_checkpointing_does_not_meet_twice(whole_model):
     assert_same((found[0], {name.removeprefix("layers."): each for name, each in found[1].items()}), right, FP64)
 
 
+def recomputing_mlp():
+    """Two blocks that are recomputed, each with batch norm."""
+    block = lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())  # noqa: E731
+    return nn.Sequential(block(), block(), nn.Linear(6, 3))
+
+
+def mean_square(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def cut_and_checked(accumulator, _model, batch):
+    assert accumulator.step(batch).micro_batches == 3
+    assert "equal" in accumulator.reasons[0]
+
+
+def alone_in_its_window(accumulator, model, batch):
+    with accumulator.window() as window:
+        window.backward(mean_square(model, batch), targets=len(batch[0]))
+
+
+@pytest.mark.parametrize("make", [cut_and_checked, alone_in_its_window])
+def test_blocks_are_recomputed_where_a_micro_batch_is_alone(make):
+    """As in the first check, and in a window of a single micro-batch; the running statistics move once there, too."""
+    right = recomputing_mlp().double()
+    model = wb.exact_batch_norm(copy.deepcopy(right))
+    wb.checkpoint_blocks(model)
+    batch = numbers(9, 6), numbers(9, 3)
+    mean_square(right, batch).backward()
+    sgd(right.parameters()).step()
+    make(wb.Accumulator(model, sgd(model.parameters()), mean_square, micro_batch=wb.Rows(3)), model, batch)
+    for found, wanted in zip(model.state_dict().values(), right.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_micro_batch_is_refused_where_recomputing_hides_the_meeting():
+    """A reentrant checkpoint meets in its backward pass alone, after the micro-batch was counted."""
+    norm = wb.exact_batch_norm(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))).double()
+    accumulator = wb.Accumulator(norm, sgd(norm.parameters()))
+    window = accumulator.window()
+    rows = numbers(4, 3).requires_grad_()
+    window.backward(checkpoint(norm, rows, use_reentrant=True).mean(), targets=4)
+    loss = checkpoint(norm, rows, use_reentrant=True).mean()
+    with pytest.raises(wb.MeetingError, match="one by one"):
+        window.backward(loss, targets=4)
+
+
 def test_a_layer_in_two_places_meets_twice():
     def shared():
         norm = nn.BatchNorm1d(6)

@@ -125,6 +125,9 @@ def test_it_can_be_cut():
         ({"labels": torch.zeros(3, dtype=torch.long)}, "do not fit"),
         ({"weight": torch.zeros(CLASSES, WIDTH + 1)}, "do not fit"),
         ({"chunk": 0}, "chunk of 0 positions"),
+        ({"chunk": "all"}, "chunk='all'"),
+        ({"chunk": 2.5}, "chunk=2.5"),
+        ({"bias": torch.zeros(CLASSES + 1)}, "bias"),
     ],
 )
 def test_what_does_not_fit_is_named(change, found):

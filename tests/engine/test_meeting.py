@@ -705,6 +705,21 @@ def test_tiles_change_memory_and_not_the_loss(tile):
         run(tile=0)
 
 
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda x: wb.losses.info_nce(x, x, temperature=0), "temperature=0"),
+        (lambda x: wb.losses.info_nce(x, x, temperature="warm"), "temperature='warm'"),
+        (lambda x: wb.losses.info_nce(x, x, tile=1.5), "tile of 1.5"),
+        (lambda x: wb.losses.batch_hard_triplet(x, x[:, 0], margin="hard"), "margin='hard'"),
+        (lambda x: wb.losses.load_balancing(x, x[:, 0]), "chosen experts are torch.float64"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(make, found):
+    with pytest.raises(wb.LossError, match=found):
+        make(numbers(4, 3))
+
+
 def test_batch_hard_triplets_by_a_plain_loop():
     x, labels = numbers(9, 4), torch.tensor([0, 1, 0, 2, 1, 1, 0, 3, 2])
     each = []

@@ -749,4 +749,18 @@ def test_batch_norm_takes_no_single_row_and_is_planned_all_the_same():
     assert plan.fits
     assert plan.micro_batches > 1
     assert 1 not in plan.timed
-    assert any("1 layers compute over the rows that they see, 1 first" in reason for reason in plan.reasons)
+    assert any("Layers that compute over the rows that they see: 1." in reason for reason in plan.reasons)
+
+
+@pytest.mark.parametrize("micro_batch", ["auto", wb.Rows(4)], ids=str)
+def test_a_cut_saves_nothing_where_batch_norm_is_exact(micro_batch):
+    """The graphs of all micro-batches are held at the same time, and the accumulator refuses the same budget."""
+    model = wb.exact_batch_norm(nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Linear(64, 16)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = wb.plan(model, optimizer, squares, torch.randn(32, 16), 64, "60kB", micro_batch=micro_batch, timed=False)
+    assert not plan.fits
+    assert plan.peak_bytes == plan.peak_at(64) == sum(plan.memory.values()) > 60_000
+    assert "Batch norm is exact in 1, so the graphs" in plan.reasons[0]
+    assert wb.plan(model, optimizer, squares, torch.randn(32, 16), 64, "1MB", timed=False).fits
+    with pytest.raises(wb.OutOfMemoryError, match="exact in 1"):
+        wb.Accumulator(model, optimizer, squares, memory="60kB", check=None).step(torch.randn(64, 16))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import wholebatch as wb
 from menagerie import numbers
 from wholebatch.engine.meetings.company import Again, Call, Site
+from wholebatch.engine.meetings.far import Far, RankFailedError
 from wholebatch.engine.meetings.joined import run_joined
-from wholebatch.engine.meetings.reach import Far, Near, RankFailedError
+from wholebatch.engine.meetings.reach import Near
 
 CPU = torch.device("cpu")
 

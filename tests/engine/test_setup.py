@@ -1,5 +1,7 @@
 """Who trains what, and whether they belong together."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,25 @@ WRONG = {
     ),
     "no schedule": (lambda: (MODEL, sgd_of(MODEL), 0.1), "scheduler is a float", "torch.optim.lr_scheduler"),
 }
+
+
+def test_an_optimizer_that_finds_its_step_by_itself_has_no_rate():
+    """As Adafactor with lr=None: the update happens, and its record says that nobody stated a rate."""
+
+    class FindsItsStep(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": None})
+
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.sub_(parameter.grad.sign(), alpha=0.1)
+
+    model = nn.Linear(3, 1)
+    update = wb.Accumulator(model, FindsItsStep(model.parameters()), lambda model, x: model(x).mean()).step(
+        torch.ones(4, 3)
+    )
+    assert update.applied
+    assert math.isnan(update.lr)
 
 
 @pytest.mark.parametrize("wrong", WRONG)

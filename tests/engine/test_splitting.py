@@ -1,5 +1,6 @@
 """A loader's micro-batch that does not fit is taken back by itself, split, and tried again: the same update."""
 
+import copy
 import gc
 import weakref
 
@@ -11,7 +12,7 @@ import wholebatch as wb
 from properties import fingerprint, state_of
 from shortages import MODELS, ROWS, SAID, Fault, batch, phases_of, prepared
 from wholebatch.engine import memory
-from wholebatch.engine.sums import GradientSum
+from wholebatch.engine.retraction import Retraction
 from wholebatch.engine.window import Window
 
 
@@ -95,7 +96,7 @@ def test_a_shortage_anywhere_leaves_the_run_whose_loader_made_smaller_micro_batc
 @pytest.mark.parametrize("name", ["dense", "recurrent"])
 def test_the_comparison_sees_a_gradient_that_counts_twice(name, monkeypatch):
     """Beside the test above: a second attempt that leaves what has arrived."""
-    monkeypatch.setattr(GradientSum, "subtract", lambda *_: None)
+    monkeypatch.setattr(Retraction, "subtract", lambda *_: None)
     make = MODELS[name]
     phase = phases_of(make())[-1]
     found = loaded(make, Fault(phase, 1), [COARSE])
@@ -367,7 +368,11 @@ def test_a_window_of_ones_own_is_rolled_back_with_an_error_that_says_so():
 
 
 def short_at(time):
-    left = [time]
+    return short_when([time])
+
+
+def short_when(left):
+    """Runs out of memory when what is left has been counted down to 0."""
 
     def hook(_):
         left[0] -= 1
@@ -445,3 +450,85 @@ def test_a_micro_batch_that_cannot_be_taken_back_ends_the_window(monkeypatch):
     with pytest.raises(wb.OutOfMemoryError, match="again when that was taken back"):
         list(accumulator.updates(rows, micro_batches=2))
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward of first.weight"])
+def test_a_window_that_goes_on_in_another_process_takes_its_first_micro_batch_back_too(phase):
+    """Back to where that process took over, not to where the window began in the one before."""
+    first, second = parts_of([4, 4])
+
+    def run(fault, goes_on):
+        accumulator, _ = prepared(MODELS["dense"], fault if not goes_on else Fault(), rows=4, adaptive=False)
+        accumulator.add(first)
+        if goes_on:
+            state = copy.deepcopy(accumulator.state_dict())
+            accumulator.open_window.rollback()
+            accumulator, _ = prepared(MODELS["dense"], fault, rows=4, adaptive=False)
+            accumulator.load_state_dict(state)
+            accumulator.window()
+        window = accumulator.add(second)
+        assert fault.raised
+        return numbers(accumulator), torch.get_rng_state(), window.close()
+
+    right, found = run(Fault(phase, 1), goes_on=False), run(Fault(phase, 0), goes_on=True)
+    assert found[2].rows == right[2].rows == 8
+    assert fingerprint(found[:2]) == fingerprint(right[:2])
+
+
+def test_a_pass_of_the_users_own_after_one_that_could_be_taken_back_ends_the_window():
+    """`Window.backward` has nobody who would take a micro-batch back and try again."""
+    first, second = parts_of([4, 4])
+    fault = Fault("backward of first.weight", 1)
+    accumulator, left = prepared(MODELS["dense"], fault, rows=4)
+    before = left()
+    window = accumulator.add(first)
+    loss = nn.functional.cross_entropy(accumulator._setup.model(second["x"]), second["y"], reduction="sum")
+    with pytest.raises(wb.OutOfMemoryError, match="the window was rolled back"):
+        window.backward((loss, 4))
+    assert not window.is_open
+    assert left() == before
+
+
+@pytest.mark.parametrize("error", [out(), ValueError("a bad row")], ids=["memory", "other"])
+def test_no_window_stays_open_that_holds_a_part_of_a_micro_batch(error):
+    """Who catches what `add` raises, and goes on, has all rows of a micro-batch in the window or none."""
+    model = linear()
+
+    def loss_fn(model, x):
+        loss = model(x).square().mean()
+        if len(x) == 4:
+            raise out()
+        if bool((x == 7).any()):  # in the second half
+            raise error
+        return loss
+
+    accumulator = accumulator_of(model, loss_fn)
+    before = state_of(model)
+    accumulator.add(torch.ones(2, 3))
+    with pytest.raises((wb.OutOfMemoryError, ValueError)):
+        accumulator.add(torch.tensor([[1.0] * 3] * 3 + [[7.0] * 3]))
+    assert accumulator.open_window is None
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("moves", ["draws", "writes"])
+def test_what_begins_to_move_in_the_window_that_runs_short_is_never_half_taken_back(moves):
+    """Nothing moved from one window to the next, so nothing was marked; then the model changes its mode."""
+    torch.manual_seed(0)
+    layer = nn.Dropout(0.5) if moves == "draws" else nn.BatchNorm1d(6)
+    model = nn.Sequential(nn.Linear(3, 6), layer, nn.Linear(6, 2)).double().eval()
+    left = [0]
+    model[0].weight.register_post_accumulate_grad_hook(short_when(left))
+    accumulator = accumulator_of(model, batch_norm="per_micro_batch")
+    rows = [torch.randn(4, 3, dtype=torch.float64) for _ in range(3)]
+    for _ in range(2):
+        list(accumulator.updates(rows, micro_batches=3))
+    model.train()
+    left[0] = 2
+    before = state_of(model)
+    with pytest.raises(wb.OutOfMemoryError, match="did not in the window before"):
+        list(accumulator.updates(rows, micro_batches=3))
+    assert state_of(model) == before
+    left[0] = 2
+    (update,) = accumulator.updates(rows, micro_batches=3)  # now it is marked
+    assert update.retries == 1

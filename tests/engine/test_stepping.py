@@ -531,3 +531,17 @@ def test_the_exception_of_a_signal_handler_waits_for_the_update():
         assert signal.getsignal(signal.SIGTERM) is preempted
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_step_without_gradients_is_made_without_copies(monkeypatch):
+    """As where `before_step` takes the gradients: the optimizer is stepped, and has nothing to move."""
+    model = nn.Linear(3, 1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    done = []
+    monkeypatch.setattr(optim.SGD, "step", lambda _self: done.append("step"))
+    monkeypatch.setattr(optim.SGD.step, "__module__", "torch.optim.sgd")
+    monkeypatch.setattr(stepping, "_undo_of", lambda *_: done.append("copy"))
+    assert Stepping([optimizer], CPU).step() is None
+    assert done == ["step"]
+    assert all(map(torch.equal, model.parameters(), before))

@@ -14,7 +14,8 @@ from torch import nn
 import wholebatch as wb
 from menagerie import BATCH_NORM, CALM, DROPOUT, mean_square, numbers, regression
 from properties import assert_leaves_no_trace, flat, state_of
-from wholebatch.engine.transaction import Transaction, uninterrupted
+from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.uninterrupted import uninterrupted
 
 ROWS = 6
 
@@ -399,3 +400,28 @@ def test_other_threads_need_no_protection():
     thread.start()
     thread.join()
     assert entered == [True]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("meets", [False, True])
+def test_a_scripted_model_trains_as_any_other(meets):
+    """What it keeps its buffers in can neither be gone through nor asked with `get`."""
+
+    def loss_fn(model, x):
+        y = model(x)
+        return wb.losses.info_nce(y, x) if meets else y.square().mean()
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    plain.register_buffer("scale", torch.ones(1, dtype=torch.float64))
+    model = torch.jit.script(plain)
+    right = copy.deepcopy(plain)
+    x = torch.randn(8, 3, dtype=torch.float64)
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch=wb.Rows(3))
+    accumulator.load_state_dict(accumulator.state_dict())
+    assert accumulator.step(torch.full_like(x, torch.nan)).skipped
+    assert accumulator.step(x).applied
+    loss_fn(right, x).backward()
+    torch.testing.assert_close(
+        model.state_dict()["0.weight"], right[0].weight.detach() - 0.1 * right[0].weight.grad, rtol=1e-12, atol=1e-12
+    )

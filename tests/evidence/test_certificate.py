@@ -196,12 +196,62 @@ def clipped(model, optimizer, micro_batches):
     optimizer.step()
 
 
-@pytest.mark.parametrize("step", [None, right, clipped], ids=["accumulator", "step", "clipping step"])
-def test_a_pass_costs_less_than_five_undivided_steps(step):
+@pytest.mark.parametrize(
+    ("step", "parts"), [(None, 9), (right, 10), (clipped, 11)], ids=["accumulator", "step", "clipping step"]
+)
+def test_a_certificate_runs_three_batches_and_a_lack_of_memory(step, parts):
+    """Undivided, by rows, ragged; a step one micro-batch until memory runs out, and one more to know a clip by."""
     model, rows = mlp().double(), []
     model.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0])))
-    assert wb.verify(model, mean_square, regression(12, torch.float64), step=step).ok
-    assert sum(rows) <= 5 * 12
+    found = wb.verify(model, mean_square, regression(12, torch.float64), step=step)
+    assert found.ok
+    assert [cut.window for cut in found.cuts] == [1, 2, 2]
+    assert "\n  permuted and ragged, 2 micro-batches: off by" in str(found)
+    assert sum(rows) == parts * 4
+
+
+@pytest.mark.parametrize("step", [None, loops.FAULTS["clip in the loop"][2]], ids=["accumulator", "step"])
+def test_cuts_are_told_apart_where_one_is_off(step):
+    reduction = "mean" if step is not None else "sum"
+    found = wb.verify(mlp().double(), mean_square, regression(12, torch.float64), step=step, reduction=reduction)
+    assert not found.ok
+    assert [cut.window for cut in found.cuts] == [1, 2, 3]
+    assert "\n  permuted, 3 micro-batches: off by" in str(found)
+    assert "\n  ragged, 2 micro-batches: off by" in str(found)
+
+
+def retries_on_what_is_there(model, optimizer, micro_batches):
+    """Skips gradients that are too large, so that its retry is not seen where they are loud."""
+    optimizer.zero_grad()
+    for each in micro_batches:
+        for _ in range(2):
+            try:
+                (mean_square(model, each) * len(each["x"]) / rows_of(micro_batches)).backward()
+                break
+            except torch.OutOfMemoryError:
+                continue
+    if max(float(parameter.grad.norm()) for parameter in model.parameters()) < 100:
+        optimizer.step()
+
+
+def test_a_retry_is_seen_in_a_step_that_refuses_loud_gradients():
+    found = wb.verify(mlp().double(), mean_square, regression(12, torch.float64), step=retries_on_what_is_there)
+    assert [cause.name for cause in found.causes] == ["retry on partial gradients"]
+
+
+def adds_decay(model, optimizer, micro_batches):
+    """Its gradients are those of the batch only as long as they are as large as they are."""
+    right_sum = rows_of(micro_batches)
+    optimizer.zero_grad()
+    for each in micro_batches:
+        (mean_square(model, each) * len(each["x"]) / right_sum).backward()
+    for parameter in model.parameters():
+        parameter.grad += 0.1 * parameter.detach()
+    optimizer.step()
+
+
+def test_a_decay_that_the_batch_does_not_have_is_no_rounding():
+    assert not wb.verify(mlp().double(), mean_square, regression(12, torch.float64), step=adds_decay).ok
 
 
 @pytest.mark.parametrize("step", [None, right, loops.FAULTS["clip in the loop"][2]], ids=["none", "right", "wrong"])

@@ -9,8 +9,7 @@ from torch import nn
 import wholebatch as wb
 from menagerie import mean_square, mlp, numbers
 from properties import assert_leaves_no_trace, flat, relative_error
-from wholebatch.evidence.comparison import compare, textbook_window
-from wholebatch.evidence.verify import Catch
+from wholebatch.evidence.comparison import Still, compare, textbook_window
 
 ROWS = [{"x": numbers(5, seed=k), "y": numbers(3, seed=100 + k)} for k in range(24)]
 KEYS = [
@@ -58,17 +57,22 @@ def test_a_comparison_of_a_pair_by_length_counts_the_targets():
     assert found.gradient_error <= 1e-12
 
 
+class Catching(Still):
+    def step(self):
+        self.gradient = flat(parameter.grad for group in self.param_groups for parameter in group["params"])
+
+
 def test_the_textbook_loop_is_a_mean_of_means():
     """The plain side of the comparison: right for equal counts, and off for a smaller last slice."""
     errors = []
     for rows in (24, 20):
         torch.manual_seed(0)
         model = mlp().double()
-        catch = Catch(model.parameters())
-        textbook_window(model, catch, mean_square, ROWS[:rows], collate=collate, rows_a_micro_batch=8)
+        catching = Catching(model.parameters())
+        textbook_window(model, catching, mean_square, ROWS[:rows], collate=collate, rows_a_micro_batch=8)
         loss = mean_square(model, collate(ROWS[:rows]))
         right = flat(torch.autograd.grad(loss, list(model.parameters())))
-        errors.append(relative_error(catch.gradient, right))
+        errors.append(relative_error(catching.gradient, right))
         assert all(parameter.grad is None for parameter in model.parameters())
     assert errors[0] <= 1e-12
     assert errors[1] > 1e-3

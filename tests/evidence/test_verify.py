@@ -246,6 +246,11 @@ def test_a_batch_without_targets_cannot_be_verified():
         wb.verify(model, animal.loss_fn, batch, targets=num_labels)
 
 
+def test_a_model_in_which_nothing_learns_cannot_be_verified():
+    with pytest.raises(wb.OptimizerError, match="None of the model's parameters requires a gradient"):
+        wb.verify(mlp().requires_grad_(False), mean_square, regression(6, torch.float32))
+
+
 def test_what_is_no_module_cannot_be_verified():
     with pytest.raises(wb.OptimizerError, match="model is a function") as error:
         wb.verify(mean_square, mlp(), regression(4, torch.float32))
@@ -255,3 +260,8 @@ def test_what_is_no_module_cannot_be_verified():
 def test_a_way_of_cutting_that_is_none_is_refused():
     with pytest.raises(wb.ConfigError, match="micro_batch=3 says nothing"):
         verified(CALM["mlp"], micro_batch=3)
+
+
+def test_a_step_that_is_none_is_refused():
+    with pytest.raises(wb.ConfigError, match="step is a int"):
+        verified(CALM["mlp"], step=3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import ROWS, Tiny, without
 
-from wholebatch.core.errors import ConfigError, MissingExtraError
+from wholebatch.core.errors import ConfigError, MissingExtraError, WindowError
 from wholebatch.evidence.comparison import Comparison
 from wholebatch.evidence.sinks import SinkError
 from wholebatch.recipes.config import TrainConfig
@@ -208,6 +208,30 @@ def test_a_skipped_window_is_counted_apart():
     assert (summary.updates, summary.skipped) == (5, 1)
     assert "5 updates of 16 rows (1 skipped)" in summary.line
     assert of_kind("finish")[0]["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stated", "held"), [({"logical_batch": "512 rows"}, "40 rows"), ({"logical_batch": "999 tokens"}, "256 tokens")]
+)
+def test_a_logical_batch_that_the_data_do_not_fill_is_not_claimed(stated, held):
+    summary = run(updates=2, **stated)
+    assert f"2 updates of {held}" in summary.line
+    assert of_kind("start")[0]["logical_batch"] == held
+    assert any(
+        f"The data hold {held}, so that no logical batch has" in said for said in of_kind("finish")[0]["reasons"]
+    )
+    assert {event["rows"] for event in of_kind("update")} == {40}
+
+
+def test_a_run_without_an_update_has_failed():
+    class Undefined(Tiny):
+        def loss(self, model, micro_batch):
+            loss_sum, targets = super().loss(model, micro_batch)
+            return loss_sum * torch.nan, targets
+
+    with pytest.raises(WindowError, match="None of 2 windows became an update: the loss is nan"):
+        run(Undefined(), updates=2)
+    assert of_kind("finish")[0]["status"] == "failed"
 
 
 def stop_at(number, error):

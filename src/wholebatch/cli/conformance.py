@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from wholebatch.cli.edge import DONE, FAILED, edge, say
+from wholebatch.cli.flags import Debug
 from wholebatch.core.errors import ConfigError
 
 
@@ -23,7 +24,7 @@ def conformance(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print versions and verdicts as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the same to a file, as JSON.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Run the traps of gradient accumulation on wholebatch and on other systems.
 

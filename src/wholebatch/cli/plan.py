@@ -8,22 +8,28 @@ from typing import Annotated
 import typer
 
 from wholebatch.cli.edge import DONE, FAILED, check_file, edge, say
+from wholebatch.cli.flags import (
+    AccumulateIn,
+    AsJson,
+    Debug,
+    LogicalBatch,
+    Memory,
+    MicroBatch,
+    Precision,
+    RecipeName,
+    Seed,
+)
 from wholebatch.core.spread import Spread
-from wholebatch.recipes.finding import BUILT_IN
-from wholebatch.recipes.options import OPTIONS
 
 
 def plan(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help=f"{', '.join(BUILT_IN)}, my_file.py:recipe or package.module:recipe."),
-    ],
-    logical_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["logical_batch"].help)] = None,
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help=OPTIONS["memory"].help)] = None,
-    micro_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["micro_batch"].help)] = None,
-    precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
-    accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["seed"].help)] = None,
+    recipe: RecipeName,
+    logical_batch: LogicalBatch = None,
+    memory: Memory = None,
+    micro_batch: MicroBatch = None,
+    precision: Precision = None,
+    accumulate_in: AccumulateIn = None,
+    seed: Seed = None,
     ranks: Annotated[int, typer.Option(min=1, metavar="N", help="On how many ranks like this one.")] = 1,
     bandwidth: Annotated[
         str | None,
@@ -33,12 +39,12 @@ def plan(
         str, typer.Option(metavar="TIME", help="How long an empty message takes: '20us', '1ms'.")
     ] = "0s",
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time a few passes, to choose the fastest.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw memory against the micro-batch into this SVG file."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Say whether a recipe fits into memory, where that goes, and how its logical batch is best cut.
 

@@ -8,34 +8,42 @@ from typing import Annotated
 import typer
 
 from wholebatch.cli.edge import DONE, FAILED, check_file, edge, say
-from wholebatch.recipes.finding import BUILT_IN
-from wholebatch.recipes.options import OPTIONS
+from wholebatch.cli.flags import (
+    AccumulateIn,
+    AsJson,
+    BatchNorm,
+    Debug,
+    LearningRate,
+    LogicalBatch,
+    Memory,
+    MicroBatch,
+    Precision,
+    RecipeName,
+    Seed,
+)
 
 
 def tune(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help=f"{', '.join(BUILT_IN)}, my_file.py:recipe or package.module:recipe."),
-    ],
-    logical_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["logical_batch"].help)] = None,
-    micro_batch: Annotated[str | None, typer.Option(metavar="AMOUNT", help=OPTIONS["micro_batch"].help)] = None,
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help=OPTIONS["memory"].help)] = None,
-    lr: Annotated[float | None, typer.Option(metavar="X", help=OPTIONS["lr"].help)] = None,
-    batch_norm: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["batch_norm"].help)] = None,
-    precision: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["precision"].help)] = None,
-    accumulate_in: Annotated[str | None, typer.Option(metavar="NAME", help=OPTIONS["accumulate_in"].help)] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help=OPTIONS["seed"].help)] = None,
+    recipe: RecipeName,
+    logical_batch: LogicalBatch = None,
+    micro_batch: MicroBatch = None,
+    memory: Memory = None,
+    lr: LearningRate = None,
+    batch_norm: BatchNorm = None,
+    precision: Precision = None,
+    accumulate_in: AccumulateIn = None,
+    seed: Seed = None,
     updates: Annotated[
         int, typer.Option(min=2, metavar="N", help="How long is trained to measure the noise scale.")
     ] = 40,
     lr_rule: Annotated[
         str, typer.Option(metavar="NAME", help="By which rule --out changes the learning rate: none, linear or sqrt.")
     ] = "none",
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the settings to a TOML file that train --config reads.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Say how large the logical batch of a recipe should be, and what its learning rate becomes.
 

@@ -4,12 +4,12 @@ A logical batch is a list of rows with a `collate` function, or a pytree (dicts,
 leaves are tensors of any framework: whatever has a shape and can be indexed.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wholebatch.core.axes import Axes
 from wholebatch.core.errors import ConfigError, SplitError
 from wholebatch.core.split import Indices
 from wholebatch.core.tree import flatten, is_array, is_column
@@ -36,7 +36,7 @@ class LogicalBatch:
         (3, 'ccc-a')
     """
 
-    __slots__ = ("_batch", "_collate", "_dims", "_leaves", "_rebuild", "_whole", "kept", "rows")
+    __slots__ = ("_batch", "_collate", "_leaves", "_rebuild", "kept", "rows")
 
     def __init__(
         self,
@@ -49,17 +49,16 @@ class LogicalBatch:
         self._batch = batch
         self.kept: dict[tuple[int, ...], Any] | None = None
         self._collate = collate
-        self._whole = frozenset(whole)
-        self._dims = dims if dims is not None else 0
         if collate is not None:
             self.rows = self._count_collated()
         else:
             self._leaves, self._rebuild = flatten(batch, columns=True)
-            self.rows = self._count_leaves()
+            axes = Axes(whole, dims)
+            self.rows = axes.count(batch, self._leaves)
             self._leaves = [
                 (path, _rows_of(leaf) if axis is not None else leaf, axis)
                 for path, leaf, _ in self._leaves
-                for axis in [self._axis(path, leaf)]
+                for axis in [axes.of(path, leaf, self.rows)]
             ]
 
     @property
@@ -118,19 +117,6 @@ class LogicalBatch:
                 cut.append(leaf if axis is None else leaf[(slice(None),) * axis + (index,)])
         return self._rebuild(iter(cut))
 
-    def _axis(self, path: str, leaf: Any) -> int | None:
-        """The dimension of a leaf on which its rows lie; None where every micro-batch gets all of it."""
-        if _named(path, self._whole):
-            return None
-        if is_array(leaf):
-            return self._dim(path) if len(leaf.shape) > 0 else None
-        return 0 if is_column(leaf) and len(leaf) == self.rows else None
-
-    def _dim(self, path: str) -> int:
-        if isinstance(self._dims, int):
-            return self._dims
-        return next((dim for name, dim in self._dims.items() if _named(path, [name])), 0)
-
     def _count_collated(self) -> int:
         if (
             isinstance(self._batch, Mapping)
@@ -142,75 +128,6 @@ class LogicalBatch:
                 hint="let the loader yield lists of rows (for a DataLoader: collate_fn=list), or leave `collate` out.",
             )
         return len(self._batch)
-
-    def _count_leaves(self) -> int:
-        if _looks_like_rows(self._batch):
-            raise SplitError(
-                f"The logical batch is a list of {len(self._batch)} rows, and nothing says how to join them.",
-                hint="pass collate=..., such as torch.utils.data.default_collate; tensors go in a dict or a tuple.",
-            )
-        counts: dict[str, int] = {}
-        columns: dict[str, int] = {}
-        for path, leaf, _ in self._leaves:
-            if _named(path, self._whole):
-                continue
-            kind = _kind_without_rows(leaf) if is_array(leaf) else None
-            if kind is not None:
-                raise SplitError(
-                    f"{path or 'The batch'} is a {kind} tensor, whose rows cannot be taken a few at a time.",
-                    hint="hand in a list of rows with collate=..., and make the tensor there; or a dense one.",
-                )
-            if is_array(leaf) and len(leaf.shape) > 0:
-                dim = self._dim(path)
-                if not 0 <= dim < len(leaf.shape):
-                    raise SplitError(
-                        f"{path or 'The batch'} has shape {tuple(leaf.shape)}, and no dimension {dim} for its rows.",
-                        hint="dims counts from 0, not from the end: dims={'image': 1} is the second dimension.",
-                    )
-                counts[path] = leaf.shape[dim]
-            elif is_column(leaf):
-                columns[path] = len(leaf)
-        self._check_paths([path for path, _, _ in self._leaves])
-        found = counts or columns
-        if not found and not self._leaves:
-            raise SplitError(
-                f"The logical batch is empty: a {type(self._batch).__name__} with nothing in it.",
-                hint="leave empty batches out of the loader.",
-            )
-        if not found:
-            raise SplitError(
-                f"The logical batch ({type(self._batch).__name__}) holds no tensor with rows.",
-                hint="yield tensors, or lists of rows together with collate=...",
-            )
-        if len(set(found.values())) > 1:
-            by_row = _one_entry_a_row(found)
-            if by_row is not None:
-                raise SplitError(
-                    "The tensors of one logical batch disagree on how many rows there are, "
-                    f"and `{by_row}` seems to hold one entry a row.",
-                    hint="hand in the rows as a list (for a DataLoader: collate_fn=list), and what joins them as "
-                    "collate=...",
-                )
-            usual = max(found.values(), key=list(found.values()).count)
-            odd = next(path for path, rows in found.items() if rows != usual)
-            raise SplitError(
-                "The tensors of one logical batch disagree on how many rows there are: "
-                + ", ".join(f"{path} {rows}" for path, rows in found.items())
-                + ".",
-                hint=f"if `{odd}` is the same for every row, pass whole=[{odd!r}] and each micro-batch gets all of it; "
-                f"if its rows lie on another dimension, say which, as in dims={{{odd!r}: 1}}.",
-            )
-        return next(iter(found.values()))
-
-    def _check_paths(self, paths: Sequence[str]) -> None:
-        given = {*self._whole, *(self._dims if isinstance(self._dims, Mapping) else ())}
-        for name in sorted(given):
-            if not any(_named(path, {name}) for path in paths):
-                nearest = difflib.get_close_matches(name, paths, n=1)
-                raise SplitError(
-                    f"The logical batch has no `{name}`; it has {', '.join(paths)}.",
-                    hint=f"did you mean `{nearest[0]}`?" if nearest else "name its parts as they are listed here.",
-                )
 
 
 def count_rows(
@@ -295,31 +212,6 @@ class Layout:
         return count_rows(micro_batch, whole=self.whole, dims=self.dims)
 
 
-def _kind_without_rows(leaf: Any) -> str | None:
-    """What an array is called that cannot be cut by indexing, or None for the usual kind."""
-    if getattr(leaf, "is_nested", False):
-        return "nested"
-    layout = getattr(leaf, "layout", None)
-    if type(layout).__module__ != "torch" or str(layout) == "torch.strided":
-        return None
-    return str(layout).removeprefix("torch.")
-
-
-def _one_entry_a_row(found: Mapping[str, int]) -> str | None:
-    """Return the path of a list that has as many entries as another part of the batch has rows, if there is one."""
-    entries: dict[str, set[str]] = {}
-    for path in found:
-        steps = path.split(".")
-        for place, step in enumerate(steps[1:], 1):
-            if step.isdecimal():
-                entries.setdefault(".".join(steps[:place]), set()).add(step)
-    for name, numbers in entries.items():
-        others = {rows for path, rows in found.items() if not path.startswith(f"{name}.")}
-        if len(numbers) > 1 and len(numbers) in others:
-            return name
-    return None
-
-
 class _Table:
     """A data frame, whose rows are not found by plain indexing."""
 
@@ -352,20 +244,27 @@ def _rows_of(leaf: Any) -> Any:
 def paths(whole: str | Iterable[str]) -> tuple[str, ...]:
     """Return the paths that were given as one or several.
 
+    Raises:
+        ConfigError: They are no paths.
+
     Example:
         >>> paths("image"), paths(["image", "mask"])
         (('image',), ('image', 'mask'))
     """
-    return (whole,) if isinstance(whole, str) else tuple(whole)
+    try:
+        found = (whole,) if isinstance(whole, str) else tuple(whole)
+    except TypeError:
+        raise _no_paths(whole) from None
+    if set(map(type, found)) - {str}:
+        raise _no_paths(whole)
+    return found
 
 
-def _looks_like_rows(batch: Any) -> bool:
-    return isinstance(batch, list) and len(batch) > 0 and all(isinstance(row, Mapping | list | tuple) for row in batch)
+def _no_paths(whole: object) -> ConfigError:
+    return ConfigError(
+        f"whole={whole!r} names no tensors.", hint="pass their paths, as in whole=['image'] or whole=['extra.mask']."
+    )
 
 
 def _is_whole(tokens: Any) -> bool:
     return hasattr(tokens, "__float__") and 0 <= float(tokens) < math.inf and float(tokens) % 1 == 0
-
-
-def _named(path: str, names: Iterable[str]) -> bool:
-    return any(path == name or path.startswith(f"{name}.") for name in names)

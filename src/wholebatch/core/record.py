@@ -20,7 +20,8 @@ class Update:
         padding: Share of the padded positions in all positions, in 0 to 1; None where no lengths are known.
         grad_norm: 2-norm of the gradient of the logical batch, before clipping; None when there was no gradient, or
             an optimizer took its parts in as they came, so that it never was in one place.
-        lr: Learning rate of the optimizer's first group at this update.
+        lr: Learning rate of the optimizer's first group at this update; NaN where that has none, as an Adafactor that
+            finds its step by itself.
         skipped: Why there was no update, as a sentence; None when the optimizer stepped.
         retries: How often the logical batch was cut anew after running out of memory.
         peak_bytes: Highest memory use between the first forward pass and the end of the update, or None where the

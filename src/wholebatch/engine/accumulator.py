@@ -11,12 +11,13 @@ from torch.optim import Optimizer
 
 from wholebatch.core.batch import Layout, LogicalBatch, paths
 from wholebatch.core.budget import parse_bytes
-from wholebatch.core.errors import ConfigError, SplitError
+from wholebatch.core.errors import SplitError
 from wholebatch.core.record import Update
 from wholebatch.core.schedules.schedule import Schedule
 from wholebatch.core.split import Indices, Rows, Tokens
 from wholebatch.core.weights import Count, Reduction
 from wholebatch.engine import memory
+from wholebatch.engine.arguments import check_arguments, require_a_size
 from wholebatch.engine.checkpoint.state import state_of, take_over
 from wholebatch.engine.checks.check import FirstCheck
 from wholebatch.engine.fit.cutting import Cutting, Place
@@ -33,15 +34,16 @@ from wholebatch.engine.noise import noise_of
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.opening import Windows, gradient_sum
 from wholebatch.engine.precision import Format, Precision
-from wholebatch.engine.ranks.balancing import Balance, Balancing, check_balance
+from wholebatch.engine.ranks.balancing import Balance, Balancing
 from wholebatch.engine.ranks.membership import Communication
-from wholebatch.engine.ranks.reduction import ReduceIn, check_reduce_in
+from wholebatch.engine.ranks.reduction import ReduceIn
 from wholebatch.engine.ranks.repeats import say_repeated_rows
 from wholebatch.engine.reasons import Reasons
-from wholebatch.engine.setup import OnNonFinite, Setup
+from wholebatch.engine.rules import BatchNorm, OnNonFinite, Rules
+from wholebatch.engine.setup import Setup
 from wholebatch.engine.steps.consuming import check_clip_norm
 from wholebatch.engine.transaction import Transaction
-from wholebatch.engine.window import BatchNorm, Rules, Window
+from wholebatch.engine.window import Window
 
 
 class Accumulator:
@@ -149,21 +151,18 @@ class Accumulator:
         before_step: Callable[[], object] | None = None,
         noise_scale: bool | int = False,
     ) -> None:
-        _check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
-        _check_choice("batch_norm", batch_norm, ("refuse", "per_micro_batch"))
-        _check_choice("lockstep", lockstep, ("auto", "replay", "joined"))
-        _check_choice("check", check, ("first", None))
-        if micro_batch != "auto" and not isinstance(micro_batch, Rows | Tokens):
-            raise ConfigError(
-                f"micro_batch={micro_batch!r} says nothing about which rows go together.",
-                hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
-            )
-        if clip_norm is not None and not _is_positive(clip_norm):
-            raise ConfigError(
-                f"clip_norm={clip_norm!r} is no norm to clip a gradient to.", hint="pass a number above 0, or None."
-            )
-        check_reduce_in(reduce_in)
-        check_balance(balance, collate)
+        check_arguments(
+            micro_batch=micro_batch,
+            collate=collate,
+            clip_norm=clip_norm,
+            before_step=before_step,
+            reduce_in=reduce_in,
+            balance=balance,
+            on_nonfinite=on_nonfinite,
+            batch_norm=batch_norm,
+            lockstep=lockstep,
+            check=check,
+        )
         self._reasons = say = Reasons()
         self.reasons = say.said
         self.counts_first = False
@@ -213,7 +212,7 @@ class Accumulator:
         self._lockstep = Lockstep(lockstep, model, self._setup.device, self._setup.group)
         forward = Forward(self._setup, objective, self._precision)
         if self._setup.group.in_step:
-            _require_a_size(micro_batch)
+            require_a_size(micro_batch)
         first_check = FirstCheck(forward, self._cutting, check == "first" and not self._setup.group.in_step, say)
         self._making = Making(self._windows, forward, self._lockstep, first_check, say)
         splitting = Splitting(self._windows, forward, self._layout, say)
@@ -337,7 +336,8 @@ class Accumulator:
             The window, which is still open: close it, or roll it back.
 
         Raises:
-            Exception: As in `updates`, but a window that is open stays so where `loss_fn` raises.
+            Exception: As in `updates`, but a window that is open stays so where `loss_fn` raises and no part of the
+                micro-batch is in it.
         """
         window = self._windows.current or self.window()
         self._loading.add(window, micro_batch, last)
@@ -397,24 +397,3 @@ class Accumulator:
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which this accumulator runs forward passes, for loops with `window`."""
         return self._precision.autocast()
-
-
-def _is_positive(number: object) -> bool:
-    return hasattr(number, "__float__") and float(number) > 0
-
-
-def _require_a_size(micro_batch: object) -> None:
-    if micro_batch == "auto":
-        raise ConfigError(
-            'micro_batch="auto" is planned by each rank for itself, and with communication="each" no rank can make a '
-            "pass for itself.",
-            hint='pass wb.Rows(8), wb.Tokens(4096, length=...), or communication="once".',
-        )
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ConfigError(
-            f"{name}={value!r} is not one of the choices.",
-            hint="pass " + " or ".join(f"{name}={choice!r}" for choice in allowed) + ".",
-        )

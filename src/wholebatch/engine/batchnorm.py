@@ -216,7 +216,8 @@ def _depends(layer: nn.Module) -> bool:
     if isinstance(layer, _BatchNorm) and layer.running_mean is None:
         return True
     # Instance norm treats each row for itself, but its running statistics are those of the batch.
-    return layer.training and layer._buffers.get("running_mean") is not None
+    buffers = layer._buffers  # that of a scripted module has no `get`
+    return layer.training and "running_mean" in buffers and buffers["running_mean"] is not None
 
 
 def _require_channels(model: nn.Module) -> None:

@@ -42,22 +42,19 @@ class Forward:
         if count is None:
             count = objective.count(micro_batch, rows)
         if not isinstance(count, Tensor) and count == 0:
-            window.leave_out(rows=rows)
+            window.add(None, rows=rows)
             return
         if self._accelerated:
             micro_batch = move(micro_batch, setup.device)
-        if not window.row_by_row:
-            window.before_forward()
+        if not window.intake.row_by_row:
+            window.intake.before_forward()
         if self.precision.as_is:
             part = objective(setup.model, micro_batch, count)
         else:
             with self.precision.autocast():
                 part = objective(setup.model, micro_batch, count)
         del micro_batch
-        if part is None:
-            window.leave_out(rows=rows)
-        else:
-            window.add(part, rows=rows)
+        window.add(part, rows=rows)
 
     def agree(self, window: Window, passes: int, candidates: Iterable[Any]) -> None:
         """Agree with other ranks on how many passes all make in a window, where that has to be the same.
@@ -91,10 +88,10 @@ class Forward:
         """Make a pass that leaves no trace, for a group of ranks that has to know what one sends."""
         group = self.setup.group
         if group.rehearses:
-            window.mark()
+            window.retraction.mark()
             with group.rehearsing():
-                window.rehearse(self._of_nothing(spare))
-            window.take_back()
+                window.intake.rehearse(self._of_nothing(spare))
+            window.retraction.take_back()
 
     def fill(self, window: Window) -> None:
         """Make passes of weight zero for as long as other ranks make more.
@@ -102,8 +99,8 @@ class Forward:
         Args:
             window: Open; all micro-batches of this rank are in it.
         """
-        while window.lacks_passes:
-            window.add_nothing(self._of_nothing(self.setup.group.spare))
+        while window.intake.lacks_passes:
+            window.intake.add_nothing(self._of_nothing(self.setup.group.spare))
 
     def _of_nothing(self, spare: Any) -> Part:
         part = self.meeting(lambda: spare, None, 1)

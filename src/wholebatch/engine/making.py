@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.core.errors import OutOfMemoryError, RankError
+from wholebatch.core.errors import RankError
 from wholebatch.core.record import Update
 from wholebatch.core.split import Indices, side_by_side
 from wholebatch.core.weights import Count
@@ -172,10 +172,7 @@ class Making:
                 raise
             return Shortage(error.found, None, elsewhere)
         except Exception as error:
-            if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
-                raise
-            # Only words leave this block: the error's traceback holds the tensors of the attempt.
-            return Shortage(memory.in_a_line(error), place.rows)
+            return Shortage(memory.said_of_shortage(error), place.rows)
 
     def _expect_meeting(self) -> int:
         """Say that the next window is that of a model as it is known, and return how many ranks make it."""

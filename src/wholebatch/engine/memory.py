@@ -12,7 +12,7 @@ from functools import cache, partial
 
 import torch
 
-from wholebatch.core.errors import RankError
+from wholebatch.core.errors import OutOfMemoryError, RankError
 from wholebatch.core.trace import Kind, Trace
 from wholebatch.engine.profiling import AFTER, BETWEEN, changes_of, profiled
 
@@ -118,6 +118,17 @@ def in_a_line(error: BaseException) -> str:
         ('MemoryError', 'one')
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def said_of_shortage(error: Exception) -> str:
+    """Return what an error says of memory that ran out. Only these words may leave the block that caught it.
+
+    Raises:
+        Exception: The error itself, if it speaks of something else, or of a shortage that has been dealt with.
+    """
+    if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+        raise error
+    return in_a_line(error)
 
 
 def kind_in_a_line(error: BaseException) -> str:

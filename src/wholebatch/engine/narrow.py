@@ -3,6 +3,7 @@
 In 16 bits the sum stagnates: once it is 256 times as large as what is added, bfloat16 rounds the addend away.
 """
 
+from collections.abc import Iterable
 from typing import Literal, TypeAlias, cast, get_args
 
 import torch
@@ -30,9 +31,12 @@ def check_sum_in(accumulate_in: str | None) -> SumIn:
     return cast(SumIn, accumulate_in)
 
 
-def own_sum(sum_in: SumIn) -> "OwnSum | None":
-    """Return what sums the gradients of one 16-bit parameter; None where its ``.grad`` does."""
-    return None if sum_in == "weights" else Fp32Sum() if sum_in == "fp32" else CompensatedSum()
+def own_sums(parameters: Iterable[Tensor], sum_in: SumIn) -> "dict[Tensor, OwnSum]":
+    """Return what sums the gradients of each 16-bit parameter; the others' ``.grad`` does."""
+    if sum_in == "weights":
+        return {}
+    kind = Fp32Sum if sum_in == "fp32" else CompensatedSum
+    return {each: kind() for each in parameters if each.is_floating_point() and each.element_size() < 4}
 
 
 class Fp32Sum:

@@ -8,16 +8,17 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from wholebatch.core.errors import OptimizerError
 from wholebatch.core.noise import NoiseSample, NoiseScale
 from wholebatch.core.split import Tokens
+from wholebatch.engine.arrivals import before_added, remove
+from wholebatch.engine.gradients import norm_of
 from wholebatch.engine.reasons import Say
 from wholebatch.engine.steps.consuming import takers
 from wholebatch.engine.weighing import Reading, widest
@@ -73,36 +74,30 @@ class Noise:
         self._parameters: list[nn.Parameter] = []
         self._release: Callable[[], object] = lambda: None
 
-    def listen(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take the norms of the gradients that the next backward pass brings.
+    def hear(self, parameters: Sequence[nn.Parameter], backward: Callable[[], None]) -> Tensor | None:
+        """Run a backward pass, and return the squared norm of what it has brought, on its device.
 
         Args:
-            parameters: Whose.
-        """
-        if parameters is not self._parameters:
-            self._attend(parameters)
-        self._ear.norms = {}
-        self._ear.twice = False
-        self._ear.listening = True
-
-    def stop(self) -> None:
-        """Let further gradients be."""
-        self._ear.listening = False
-
-    def heard(self) -> Tensor | None:
-        """Return the squared norm of what the pass has brought, on its device, and let further gradients be.
+            parameters: To whom.
+            backward: Runs the pass.
 
         Returns:
             Shape ``[]``. None where the gradient of a weight came in parts, as nested backward passes bring it, so
             that its norm is not known; a pass that brought nothing has norm 0.
         """
+        if parameters is not self._parameters:
+            self._attend(parameters)
         ear = self._ear
-        ear.listening = False
+        ear.norms, ear.twice, ear.listening = {}, False, True
+        try:
+            backward()
+        finally:
+            ear.listening = False
         norms, ear.norms = list(ear.norms.values()), {}
         if ear.twice:
             return None
         if not norms:
-            return torch.zeros((), device=self._parameters[0].device)
+            return torch.zeros((), device=parameters[0].device)
         device = norms[0].device
         if len({(norm.device, norm.dtype) for norm in norms}) > 1:
             norms = [norm.to(device, widest(norm)) for norm in norms]
@@ -129,8 +124,8 @@ class Noise:
     def _attend(self, parameters: Sequence[nn.Parameter]) -> None:
         self._release()
         self._parameters = parameters  # type: ignore[assignment]  # the very list: another one has other parameters
-        hooks = [_listen(parameter, self._ear) for parameter in parameters]
-        self._release = weakref.finalize(self, _remove, hooks)
+        hooks = [before_added(each, partial(self._ear.note, id(each))) for each in parameters]
+        self._release = weakref.finalize(self, remove, hooks)
 
 
 _ONE = (
@@ -153,26 +148,7 @@ class _Ear:
         self.twice = False
         self.norms: dict[int, Tensor] = {}
 
-
-def _listen(parameter: Any, ear: _Ear) -> RemovableHandle:
-    place = id(parameter)
-
-    def note(gradient: Tensor) -> None:
-        if ear.listening:
-            if place in ear.norms:
-                ear.twice = True
-            values = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
-            narrow = torch.float32 if values.element_size() < 4 else None
-            ear.norms[place] = torch.linalg.vector_norm(values.detach(), dtype=narrow)
-
-    learns = parameter.requires_grad
-    parameter.requires_grad_(True)  # a frozen weight takes no hook, but keeps one until it is unfrozen
-    unpickled: Any = unserializable_hook  # a model that is pickled leaves the hook behind
-    handle: RemovableHandle = parameter.register_hook(unpickled(note))
-    parameter.requires_grad_(learns)
-    return handle
-
-
-def _remove(hooks: Sequence[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
+    def note(self, place: int, gradient: Tensor) -> None:
+        if self.listening:
+            self.twice = self.twice or place in self.norms
+            self.norms[place] = norm_of(gradient.detach())

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor
 
@@ -73,9 +73,9 @@ def part_of(result: Any, *, targets: Count | None, reduction: Reduction, graph: 
     return Part(result, reduction, targets)
 
 
-def learns(part: Part) -> bool:
-    """Return whether a part holds targets, as far as that can be told without asking a device."""
-    return isinstance(part.targets, Tensor) or bool(part.targets != 0)
+def learns(part: Part | None) -> TypeGuard[Part]:
+    """Return whether there is a part, and it holds targets, as far as that can be told without asking a device."""
+    return part is not None and (isinstance(part.targets, Tensor) or bool(part.targets != 0))
 
 
 def plain_count(count: Count) -> Count:

@@ -13,9 +13,10 @@ from wholebatch.core.weights import Count, check_count
 from wholebatch.engine.meetings.company import Company, OneByOne, Seat, leave, sit_down
 from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import plain_count
+from wholebatch.engine.rules import Rules
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.sums import GradientSum
-from wholebatch.engine.window import Rules, Window
+from wholebatch.engine.window import Window
 
 
 class Windows:

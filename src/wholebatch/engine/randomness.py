@@ -77,8 +77,9 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.on_device is not None:
             torch.get_device_module(self.device).set_rng_state(self.on_device, *_place(self.device))
-        random.setstate(self.python)
-        if self.numpy is not None and "numpy" in sys.modules:
+        if _python.state() is not self.python:  # it is the same object where nobody has drawn
+            random.setstate(self.python)
+        if self.numpy is not None and "numpy" in sys.modules and _numpy.state() is not self.numpy:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 

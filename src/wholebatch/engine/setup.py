@@ -1,17 +1,17 @@
 """Who trains what? Model, optimizers and schedules, and whether they belong together."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from wholebatch.core.errors import OptimizerError, OutOfMemoryError
-from wholebatch.engine import memory
+from wholebatch.core.errors import OptimizerError
 from wholebatch.engine.device import input_device
 from wholebatch.engine.ranks.group import Group
 from wholebatch.engine.ranks.membership import group_of
@@ -19,9 +19,6 @@ from wholebatch.engine.reasons import Say, silent
 from wholebatch.engine.steps.consuming import Consumption, takers
 from wholebatch.engine.steps.scheduling import Schedules
 from wholebatch.engine.steps.stepping import Stepping
-
-OnNonFinite: TypeAlias = Literal["skip", "raise"]
-"""What an infinite or undefined gradient does to its window."""
 
 
 @dataclass(slots=True)
@@ -107,20 +104,14 @@ class Setup:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first optimizer's first group."""
-        return float(self.optimizers[0].param_groups[0]["lr"])
+        """The learning rate of the first optimizer's first group; NaN where it finds its step by itself."""
+        lr = self.optimizers[0].param_groups[0].get("lr")
+        return math.nan if lr is None else float(lr)
 
     def step(self) -> BaseException | None:
         """Step every optimizer once, for a window; see `Stepping.step`."""
         self.stepping = True
         try:
-            try:
-                return self.update.step()
-            except Exception as error:
-                # Other ranks step now, so this one has to: a second time it goes in pieces.
-                if self.group.ranks == 1 or not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
-                    raise
-            memory.free_cached(self.device)
             return self.update.step()
         finally:
             self.stepping = False

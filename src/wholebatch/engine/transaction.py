@@ -4,8 +4,6 @@ Weights, optimizer state, loss scale and schedule need no copy: nothing touches 
 good. The gradient sum has its own beginning and end (`sums.py`).
 """
 
-import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enumerations, at ten times the cost
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +31,11 @@ class Transaction:
         self._modules: list[nn.Module] = []
         self._begun = _Kept()
         self._marked = _Kept()
+        self._point: _Kept | None = self._begun  # where the mark is; None where nothing moves
+        self._fresh = True  # the first mark is where the window began
         self._draws = True
         self._writes: bool | None = None
+        self._moves = False  # whether one of both did, although it had stood still
 
     def begin(self) -> None:
         """Keep random state and buffers as they are now."""
@@ -44,15 +45,19 @@ class Transaction:
         # What was still from one window to the next needs no mark in this one.
         self._draws = before is None or not self._begun.random_is(before)
         self._writes = self._writes or (None if self._writes is None else versions != self._begun.versions)
+        self._fresh = True
 
     def mark(self) -> None:
         """Keep both once more, in the middle of a window, to come back to; as far as passes may have moved them."""
-        if self._draws or self._writes is not False:
+        if self._fresh:
+            self._fresh, self._point = False, self._begun
+        elif self._moves or self._draws or self._writes is not False:
             self._marked.take(self._begun.modules, self._device)
+            self._point = self._marked
             if self._writes is None:  # the first time, by their values, since writing through ``.data`` has no version
                 self._writes = not self._marked.holds_the_same_buffers(self._begun)
         else:
-            self._marked.random = None
+            self._point = None
 
     def copy_of_buffer(self, module: nn.Module, name: str) -> Tensor | None:
         """Return what a buffer held at `begin`, or None if it was not there. To be read, not changed."""
@@ -64,31 +69,31 @@ class Transaction:
         buffers = {
             f"{path}.{name}": self._begun.copy_of(module, name)
             for path, module in self._model.named_modules()
-            for name in module._buffers
+            for name in module._buffers.keys()  # noqa: SIM118 - that of a scripted module cannot be gone through
         }
         return {"random": self._begun.random.state_dict(), "buffers": buffers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to these instead of to those at `begin`."""
+        """Go back to these instead of to those at `begin`; a mark is still where it is made."""
+        self._fresh, self._draws = False, True
         self._begun.random = RandomState.of(state["random"], self._device)
         for path, module in self._model.named_modules():
-            for name in module._buffers:
+            for name in module._buffers.keys():  # noqa: SIM118
                 copy, saved = self._begun.copy_of(module, name), state["buffers"].get(f"{path}.{name}")
                 if copy is not None and _alike(saved, copy):
                     copy.copy_(saved)
 
     def roll_back(self) -> None:
         """Put random state and buffers back to where they were at `begin`."""
-        if self._begun.random is None:
-            return
-        self._begun.random.restore()
-        self._begun.put_back_buffers(self._modules)
+        self._begun.put_back(self._modules)
 
-    def roll_back_to_mark(self) -> None:
-        """Put both back to where they were at `mark`."""
-        if self._marked.random is not None:
-            self._marked.random.restore()
-            self._marked.put_back_buffers(self._modules)
+    def roll_back_to_mark(self) -> bool:
+        """Put both back to where they were at `mark`; return False if they have moved although nothing was marked."""
+        if self._point is None:
+            self._moves = not self._begun.stands()
+            return not self._moves
+        self._point.put_back(self._modules)
+        return True
 
     def roll_back_random(self) -> None:
         """Put the random streams back to where they were at `begin`, and leave buffers as they are."""
@@ -140,7 +145,7 @@ class _Kept:
         self.modules = modules
         self._buffers = {module: dict(module._buffers) for module in modules}
         there = {id(each): each for held in self._buffers.values() for each in held.values() if each is not None}
-        self.versions = [-1 if each.is_inference() else each._version for each in there.values()]
+        self.versions = list(map(_version, there.values()))
         if there.keys() == self._copies.keys() and all(map(_alike, there.values(), map(self._copies.get, there))):
             if there:
                 with torch.no_grad():
@@ -148,14 +153,24 @@ class _Kept:
             return
         self._copies = {key: buffer.detach().clone() for key, buffer in there.items()}
 
+    def stands(self) -> bool:
+        """Whether nothing was drawn or written since."""
+        there = {id(each): each for held in self._buffers.values() for each in held.values() if each is not None}
+        return self.random is not None and self.random.stands() and self.versions == list(map(_version, there.values()))
+
     def copy_of(self, module: nn.Module, name: str) -> Tensor | None:
         buffer = self._buffers.get(module, {}).get(name)
         return None if buffer is None else self._copies[id(buffer)]
 
+    def put_back(self, modules: list[nn.Module]) -> None:
+        if self.random is not None:
+            self.random.restore()
+            self.put_back_buffers(modules)
+
     def put_back_buffers(self, modules: list[nn.Module]) -> None:
         for module in modules:
             buffers = self._buffers.get(module, {})
-            for name in [name for name in module._buffers if name not in buffers]:
+            for name in [name for name in module._buffers.keys() if name not in buffers]:  # noqa: SIM118
                 del module._buffers[name]
             for name, buffer in buffers.items():
                 if buffer is not None and buffer.is_inference():  # it takes no changes; its copy is as good
@@ -167,37 +182,10 @@ class _Kept:
                 module._buffers[name] = buffer
 
 
+def _version(buffer: Tensor) -> int:
+    return -1 if buffer.is_inference() else buffer._version
+
+
 def _alike(buffer: Tensor | None, copy: Tensor | None) -> bool:
     """Whether a buffer can be copied into its last copy."""
     return copy is not None and buffer is not None and copy.shape == buffer.shape and copy.dtype is buffer.dtype
-
-
-class uninterrupted:  # noqa: N801 - reads as what it does
-    """Hold Ctrl-C, and every signal that a function of Python handles, back until the end of the block.
-
-    So an update happens once or not at all. Only the main thread can, and needs to: Python delivers signals there.
-    """
-
-    def __enter__(self) -> None:
-        self._held: list[int] = []
-        self._before: list[tuple[int, Any]] = []
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                before = _signal.getsignal(number)
-                if callable(before):
-                    self._before.append((number, before))
-                    _signal.signal(number, lambda number, _frame: self._held.append(number))
-
-    def __exit__(self, *_error: object) -> None:
-        for number, before in self._before:
-            _signal.signal(number, before)
-        for number in dict.fromkeys(self._held):
-            _signal.raise_signal(number)
-
-
-_SIGNALS = [
-    getattr(_signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-    if hasattr(_signal, name)
-]
-"""What tells a run to stop or to save."""

@@ -3,33 +3,28 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from wholebatch.core.batch import Layout, LogicalBatch, paths
-from wholebatch.core.errors import ConfigError, NonFiniteError, OptimizerError, SplitError, WeightError
-from wholebatch.core.record import Update
+from wholebatch.core.errors import ConfigError, OptimizerError, SplitError
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
-from wholebatch.engine import memory
-from wholebatch.engine.accumulator import Accumulator
-from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.checks.causes import Cause, diagnose
-from wholebatch.engine.checks.pieces import Probe, flat_gradient
-from wholebatch.engine.device import input_device, move
+from wholebatch.engine.checks.pieces import Probe, is_rounding, take_gradients
+from wholebatch.engine.device import input_device
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.ranks.wrapping import by_itself
 from wholebatch.engine.transaction import Transaction
-from wholebatch.evidence import reference
 from wholebatch.evidence.certificate.blame import blame
 from wholebatch.evidence.certificate.cuts import Cut, three_cuts
 from wholebatch.evidence.certificate.examination import examine
+from wholebatch.evidence.certificate.gradients import Accumulated, nothing, undivided
 from wholebatch.evidence.certificate.judge import Judge
 from wholebatch.evidence.certificate.rehearsal import StepFn
 from wholebatch.evidence.certificate.source import definition
 from wholebatch.evidence.certificate.verification import CutFound, Verification
 
-__all__ = ["Catch", "Verification", "verify"]
+__all__ = ["Verification", "verify"]
 
 
 @by_itself
@@ -50,16 +45,16 @@ def verify(
 
     The batch is cut in three ways: by rows, permuted, and ragged. Without `step`, the accumulator runs each cut. With
     it, your own loop does, from a list of micro-batches to an update, so that the loop you have can be verified as it
-    stands. On the way, one window runs out of memory on purpose, to see what a retry does, and another has gradients
-    that are 2**20 times as large, so that a clip acts.
+    stands. On the way, a window runs out of memory on purpose, to see what a retry does, and has gradients that are
+    2**20 times as large, so that a clip acts.
 
     The judge is the plain loop of `wholebatch.evidence.reference`, which shares no code with the accumulator and sees
     the whole batch, so it must fit into memory: take a small one. Model, gradients, buffers and random state are left
     as they were. What a step changes elsewhere, such as a moving average of its own, is not undone.
 
-    When all is well, the batch is run four times: once undivided, and once for each cut. A step runs half a window
-    more, until the lack of memory, and one that is wrong some more, to find out why. Where a pass takes tens of
-    milliseconds this costs four to six undivided ones; there are some 5 ms beside, and the time to compare gradients.
+    When all is well, the batch is run three times: once undivided, once by rows, and once ragged and permuted at once.
+    A step runs a micro-batch more, until the lack of memory. What differs is run some more, each cut for itself, to
+    find out why.
 
     Args:
         model: The module, in the mode in which it trains.
@@ -88,11 +83,12 @@ def verify(
         SplitError: The batch has fewer than two rows, or its parts disagree on how many rows there are.
         WeightError: The batch holds no target.
         NonFiniteError: Loss or gradient of the batch is infinite or not a number.
-        OptimizerError: The model is no module.
+        OptimizerError: The model is no module, or nothing in it learns.
         ConfigError: The step cannot be called with what it gets, or an argument is not one of those above.
         Exception: What loss function or step raised, as it is.
 
     Example:
+        >>> import torch
         >>> def loss_fn(model, batch):
         ...     return torch.nn.functional.mse_loss(model(batch["x"]), batch["y"])
         >>> batch = {"x": torch.arange(12.0).reshape(4, 3), "y": torch.zeros(4, 1)}
@@ -117,10 +113,20 @@ def verify(
             f"The model is a {type(model).__name__}, not a torch.nn.Module.",
             hint="pass the module first: wb.verify(model, loss_fn, batch).",
         )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise OptimizerError(
+            "None of the model's parameters requires a gradient, so that there is none to compare.",
+            hint="unfreeze what is to learn: parameter.requires_grad_(True).",
+        )
     if micro_batch is not None and not isinstance(micro_batch, Rows | Tokens):
         raise ConfigError(
             f"micro_batch={micro_batch!r} says nothing about which rows go together.",
             hint="pass wb.Rows(8) or wb.Tokens(4096, length=...), or leave it out.",
+        )
+    if step is not None and not callable(step):
+        raise ConfigError(
+            f"step is a {type(step).__name__}, which cannot be called.",
+            hint="pass your own window: step(model, optimizer, micro_batches), or leave it out.",
         )
     whole = paths(whole)
     rows = Layout(collate, whole, dims).logical(batch)
@@ -130,43 +136,39 @@ def verify(
     cuts = three_cuts(rows, micro_batch)
     objective = Objective(loss_fn, targets, reduction)
     probe = Probe(model, objective, rows)
-    device = input_device(model)
-    transaction = Transaction(model, device)
-    found = [parameter.grad for parameter in model.parameters()]
+    transaction = Transaction(model, input_device(model))
+    found = [(parameter, parameter.grad) for parameter in model.parameters()]
     transaction.begin()
     cut_peak: int | None = None
     try:
-        gradients: list[Tensor] = []
-        roll_back = transaction.roll_back_buffers  # not the random state: other draws show what depends on them
         if step is None:
-            memory.release(device)
+            # Not the random state: other draws show what depends on them.
             form = {"micro_batch": micro_batch, "collate": collate, "whole": whole, "dims": dims}
-            update, gradients = _cut_gradients(model, batch, rows, objective, cuts, roll_back, **form)
+            accumulated = Accumulated(model, probe.parameters, objective, transaction.roll_back_buffers, **form)
+            update, by_rows = accumulated.step(batch)
             cut_peak = update.peak_bytes
-            roll_back()
         elif not _has_targets(objective, rows):
-            raise _nothing()
-        peak, whole_gradient = _whole_gradient(model, objective, rows)
-        roll_back()
-        judge = Judge(probe, whole_gradient, cuts[0].parts)
+            raise nothing()
+        peak = undivided(model, objective, rows)
+        judge = Judge(probe, take_gradients(probe.parameters), cuts[0].parts)
+        transaction.roll_back_buffers()
         if step is None:
-            transaction.roll_back()
-            ok, causes, cuts_found = _judge(judge, cuts, gradients, rows.rows)
-            errors = [judge.errors(gradient) for gradient in gradients]
+            ok, causes, cuts_found, errors = _judge(judge, accumulated, rows, cuts, by_rows, transaction.roll_back)
         else:
-            ok, causes, cuts_found, errors = _judge_step(step, judge, rows, cuts)
+            ok, causes, cuts_found, errors = _judge_step(step, judge, rows, cuts, transaction.roll_back_buffers)
         causes = blame(causes, model, loss_fn, targets=targets, step=step)
         by_parameter = [max(each) for each in zip(*errors, strict=True)]
     finally:
         transaction.roll_back()
-        for parameter, grad in zip(model.parameters(), found, strict=True):
+        for parameter, grad in found:
             parameter.grad = grad
+    eps = probe.eps
     return Verification(
         ok=ok,
         error=cuts_found[0].error,
-        eps=probe.eps,
-        tolerance=probe.tolerance / probe.eps,
-        by_parameter={name: error / probe.eps for name, error in zip(probe.names, by_parameter, strict=True)},
+        eps=eps,
+        tolerance=probe.tolerance / eps,
+        by_parameter={name: error / eps for name, error in zip(probe.names, by_parameter, strict=True)},
         causes=tuple(causes),
         rows=rows.rows,
         micro_batches=cuts_found[0].micro_batches,
@@ -177,40 +179,49 @@ def verify(
     )
 
 
-class Catch(torch.optim.Optimizer):
-    """Keeps the gradient that it is given to step with, and moves nothing."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__(parameters, {"lr": 0.0})
-        self.gradient = torch.zeros(0, dtype=torch.float64)
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        self.gradient = flat_gradient(parameter for group in self.param_groups for parameter in group["params"])
-
-
 def _judge(
-    judge: Judge, cuts: Sequence[Cut], gradients: Sequence[Tensor], num_rows: int
-) -> tuple[bool, list[Cause], list[CutFound]]:
-    """Judge what the accumulator made of the cuts; the first one that is off is looked at for the cause."""
-    if not all(map(judge.right, gradients)):
-        judge.probe.coarsen(lambda: judge.probe.run(range(num_rows)))  # such as autocast in the loss
+    judge: Judge,
+    accumulated: Accumulated,
+    rows: LogicalBatch,
+    cuts: Sequence[Cut],
+    by_rows: list[Tensor],
+    roll_back: Callable[[], None],
+) -> tuple[bool, list[Cause], list[CutFound], list[list[float]]]:
+    """Judge what the accumulator makes of the cuts; the first one that is off is looked at for the cause."""
+    _, permuted, ragged = cuts
+    probe, everything = judge.probe, range(rows.rows)
+    windows = [(1, cuts[0], by_rows), (2, ragged, accumulated.window(rows, ragged))]
+
+    def right() -> bool:
+        return all(judge.right(gradient) for _, _, gradient in windows)
+
+    def coarsened() -> bool:  # such as autocast in the loss
+        roll_back()
+        return probe.coarsen(lambda: probe.run(everything))
+
+    if right() or (coarsened() and right()):
+        windows.insert(1, windows[1])  # it is permuted as well
+    else:
+        windows[1:] = [(2, permuted, accumulated.window(rows, permuted)), (3, *windows[1][1:])]
+    errors = [judge.errors(gradient) for _, _, gradient in windows]
     found = [
-        CutFound(cut.name, len(cut.parts), judge.right(gradient), judge.off(gradient))
-        for cut, gradient in zip(cuts, gradients, strict=True)
+        CutFound(cut.name, len(run.parts), is_rounding(each, probe.tolerance), judge.off(gradient), window=window)
+        for cut, (window, run, gradient), each in zip(cuts, windows, errors, strict=True)
     ]
     off = next((cut for cut, each in zip(cuts, found, strict=True) if not each.ok), None)
-    causes = diagnose(judge.probe, range(num_rows), off.parts) if off is not None else []
-    return off is None, causes, found
+    causes = diagnose(probe, everything, off.parts) if off is not None else []
+    return off is None, causes, found, errors
 
 
 def _judge_step(
-    step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut]
+    step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut], roll_back: Callable[[], None]
 ) -> tuple[bool, list[Cause], list[CutFound], list[list[float]]]:
     """Judge what the user's own step made of the cuts."""
-    trial, causes = examine(step, judge.probe, rows, cuts, judge.whole)
+    trial, causes = examine(step, judge, rows, cuts, roll_back)
+    windows = list({id(run): run for run in trial.runs}.values())
     found = [
         CutFound(
-            run.cut.name,
+            cut.name,
             len(run.cut.parts),
             trial.ok
             or (
@@ -221,86 +232,13 @@ def _judge_step(
             run.error(judge),
             len(run.found.steps),
             run.found.schedule_steps,
+            next(number for number, window in enumerate(windows, 1) if window is run),
         )
-        for run in trial.runs
+        for cut, run in zip(cuts, trial.runs, strict=True)
     ]
     return trial.ok, causes, found, [run.errors(judge) for run in trial.runs]
-
-
-def _cut_gradients(
-    model: nn.Module,
-    batch: Any,
-    rows: LogicalBatch,
-    objective: Objective,
-    cuts: Sequence[Cut],
-    roll_back: Callable[[], None],
-    **cut: Any,
-) -> tuple[Update, list[Tensor]]:
-    """Run the accumulator on each cut and catch the gradients that it steps with: first `step`, then `window`."""
-    catch = Catch(parameter for parameter in model.parameters() if parameter.requires_grad)
-    accumulator = Accumulator(
-        model,
-        catch,
-        objective.loss_fn,
-        targets=objective.targets,
-        reduction=objective.reduction,
-        batch_norm="per_micro_batch",
-        check=None,
-        on_nonfinite="raise",
-        **cut,
-    )
-    update = accumulator.step(batch)
-    if update.skipped is not None:
-        raise _nothing(update.skipped)
-    gradients = [catch.gradient]
-    for other in cuts[1:]:
-        roll_back()
-        try:
-            if accumulator.meets:
-                accumulator.make(rows, other.parts)
-            else:
-                _run_window(accumulator, model, objective, rows, other)
-            gradients.append(catch.gradient)
-        except Exception as error:
-            # By rows it was finite, and no layer refused; then this is a difference.
-            if not isinstance(error, NonFiniteError) and not batch_dependent_layers(model):
-                raise
-            gradients.append(torch.full_like(catch.gradient, float("nan")))
-    return update, gradients
-
-
-def _run_window(accumulator: Accumulator, model: nn.Module, objective: Objective, rows: LogicalBatch, cut: Cut) -> None:
-    device = input_device(model)
-    with accumulator.window(micro_batches=len(cut.parts)) as window:
-        for part in cut.parts:
-            micro_batch = move(rows.take(part), device)
-            count = objective.count(micro_batch, len(part))
-            added = None if not isinstance(count, Tensor) and count == 0 else objective(model, micro_batch, count)
-            if added is None:
-                window.leave_out(rows=len(part))
-            else:
-                window.add(added, rows=len(part))
-
-
-def _whole_gradient(model: nn.Module, objective: Objective, rows: LogicalBatch) -> tuple[int | None, Tensor]:
-    device = input_device(model)
-    memory.release(device)
-    memory.reset_peak(device)
-    reference.gradient(  # type: ignore[no-untyped-call]
-        model,
-        objective.loss_fn,
-        move(rows.take(range(rows.rows)), device),
-        targets=objective.targets or (lambda _batch: rows.rows),
-        reduction=objective.reduction,
-    )
-    peak = memory.peak_bytes(device)
-    return peak, flat_gradient(parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _has_targets(objective: Objective, rows: LogicalBatch) -> bool:
     everything = range(rows.rows)
     return float(objective.count(rows.take(everything), rows.rows)) > 0
-
-
-def _nothing(why: str = "no micro-batch held a target") -> WeightError:
-    return WeightError(f"There is nothing to compare: {why}.", hint="verify with a batch that holds targets.")

@@ -6,6 +6,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 from torch import nn
 
 import wholebatch
-from wholebatch.core.errors import WholeBatchError
+from wholebatch.core.errors import WholeBatchError, WindowError
 from wholebatch.core.record import Update
 from wholebatch.core.schedules import ByNoise, Rates
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.device import input_device
+from wholebatch.engine.reasons import Reasons
 from wholebatch.evidence.comparison import compare
 from wholebatch.evidence.report import REPORT_NAME, write_report
 from wholebatch.evidence.runlog import LOG_NAME
@@ -167,6 +169,8 @@ class _Run:
         batches = LogicalBatches(
             rows, self.config.logical_batch, length=self.recipe.length, seed=self.config.seed, schedule=schedule
         )
+        if self.config.grow_to is None:
+            self._say_if_all(batches.whole)
         rates = Rates(optimizer, at=schedule.at(0, 0), rule=self.config.lr_rule) if self.config.grow_to else None
         planned = self.config.updates or _planned(batches, self.config.epochs or 1)
         self._start(model, num_rows=len(rows), planned=planned)
@@ -185,6 +189,11 @@ class _Run:
                     self._validate(epoch, done, model, accumulator, held_out)
             if done == self.config.updates or (self.config.updates is None and epoch == (self.config.epochs or 1)):
                 break
+        if not self.summary.updates:
+            raise WindowError(
+                f"None of {self.summary.skipped} windows became an update: {update.skipped}.",
+                hint="the log tells of each; look at the rows, what the loss returns for them, and the learning rate.",
+            )
         held = self.place.largest([self.summary.rows_at_once, self.summary.tokens_at_once or -1])
         self.summary.rows_at_once, tokens = held
         self.summary.tokens_at_once = tokens if tokens >= 0 else None
@@ -229,7 +238,7 @@ class _Run:
                 "event": "start",
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "recipe": self.config.recipe,
-                "logical_batch": str(self.config.logical_batch),
+                "logical_batch": self.summary.logical_batch,
                 "micro_batch": str(self.config.micro_batch),
                 "batch_norm": self.config.batch_norm if self.config.batch_norm != "refuse" else None,
                 "precision": self.config.precision,
@@ -249,6 +258,14 @@ class _Run:
                 },
             }
         )
+
+    def _say_if_all(self, held: int) -> None:
+        """Say so where all rows together are less than a logical batch was to be."""
+        stated = self.config.logical_batch
+        if held < stated.count:
+            self.summary.logical_batch = str(replace(stated, count=held))
+            say = Reasons(self.reasons)
+            say(f"The data hold {self.summary.logical_batch}, so that no logical batch has {stated}.")
 
     def _follow(self, rates: Rates, size: int) -> None:
         """Let the learning rate follow the logical batch, and say so."""

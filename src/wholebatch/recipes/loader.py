@@ -64,6 +64,11 @@ class LogicalBatches:
         """Return how many logical batches an epoch has, as far as the schedule knows."""
         return sum(1 for _ in self._places(number, done, self._schedule.at))
 
+    @property
+    def whole(self) -> int:
+        """How much all rows are together, in the unit of the amount that was asked for."""
+        return sum(self._sizes)
+
     def amount(self, batch: Sequence[Any]) -> int:
         """Return how much a logical batch is, in the unit of the amount that was asked for."""
         return len(batch) if self._length is None else sum(map(self._length, batch))

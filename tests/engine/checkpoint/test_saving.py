@@ -218,6 +218,37 @@ def test_a_loader_of_micro_batches_goes_on_between_two_updates(tmp_path):
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
+@OLD
+@pytest.mark.parametrize("after", [0, 1, 2], ids=lambda count: f"after {count} updates")
+def test_a_loader_that_draws_from_the_common_stream_to_begin_does_not_shift_it(tmp_path, after):
+    """As any loader without a generator of its own does; dropout draws from the same stream."""
+
+    def begun(seed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 1))
+        accumulator = wb.Accumulator(model, torch.optim.Adam(model.parameters()), lambda model, x: model(x).mean())
+        loader = StatefulDataLoader(list(torch.arange(66.0).reshape(22, 3) / 66), batch_size=2, shuffle=True)
+        torch.manual_seed(seed)
+        return accumulator, loader
+
+    def losses(accumulator, loader, until=None):
+        found = []
+        for update in accumulator.updates(loader, micro_batches=4):
+            found.append(update.loss)
+            if len(found) == until:
+                break
+        return found
+
+    accumulator, loader = begun(1)
+    whole = losses(accumulator, loader) + losses(accumulator, loader)
+    accumulator, loader = begun(1)
+    first = losses(accumulator, loader, after) if after else []
+    wb.save(tmp_path / "run", accumulator, loader)
+    accumulator, loader = begun(2)
+    wb.load(tmp_path / "run", accumulator, loader)
+    assert first + losses(accumulator, loader) + losses(accumulator, loader) == whole
+
+
 def test_a_disk_that_is_full_leaves_the_last_file_whole(tmp_path):
     script = """
         import resource, sys

@@ -41,7 +41,6 @@ def test_a_table_says_the_worst_of_each_trap_and_the_details_say_why(results):
         [" wholebatch ", " pass ", " pass ", " pass "],
         [" textbook   ", " 0.67 ", " pass ", " 0.75 "],
     ]
-    assert table.by_scene(results).splitlines()[2].split() == ["|", "T1-ragged-counts", "|", "pass", "|", "0.67", "|"]
     assert [line.split(";")[0] for line in table.details(results)] == [
         "textbook, T1-ragged-counts: fail",
         "textbook, T7-gan: fail",

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wholebatch.core.errors import ConfigError, MissingExtraError, WholeBatchError
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.checkpoint.plain import put_together, taken_apart
+from wholebatch.engine.randomness import RandomState
 from wholebatch.engine.ranks.agreement import agreed
 from wholebatch.engine.ranks.wire import Wire
 
@@ -70,11 +72,13 @@ def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
     wire = accumulator._setup.group.wire
     target = _own(Path(path), wire)
     beside = _beside(target)
+    with agreed(wire):
+        position = _position(loader)  # before the random state: a loader that has not begun may draw to begin
     kept = accumulator.state_dict()
     metadata = {"format": _FORMAT, "made": _name_of_this_save(wire)}
     try:
         with agreed(wire), _writing(target):
-            text, tensors = taken_apart({"accumulator": kept, "loader": _position(loader), "extra": extra})
+            text, tensors = taken_apart({"accumulator": kept, "loader": position, "extra": extra})
             save_file(tensors, beside, metadata={**metadata, "state": json.dumps(text)})
             _to_disk(beside)
     except BaseException:
@@ -129,7 +133,7 @@ def load(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
         _require_a_loader_for(position, loader, target)
     accumulator.load_state_dict(state["accumulator"])
     if position is not None:
-        loader.load_state_dict(position)
+        _take_position(loader, position, accumulator._setup.device)
     return state["extra"]
 
 
@@ -211,6 +215,17 @@ def _require_accumulator(accumulator: Any) -> None:
             f"This is a {type(accumulator).__name__}, not a wb.Accumulator.",
             hint="pass the accumulator: wb.save(path, accumulator). It knows its model, optimizers and schedules.",
         )
+
+
+def _take_position(loader: Any, position: Any, device: torch.device) -> None:
+    """Let a loader go on from a position, and leave the random state as it is: what it draws to begin was drawn before.
+
+    Asked for its state, a StatefulDataLoader begins at once, and not when the loop asks for the first batch.
+    """
+    random = RandomState.now(device)
+    loader.load_state_dict(position)
+    loader.state_dict()
+    random.restore()
 
 
 def _position(loader: Any) -> Any:

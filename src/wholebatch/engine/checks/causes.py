@@ -133,14 +133,8 @@ def _stirs(probe: Probe, whole: Indices) -> bool:
 
 def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[Cause]:
     """What is wrong with the division itself, given that the model is deterministic and no layer sees the batch."""
-    if probe.meets:  # parts that are run alone would be other batches
-        return [_MEETS_AND_DIFFERS]
     undivided = probe.run(whole)
-    twice = probe.run([*whole, *whole])
-    pieces = [piece for part in parts if (piece := probe.run(part)) is not None]
-    if undivided is None or twice is None or not pieces:
-        return []
-    size = float(undivided.gradient.norm())
+    size = float(undivided.gradient.norm()) if undivided is not None else 0.0
     if not math.isfinite(size):
         return [
             Cause(
@@ -149,6 +143,12 @@ def _arithmetic_causes(probe: Probe, whole: Indices, parts: Sequence[Indices]) -
                 "look at the rows, and at divisions, logarithms and square roots in the loss.",
             )
         ]
+    if probe.meets:  # parts that are run alone would be other batches
+        return [_MEETS_AND_DIFFERS]
+    twice = probe.run([*whole, *whole])
+    pieces = [piece for part in parts if (piece := probe.run(part)) is not None]
+    if undivided is None or twice is None or not pieces:
+        return []
     doubles = float((twice.gradient - 2 * undivided.gradient).norm()) <= probe.tolerance * 2 * size
     stays = float((twice.gradient - undivided.gradient).norm()) <= probe.tolerance * size
     if doubles and not undivided.is_sum:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from wholebatch.core.batch import Layout, LogicalBatch
-from wholebatch.core.errors import BatchNormError, MeetingError, VerifyError
+from wholebatch.core.errors import BatchNormError, MeetingError, VerifyError, WholeBatchError
 from wholebatch.core.split import Indices, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
@@ -139,9 +139,15 @@ def check_first(
         dependent = set(batch_dependent_layers(model))
         with evaluating([layer for name, layer in model.named_modules() if name in dependent]):
             found = [_compare_piece(probe, piece) for piece in pieces]
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
+        if isinstance(error, WholeBatchError) or is_out_of_memory(error):
+            raise
         _explain(error, meets=probe.meets)
-        raise
+        # Some models take one number of rows and no other; if they are not at fault, training will raise it again.
+        return (
+            f"The first batch was not compared cut and uncut: on a few of its rows, or on one, the loss raises "
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        )
     finally:
         transaction.roll_back()
     errors = [each for each in found if isinstance(each, float)]

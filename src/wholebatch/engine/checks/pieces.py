@@ -22,13 +22,13 @@ from wholebatch.core.weights import mean_weights
 from wholebatch.engine.backward import run_backward
 from wholebatch.engine.checks.rounding import CoarsestDtype
 from wholebatch.engine.device import input_device, move
+from wholebatch.engine.holding import Holding
 from wholebatch.engine.meetings.company import Alone, among, recomputing_with
 from wholebatch.engine.meetings.exactnorm import exact_layers
 from wholebatch.engine.meetings.joined import run_joined
 from wholebatch.engine.meetings.reach import Near
 from wholebatch.engine.objective import Objective, Part
 from wholebatch.engine.precision import Precision
-from wholebatch.engine.sums import GradientSum
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class Probe:
         self._objective = objective
         self._rows = rows
         self._sample = sample
-        self._precision = precision or Precision("fp32", input_device(model))
+        self._device = input_device(model)
+        self._precision = precision or Precision("fp32", self._device)
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
@@ -77,7 +78,7 @@ class Probe:
     def eps(self) -> float:
         """The rounding unit of the coarsest weights or, where it was seen, arithmetic; with TF32, that of TF32."""
         eps = max(self._weights_eps, self._precision.eps, self._seen_eps)
-        tf32 = torch.backends.cuda.matmul.allow_tf32 and input_device(self.model).type == "cuda"
+        tf32 = self._device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return max(eps, 2.0**-10) if tf32 else eps
 
     @property
@@ -87,9 +88,10 @@ class Probe:
         A loss that is steep in its rows, such as one with a low temperature, rounds more than its weights do. In
         float64 there is room for that: no mistake worth a name is as small as 1e-8.
         """
-        if self.eps < 1e-12:
-            return 2.0**26 * self.eps
-        return (4096 if self.eps < 1e-5 else 16) * self.eps
+        eps = self.eps
+        if eps < 1e-12:
+            return 2.0**26 * eps
+        return (4096 if eps < 1e-5 else 16) * eps
 
     @property
     def autocasts(self) -> bool:
@@ -100,7 +102,7 @@ class Probe:
     def as_the_weights_are(self) -> Iterator[None]:
         """Run without autocast for a while, and judge by the rounding of the weights."""
         before = self._precision, self._seen_eps
-        self._precision, self._seen_eps = Precision("fp32", input_device(self.model)), 0.0
+        self._precision, self._seen_eps = Precision("fp32", self._device), 0.0
         try:
             yield
         finally:
@@ -132,7 +134,8 @@ class Probe:
         if part is None:
             return None
         losses, weights = _entering(part, 1.0)
-        return Piece(float(part.targets), part.reduction == "sum", self._gradient(losses, weights))
+        with recomputing_with(alone):
+            return Piece(float(part.targets), part.reduction == "sum", self._gradient(losses, weights))
 
     def together(self, whole: Indices, parts: Sequence[Indices]) -> Tensor | None:
         """Return the gradient of the objective over parts that meet, or None where there is nothing to learn.
@@ -144,7 +147,7 @@ class Probe:
         places = {row: place for place, row in enumerate(whole)}
         near = Near([[places[row] for row in part] for part in parts], len(parts))
         runs = [partial(self._forward, part) for part in parts]
-        found, minutes = run_joined(runs, near, device=input_device(self.model))
+        found, minutes = run_joined(runs, near, device=self._device)
         learned = [part for part in found if part is not None]
         if not learned:
             return None
@@ -159,7 +162,7 @@ class Probe:
             return self._gradient(losses, weights)
 
     def _forward(self, indices: Indices) -> Part | None:
-        micro_batch = move(self._rows.take(indices), input_device(self.model))
+        micro_batch = move(self._rows.take(indices), self._device)
         count = self._objective.count(micro_batch, len(indices))
         if float(count) == 0 and not self.meets:
             return None
@@ -168,13 +171,13 @@ class Probe:
         return None if part is None or float(part.targets) == 0 else part
 
     def _gradient(self, losses: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        sums = GradientSum(self.parameters, [], "weights")
-        sums.start()
+        holding = Holding(self.parameters, [])
+        holding.begin()
         try:
             run_backward(losses, weights)
             return flat_gradient(self.parameters, self._sample).double()
         finally:
-            sums.roll_back()
+            holding.end(used_up=False)
 
 
 def _entering(part: Part, weight: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -205,18 +208,49 @@ def flat_gradient(parameters: Iterable[nn.Parameter], sample: int | None = None)
     return torch.cat([_entries(parameter, _num_entries(parameter, sample), widest) for parameter in parameters])
 
 
+def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Take the gradients of some parameters out of ``.grad``, as they are.
+
+    What is dense is not copied, unless it is a view of something else, which may be written again: DDP has such.
+
+    Args:
+        parameters: Whose ``.grad`` is None afterwards; where it was so before, the gradient is zero.
+
+    Returns:
+        One for each parameter. Shape of each: ``[entries]``; a complex entry counts as two.
+    """
+    taken = []
+    for parameter in parameters:
+        entries = _flat(parameter)
+        if entries is None:
+            real = parameter.dtype.to_real()
+            entries = torch.zeros(_num_entries(parameter, None), dtype=real, device=parameter.device)
+        elif parameter.grad is not None and parameter.grad._is_view():
+            entries = entries.clone()
+        taken.append(entries)
+        parameter.grad = None
+    return taken
+
+
 def _num_entries(parameter: nn.Parameter, sample: int | None) -> int:
     entries = parameter.numel() * (2 if parameter.is_complex() else 1)
     return min(entries, sample) if sample is not None else entries
 
 
 def _entries(parameter: nn.Parameter, size: int, dtype: torch.dtype) -> Tensor:
-    if parameter.grad is None:
+    flat = _flat(parameter)
+    if flat is None:
         return torch.zeros(size, dtype=dtype)
+    return flat[:: max(1, flat.numel() // max(1, size))][:size].to("cpu", dtype)
+
+
+def _flat(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient of a parameter as one stretch of real numbers, None where there is none."""
+    if parameter.grad is None:
+        return None
     grad = parameter.grad.detach()
     grad = grad if grad.layout == torch.strided else grad.to_dense()
-    flat = (torch.view_as_real(grad) if grad.is_complex() else grad).flatten()
-    return flat[:: max(1, flat.numel() // max(1, size))][:size].to("cpu", dtype)
+    return (torch.view_as_real(grad) if grad.is_complex() else grad).flatten()
 
 
 def norm(entries: Tensor) -> float:
@@ -225,6 +259,7 @@ def norm(entries: Tensor) -> float:
     Args:
         entries: Shape ``[entries]``.
     """
+    entries = entries if entries.element_size() > 2 else entries.float()
     found = float(torch.linalg.vector_norm(entries))
     if 1e-12 < found < 1e15 or entries.dtype == torch.float64:
         return found
@@ -244,12 +279,8 @@ def errors(cut: Tensor, whole: Tensor, scale: Tensor, sizes: Sequence[int]) -> l
         For each parameter the 2-norm of the difference over that of the parts; a parameter with hardly any gradient is
         measured against 3 % of the average.
     """
-    return relative(norms(cut - whole, sizes), norms(scale, sizes), sizes)
-
-
-def norms(entries: Tensor, sizes: Sequence[int]) -> list[float]:
-    """Return the 2-norm of each parameter's part; arguments as for `errors`."""
-    return [norm(part) for part in entries.split_with_sizes(list(sizes))]
+    parts, scales = (each.split_with_sizes(list(sizes)) for each in (cut - whole, scale))
+    return relative(list(map(norm, parts)), list(map(norm, scales)), sizes)
 
 
 def relative(differences: Sequence[float], scales: Sequence[float], sizes: Sequence[int]) -> list[float]:

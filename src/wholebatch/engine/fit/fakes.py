@@ -41,10 +41,6 @@ class Fakes:
             self._known[id(tensor)] = tensor, fake
         return self._known[id(tensor)][1]
 
-    def of_tree(self, tree: Any) -> Any:
-        """Return a tree with a stand-in for each of its tensors."""
-        return map_leaves(lambda leaf: self.of(leaf) if isinstance(leaf, Tensor) else leaf, tree)
-
     @contextmanager
     def within(self, model: nn.Module) -> Iterator[None]:
         """Put stand-ins into a model, wherever it holds a parameter, a buffer or another tensor, and take them out.

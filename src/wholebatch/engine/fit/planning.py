@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wholebatch.core.batch import paths
-from wholebatch.core.budget import parse_bytes
+from wholebatch.core.budget import parse_bytes, say_bytes
 from wholebatch.core.errors import ConfigError, LossError, SplitError
 from wholebatch.core.plan import Plan
 from wholebatch.core.planner import Planner, Task
@@ -27,6 +27,7 @@ from wholebatch.engine.fit.rowsize import largest_row
 from wholebatch.engine.fit.sample import Sample
 from wholebatch.engine.fit.timing import clock
 from wholebatch.engine.fit.ways import Ways
+from wholebatch.engine.meetings.exactnorm import exact_layers
 from wholebatch.engine.narrow import SumIn, check_sum_in
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.precision import Format, Precision
@@ -209,13 +210,28 @@ class Planning:
             ways.offloaded,
         )
         if micro_batch == "auto":
-            return self._finished(planner.plan())
+            return self._finished(self._joined(planner.plan(), planner))
         if not isinstance(micro_batch, Rows | Tokens):
             raise ConfigError(
                 f"micro_batch={micro_batch!r} says nothing about which rows go together.",
                 hint='pass wb.Rows(8), wb.Tokens(4096, length=...) or "auto".',
             )
-        return self._finished(planner.stated(micro_batch))
+        return self._finished(self._joined(planner.stated(micro_batch), planner))
+
+    def _joined(self, made: Plan, planner: Planner) -> Plan:
+        """Plan all rows at once where batch norm is exact, since graphs that are joined take as much however cut."""
+        layers = exact_layers(self._probe.setup.model)
+        if made.micro_batches == 1 or not layers or self._probe.setup.device.type != "cpu":
+            return made
+        whole = Planner(planner.task, planner.ways, planner.clock, planner.notes, planner.ladder).stated(
+            Rows(self._rows)
+        )
+        said = (
+            f"Batch norm is exact in {layers[0]}, so the graphs of all micro-batches are joined, and the logical batch "
+            f"of {self._rows} rows takes {say_bytes(whole.peak_bytes)} however it is cut, and there are "
+            f"{say_bytes(whole.budget_bytes)}."
+        )
+        return replace(whole, reasons=(said, *whole.reasons[1:]))
 
     def _finished(self, made: Plan) -> Plan:
         """Let the plan be applied, and say so where a cut changes what a layer computes."""
@@ -224,8 +240,9 @@ class Planning:
         if made.micro_batches == 1 or not layers:
             return made
         said = (
-            f"{len(layers)} layers compute over the rows that they see, {layers[0]} first, so that a cut is refused "
-            'unless you decide otherwise: wb.convert_batch_norm, wb.freeze_batch_norm, or batch_norm="per_micro_batch".'
+            f"Layers that compute over the rows that they see: {', '.join(layers[:5])}{' ...' * (len(layers) > 5)}. "
+            "A cut is refused unless you decide otherwise: wb.exact_batch_norm, wb.convert_batch_norm, "
+            'wb.freeze_batch_norm, or batch_norm="per_micro_batch".'
         )
         return replace(made, reasons=(*made.reasons, said))
 

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from wholebatch.engine.fit.fakes import state_bytes
 from wholebatch.engine.fit.optimizing import step_need
-from wholebatch.engine.narrow import SumIn
+from wholebatch.engine.narrow import SumIn, own_sums
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.steps.stepping import copy_bytes
-from wholebatch.engine.sums import GradientSum
 
 
 def held_bytes(setup: Setup) -> int:
@@ -39,7 +38,7 @@ def beside_passes(setup: Setup, sum_in: SumIn, reasons: list[str]) -> tuple[dict
         buffers += torch.get_rng_state().numel() + 4
     learning = [each for each in model.parameters() if each.requires_grad]
     gradients = _bytes(learning, device)
-    sums = GradientSum(setup.parameters, [], sum_in).own_bytes
+    sums = sum(own.bytes_each * each.numel() for each, own in own_sums(setup.parameters, sum_in).items())
     largest = max((each.numel() * each.element_size() for each in learning), default=0)
     state, temporary = step_need(setup.optimizers, device, gradients, reasons)
     copied = copy_bytes(setup.optimizers, state)

@@ -8,7 +8,8 @@ random numbers and take batch statistics of their own, then start from what was 
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -75,14 +76,15 @@ class Splitting:
     def _into_in_parts(self, window: Window, whole: LogicalBatch, ahead: deque[Indices]) -> int:
         """Run the parts of a micro-batch, and halves of those that do not fit; return how often memory ran out."""
         retries = 0
-        while ahead:
-            part = ahead.popleft()
-            said = self._tried(window, whole.take(part), len(part))
-            if said is not None:
-                retries += 1
-                self.take_finer(whole, len(part), said)
-                middle = -(-len(part) // 2)
-                ahead.extendleft([part[middle:], part[:middle]])
+        with _all_or_nothing(window):
+            while ahead:
+                part = ahead.popleft()
+                said = self._tried(window, whole.take(part), len(part))
+                if said is not None:
+                    retries += 1
+                    self.take_finer(whole, len(part), said)
+                    middle = -(-len(part) // 2)
+                    ahead.extendleft([part[middle:], part[:middle]])
         return retries
 
     def splits(self, rows: Sequence[int | None]) -> bool:
@@ -138,24 +140,25 @@ class Splitting:
         Raises:
             OutOfMemoryError: Not even what had fitted did a second time.
         """
-        window.mark()
+        window.retraction.mark()
         try:
             self._forward.into(window, micro_batch, rows, None)
         except Exception as error:
-            said = _said(error)
+            said = memory.said_of_shortage(error)
         else:
             return None
-        if not self._windows.rules.setup.group.keep_from_sending():
-            raise OutOfMemoryError(
-                f"Memory ran out ({said}) in the last backward pass of a window, after other ranks had been sent "
-                "gradients.",
-                hint="let the loader make smaller micro-batches, or hand accumulator.step a logical batch; weights are "
-                "as before.",
-            )
-        arrived = window.take_back()
-        memory.free_cached(self._forward.setup.device)
-        if arrived:
-            self._subtract(window, micro_batch, rows, arrived)
+        with _all_or_nothing(window):
+            if not self._windows.rules.setup.group.keep_from_sending():
+                raise OutOfMemoryError(
+                    f"Memory ran out ({said}) in the last backward pass of a window, after other ranks had been sent "
+                    "gradients.",
+                    hint="let the loader make smaller micro-batches, or hand accumulator.step a logical batch; weights "
+                    "are as before.",
+                )
+            arrived = window.retraction.take_back()
+            memory.free_cached(self._forward.setup.device)
+            if arrived:
+                self._subtract(window, micro_batch, rows, arrived)
         return said
 
     def _subtract(self, window: Window, micro_batch: Any, rows: int | None, arrived: Sequence[nn.Parameter]) -> None:
@@ -163,9 +166,9 @@ class Splitting:
         try:
             part = self._forward.meeting(lambda: micro_batch, rows, None)
             if part is not None:
-                window.subtract(part, arrived)
+                window.retraction.subtract(part, arrived)
         except Exception as error:
-            said = _said(error)
+            said = memory.said_of_shortage(error)
         else:
             return
         raise OutOfMemoryError(
@@ -175,11 +178,12 @@ class Splitting:
         )
 
 
-def _said(error: Exception) -> str:
-    """Return what was said where memory ran out; only words may leave the block that caught it.
-
-    The error's traceback holds the tensors of the attempt.
-    """
-    if not memory.is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
-        raise error
-    return memory.in_a_line(error)
+@contextmanager
+def _all_or_nothing(window: Window) -> Iterator[None]:
+    """Leave no window open that holds a part of a micro-batch."""
+    try:
+        yield
+    except BaseException:
+        if window.is_open:
+            window.rollback()
+        raise

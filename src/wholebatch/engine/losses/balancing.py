@@ -30,7 +30,7 @@ def load_balancing(probabilities: Tensor, chosen: Tensor | None = None, *, mask:
         The loss, the same in every micro-batch; shape ``[]``, in float32 where `probabilities` are narrower.
 
     Raises:
-        LossError: Shapes do not fit together.
+        LossError: Shapes do not fit together, or an argument is not one of those above.
         MeetingError: See `wholebatch.sum_over_batch`.
 
     Example:
@@ -51,9 +51,11 @@ def load_balancing(probabilities: Tensor, chosen: Tensor | None = None, *, mask:
             shapes + (f" and mask {tuple(mask.shape)}" if mask is not None else "") + " do not fit.",
             hint="pass probabilities [..., experts], and chosen [...] or [..., k] and mask [...] of the same tokens.",
         )
+    if chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise LossError(f"The chosen experts are {chosen.dtype}, not their numbers.", hint="pass integers.")
     wide = widened(probabilities)
     counts = torch.ones(tokens, dtype=wide.dtype, device=wide.device) if mask is None else mask.to(wide.dtype)
-    sent = functional.one_hot(chosen, experts).sum(-2) * counts.unsqueeze(-1)
+    sent = functional.one_hot(chosen.long(), experts).sum(-2) * counts.unsqueeze(-1)
     before = tuple(range(len(tokens)))
     total = sum_over_batch(counts.sum())
     share = sum_over_batch(sent.sum(before)) / total

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def info_nce(
         The mean over the rows that are here; shape ``[]``.
 
     Raises:
-        LossError: Shapes do not fit together.
+        LossError: Shapes do not fit together, or an argument is not one of those above.
         MeetingError: See `wholebatch.gather`.
 
     Example:
@@ -71,8 +71,13 @@ def info_nce(
             f"negatives {tuple(negatives.shape)} do not go with keys {tuple(keys.shape)}.",
             hint="pass one or several for each row: [rows, width] or [rows, several, width].",
         )
-    if tile is not None and tile < 1:
+    if tile is not None and not _is_rows(tile):
         raise LossError(f"A tile of {tile} rows holds nothing.", hint="pass a positive number of rows, or None.")
+    if not _divides(temperature):
+        raise LossError(
+            f"temperature={temperature!r} divides no similarity.",
+            hint="pass a number above 0, or a tensor that learns.",
+        )
     own = own_rows(queries)
     # In 32 bits at least what the temperature divides: its gradient adds up all rows.
     parts = [(widened(queries) / temperature).unsqueeze(1), widened(keys).unsqueeze(1)]
@@ -87,6 +92,18 @@ def info_nce(
     if company is None:
         return each([brought], [None], Order(None)).mean()
     return meet("wb.losses.info_nce", brought, each).index_select(0, own).mean()  # type: ignore[no-any-return]
+
+
+def _divides(temperature: object) -> bool:
+    return isinstance(temperature, Tensor) or (isinstance(temperature, SupportsFloat) and float(temperature) > 0)
+
+
+def _is_rows(said: object) -> bool:
+    return isinstance(said, int) and said >= 1
+
+
+def _is_number(said: object) -> bool:
+    return isinstance(said, SupportsFloat | Tensor)
 
 
 def _of_all(
@@ -147,7 +164,7 @@ def batch_hard_triplet(embeddings: Tensor, labels: Tensor, *, margin: float | Li
         The mean over the rows that are here; shape ``[]``.
 
     Raises:
-        LossError: Shapes do not fit together.
+        LossError: Shapes do not fit together, or an argument is not one of those above.
         MeetingError: See `wholebatch.gather`.
 
     Example:
@@ -163,6 +180,8 @@ def batch_hard_triplet(embeddings: Tensor, labels: Tensor, *, margin: float | Li
             f"embeddings {tuple(embeddings.shape)} and labels {tuple(labels.shape)} do not fit.",
             hint="pass embeddings [rows, width] and one label a row.",
         )
+    if margin != "soft" and not _is_number(margin):
+        raise LossError(f"margin={margin!r} is no distance.", hint='pass a number, or "soft".')
     embeddings = widened(embeddings)
     everyone, known = gather(embeddings), gather(labels)
     # The product form of the distance would lose its digits where rows are near, and only in large batches.

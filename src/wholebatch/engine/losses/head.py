@@ -61,6 +61,12 @@ def linear_cross_entropy(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} do not fit.",
             hint="pass hidden [..., width], weight [classes, width] and labels [...] with the same leading shape.",
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise LossError(
+            f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}.", hint="pass one number a class."
+        )
+    if chunk != "auto" and not isinstance(chunk, int):
+        raise LossError(f"chunk={chunk!r} is no number of positions.", hint='pass chunk="auto" or a positive number.')
     positions = labels.numel()
     rows = max(1, positions * weight.shape[1] // weight.shape[0]) if chunk == "auto" else chunk
     if rows < 1:

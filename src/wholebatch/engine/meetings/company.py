@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -185,7 +185,10 @@ def known_rows(rows: Indices | None) -> Indices:
 
 @dataclass(slots=True)
 class Alone:
-    """Nobody else: the rows that are here are all. It is noted where somebody would have met."""
+    """Nobody else: the rows that are here are all. It is noted where somebody would have met.
+
+    It is also the company of what a backward pass computes anew, where nothing happens once more.
+    """
 
     met: list[Call] = field(default_factory=list)
     ranks: int = 1
@@ -193,7 +196,7 @@ class Alone:
     def meet(self, call: Call) -> Any:
         self.met.append(call)
         result = call.combine([call.value], [call.beside], Order(None))
-        if call.once is not None:
+        if call.once is not None and not _is_recomputing():
             call.once(result, [call.beside])
         return result
 
@@ -235,10 +238,9 @@ class OneByOne:
     _met: Call | None = None
 
     def meet(self, call: Call) -> Any:
-        if not call.with_graph:  # an evaluation inside an open window
-            return Alone().meet(call)
-        self._met = call
-        self._require_one()
+        if call.with_graph:  # else it is an evaluation inside an open window
+            self._met = call
+            self._require_one(1 if _is_recomputing() else 0)
         return Alone().meet(call)
 
     def own_rows(self) -> Indices | None:
@@ -253,10 +255,14 @@ class OneByOne:
         self._require_one()
         self.micro_batches += 1
 
-    def _require_one(self) -> None:
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Return what makes it the company of all that a backward pass computes anew, in whichever thread."""
+        return nullcontext() if self._met is None else recomputing_with(self)
+
+    def _require_one(self, counted: int = 0) -> None:
         if self._met is not None and self.ranks > 1:
             raise not_over_ranks(f"The micro-batches of this window would have to meet at {self._met}", self.ranks)
-        if self._met is not None and self.micro_batches > 0:
+        if self._met is not None and self.micro_batches > counted:
             raise MeetingError(
                 f"The micro-batches of this window would have to meet at {self._met}, and they come one by one: each "
                 "is gone before the next one runs.",
@@ -299,9 +305,14 @@ def here() -> Company | None:
     while seats and seats[-1].company == "left":
         seats.pop()
     company = seats[-1].company if seats else None
-    if company is None and _in_backward and torch._C._current_graph_task_id() != -1:
+    if company is None and _in_backward and _is_recomputing():
         return _in_backward[0]
     return company  # type: ignore[return-value]
+
+
+def _is_recomputing() -> bool:
+    """Return whether this thread is inside of a backward pass, as is what activation checkpointing runs anew."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def sit_down(company: Company | None) -> Seat:

@@ -12,8 +12,9 @@ from wholebatch.core.split import Indices
 from wholebatch.engine.fit.cutting import Place
 from wholebatch.engine.meetings.company import Again, recomputing_with
 from wholebatch.engine.meetings.exactnorm import exact_layers
+from wholebatch.engine.meetings.far import RankFailedError
 from wholebatch.engine.meetings.joined import run_joined
-from wholebatch.engine.meetings.reach import RankFailedError, Reach
+from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.replay import Run, run_replayed
 from wholebatch.engine.meetings.taps import Taps
 from wholebatch.engine.ranks.group import Group
@@ -99,10 +100,14 @@ class Lockstep:
         def before(number: int) -> None:
             place.rows = rows[number]
 
-        weighing = window.rehearsal()
+        weighing = window.intake.rehearsal()
         joined = self._why_joined()
         reach = self._group.reach(
-            cut, len(runs), self._model, self._device, lambda: (weighing if joined is None else window).reference
+            cut,
+            len(runs),
+            self._model,
+            self._device,
+            lambda: (weighing if joined is None else window.intake.weighing).reference,
         )
         failed = False
         try:
@@ -173,7 +178,7 @@ class Lockstep:
         finally:
             taps.put_back()
         with recomputing_with(minutes):
-            window.add_together(list(zip(parts, rows, strict=True)), *reach.roots())
+            window.intake.add_together(list(zip(parts, rows, strict=True)), *reach.roots())
         reach.close()
 
     def _why_joined(self) -> str | None:

@@ -56,7 +56,7 @@ class Moments:
         self._last_random = self._random[number, piece] = now
         copies: list[Tensor | None] | None = None
         for place, (module, name) in enumerate(self._watched):
-            buffer = module._buffers.get(name)
+            buffer = _buffer(module, name)
             seen, version = self._seen[place]
             if buffer is not seen or _version(buffer) != version:
                 self._seen[place] = buffer, _version(buffer)
@@ -74,7 +74,7 @@ class Moments:
         kept = self._buffers[number, piece]
         for place in self._changed:
             module, name = self._watched[place]
-            buffer = module._buffers.get(name)
+            buffer = _buffer(module, name)
             copy = kept[place]
             if copy is None:  # it had not changed yet
                 copy = self._transaction.copy_of_buffer(module, name)
@@ -104,3 +104,8 @@ def _shared(now: RandomState, before: RandomState) -> RandomState:
         on_device=before.on_device if same_device else now.on_device,
         python=before.python if same_python else now.python,
     )
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor | None:
+    buffers = module._buffers
+    return buffers[name] if name in buffers else None  # noqa: SIM401 - that of a scripted module has no `get`

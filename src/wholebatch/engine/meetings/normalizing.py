@@ -138,21 +138,21 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shares: float | Tensor, *moments: Tensor) -> Tensor:
-        result, ctx.apart = _merged(shares, moments)
+        result, apart = _merged(shares, moments)
         ctx.shares = shares
-        ctx.save_for_backward(*moments)
+        ctx.save_for_backward(apart, *moments)  # saved, so that a second backward pass through it is an error
         return result
 
     @staticmethod
     def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
+        apart, *moments = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
-            moments = ctx.saved_tensors
             again, _ = _merged(ctx.shares, moments)
             wanted = [each for each in moments if each.requires_grad]
             found = iter(torch.autograd.grad(again, wanted, d_result, create_graph=True))
             return None, *(next(found) if each.requires_grad else None for each in moments)
         d_mean, d_variance = d_result.unbind(0)
-        d_means = torch.addcmul(d_mean, ctx.apart, d_variance, value=2.0)
+        d_means = torch.addcmul(d_mean, apart, d_variance, value=2.0)
         d_moments = torch.stack([d_means, d_variance.expand_as(d_means)], dim=1).mul_(ctx.shares)
         return None, *d_moments.unbind(0)
 

@@ -80,7 +80,7 @@ def run_replayed(
     with weights.frozen(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         meetings, kept = _first_pass(weighing, runs, reach, moments, weights, device, before)
-    window.weigh_like(weighing)
+    window.intake.weighing.divide_like(weighing)
     moments.keep(len(runs), len(meetings))
     after = Transaction(model, device)
     after.begin()
@@ -97,7 +97,7 @@ def run_replayed(
         before(number)
         part, replay = _second_pass(run, meetings, moments, number, reach)
         with recomputing_with(replay.minutes):
-            window.add_together([(part, rows[number])], replay.values, replay.gradients)
+            window.intake.add_together([(part, rows[number])], replay.values, replay.gradients)
         del part, replay
     after.roll_back()
     return [str(meeting.calls[0]) for meeting in meetings]
@@ -155,7 +155,7 @@ def _first_pass(
         return isinstance(call.value, Tensor) and call.value.requires_grad
 
     def finish(number: int, part: Part | None) -> None:
-        losses, roots = weighing.weigh(part) if part is not None and learns(part) else ([], [])
+        losses, roots = weighing.weigh(part) if learns(part) else ([], [])
         entering = [pair for pair in zip(losses, roots, strict=True) if pair[0].requires_grad]
         leaves = [(meeting, leaf) for meeting in meetings if (leaf := meeting.take_leaf(number)) is not None]
         minutes = Minutes(reach.ranks)
@@ -212,10 +212,10 @@ def _add_kept(window: Window, kept: Kept, meetings: Sequence["_Meeting"], rows: 
             values.append(brought.value)
             gradients.append(gradient)
     part = kept.part
-    if part is not None and learns(part) and not values:
+    if learns(part) and not values:
         require_graph(part.loss)
     with recomputing_with(minutes):
-        window.add_together([(part, rows)], values, gradients)
+        window.intake.add_together([(part, rows)], values, gradients)
     kept.forget()
 
 
@@ -241,7 +241,7 @@ def _second_pass(
         for each in meetings:
             each.is_tracked = True
     replay.require_end()
-    if part is not None and learns(part) and not replay.values:
+    if learns(part) and not replay.values:
         require_graph(part.loss)
     return part, replay
 

@@ -216,7 +216,7 @@ class AccumulatedGradientNormalization:
         if count is None:
             count = self._objective.count(batch, count_rows(batch))
         part = self._objective(self._model, batch, count)
-        if part is None or not learns(part):
+        if not learns(part):
             return None
         loss = part.loss / plain_count(part.targets) if part.reduction == "sum" else part.loss
         loss = loss if part.once is None else loss + part.once

@@ -197,7 +197,7 @@ class InStep:
             raise no_gradient()
         for parameter, present in zip(sums.parameters, presence, strict=True):
             if not present:  # what nobody has used was sent as zeros, and is not to be moved
-                sums.take_out(parameter)
+                sums.forget(parameter)
         state.rows = heard.rows
         targets = heard.targets
         self.reference = common_of(targets, common)

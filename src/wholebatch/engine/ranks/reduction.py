@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from wholebatch.core.communication import BUCKET_BYTES
 from wholebatch.core.errors import ConfigError
 from wholebatch.core.weights import Count
+from wholebatch.engine.gradients import norm_of
 from wholebatch.engine.ranks.wire import Wire
 from wholebatch.engine.sums import GradientSum
 
@@ -164,10 +165,7 @@ class Reduction:
 
     def norms(self) -> list[Tensor]:
         """Return the 2-norms of the total's parts, still on their devices. Each of shape ``[]``."""
-        flats = [bucket.flat for bucket in self._buckets if bucket.flat is not None]
-        return [
-            torch.linalg.vector_norm(flat, dtype=torch.float32 if flat.element_size() < 4 else None) for flat in flats
-        ]
+        return [norm_of(bucket.flat) for bucket in self._buckets if bucket.flat is not None]
 
     def presence(self) -> list[bool]:
         """Return for each parameter, in the order of all ranks, whether this rank had a gradient for it."""

@@ -19,7 +19,8 @@ from wholebatch.core.split import Indices, Size
 from wholebatch.core.weights import Count, common_factor, gradient_factor
 from wholebatch.core.window import WindowState
 from wholebatch.engine.meetings.company import Again
-from wholebatch.engine.meetings.reach import FAILED, Far, Reach
+from wholebatch.engine.meetings.far import FAILED, Far
+from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.ranks.message import (
     Heard,
     anywhere,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wholebatch.core.errors import OptimizerError, WindowError
+from wholebatch.engine.gradients import norm_of
 from wholebatch.engine.steps.undo import Away, Beside, Undo
 
 
@@ -138,7 +139,6 @@ class Consumption:
             self._undo = None
 
     def _note(self, gradient: Tensor) -> None:
-        values = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
-        norm = torch.linalg.vector_norm(values)
+        norm = norm_of(gradient)
         before = self._norms.get(norm.device)
         self._norms[norm.device] = norm if before is None else torch.hypot(before, norm.to(before.dtype))

@@ -20,7 +20,8 @@ class AdamA(Optimizer):
     and the update is that of AdamW from these moments. m is that of Adam; v is not: Adam has (sum_k g_k)^2 in the place
     of sum_k g_k^2. So **the update depends on the cut**, and is not the one of the undivided logical batch. Where the
     parts are alike, as early in training, steps are up to sqrt(number of micro-batches) times as large as Adam's; where
-    they are noise, they are as large. With one micro-batch it is Adam. What it buys is the memory of a gradient.
+    they are noise, they are as large. With one micro-batch it is Adam, and so it is where the graphs of all are joined
+    (exact batch norm), since the gradient then arrives as a whole. What it buys is the memory of a gradient.
 
     It is for `wb.Accumulator`, which divides each part by the window's targets before its backward pass, so these must
     be known by then: in ``step`` from ``targets=...`` or the rows, in a loop of one's own from ``window(targets=n)``.

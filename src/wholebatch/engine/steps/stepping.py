@@ -83,6 +83,10 @@ class Stepping:
             self._step_or_undo(self._undo_of_all(), None)
             return None
         whole = [Piece(each, stepped(each)) for each in self._optimizers]
+        if not any(piece.parameters for piece in whole):  # as where `before_step` has taken the gradients
+            for each in self._optimizers:
+                each.step()
+            return None
         nbytes = sum(piece.nbytes for piece in whole)
         if nbytes <= WHOLE:
             near, far = self._rooms(nbytes <= WHOLE)

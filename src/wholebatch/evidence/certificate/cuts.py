@@ -1,7 +1,9 @@
 """In which ways is a batch cut, to see whether the cut shows? By rows, permuted, and ragged."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.split import Indices, Rows, Tokens
@@ -25,7 +27,8 @@ def three_cuts(rows: LogicalBatch, micro_batch: Rows | Tokens) -> tuple[Cut, Cut
 
     By rows shows what is wrong with every window. Permuted puts other rows together, which no sum over rows can see.
     Ragged has micro-batches of very different rows, the smallest last, and their number is another: a divisor that
-    fits the full window by accident does not fit here.
+    fits the full window by accident does not fit here. It is permuted as well, so that where it is right there is
+    nothing left that the permuted one could show.
 
     Args:
         rows: The batch.
@@ -45,11 +48,23 @@ def three_cuts(rows: LogicalBatch, micro_batch: Rows | Tokens) -> tuple[Cut, Cut
         parts = micro_batch.cut(rows.rows)
     order = list(range(rows.rows))
     random.Random(0).shuffle(order)
-    start, permuted = 0, []
-    for part in parts:
-        permuted.append(order[start : start + len(part)])
-        start += len(part)
-    return Cut("by rows", tuple(parts)), Cut("permuted", tuple(permuted)), Cut("ragged", _ragged(rows.rows, len(parts)))
+    ragged = _ragged(rows.rows, len(parts))
+    return (
+        Cut("by rows", tuple(parts)),
+        Cut("permuted", reordered(parts, order)),
+        Cut("ragged", reordered(ragged, order)),
+    )
+
+
+def reordered(parts: Sequence[Indices], order: Sequence[int]) -> tuple[Indices, ...]:
+    """Return parts as large as these, of rows in another order.
+
+    Example:
+        >>> reordered([range(0, 2), range(2, 3)], [2, 0, 1])
+        ([2, 0], [1])
+    """
+    ends = list(accumulate(map(len, parts)))
+    return tuple(list(order[end - len(part) : end]) for part, end in zip(parts, ends, strict=True))
 
 
 def equal_parts(num_rows: int, micro_batches: int) -> tuple[Indices, ...]:
@@ -84,6 +99,5 @@ def ragged_parts(num_rows: int, micro_batches: int) -> tuple[Indices, ...]:
 
 
 def _ragged(num_rows: int, micro_batches: int) -> tuple[Indices, ...]:
-    """Cut into one micro-batch less than by rows, or, where that would be no cut, into more."""
-    number = micro_batches - 1 if micro_batches > 2 else 3
-    return ragged_parts(num_rows, min(number, num_rows))
+    """Cut into two micro-batches, or, where by rows there are no more than that, into three."""
+    return ragged_parts(num_rows, min(2 if micro_batches > 2 else 3, num_rows))

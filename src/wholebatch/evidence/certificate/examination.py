@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.batchnorm import batch_dependent_layers
@@ -22,32 +23,32 @@ from wholebatch.evidence.certificate.rehearsal import Stage, StepFn
 from wholebatch.evidence.certificate.sixteen import LONG, sixteen, stagnation, summed_in_16_bits
 from wholebatch.evidence.certificate.source import definition, first_call, first_word
 from wholebatch.evidence.certificate.stepcount import miscounts
-from wholebatch.evidence.certificate.trial import Run, Trial, try_step
+from wholebatch.evidence.certificate.trial import Attempt, Run, Trial
 
 
 def examine(
-    step: StepFn, probe: Probe, rows: LogicalBatch, cuts: Sequence[Cut], whole: Tensor
+    step: StepFn, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut], roll_back: Callable[[], None]
 ) -> tuple[Trial, list[Cause]]:
     """Try a step on three cuts of a batch, and name what is wrong with it.
 
     Args:
         step: ``step(model, optimizer, micro_batches)``.
-        probe: Has model, objective and tolerance.
+        judge: Knows the gradient of the undivided batch.
         rows: The batch.
         cuts: Three cuts of it.
-        whole: The gradient of the undivided batch. Shape ``[entries]``.
+        roll_back: Puts back what a window has changed in the model's buffers.
 
     Returns:
         The trial, and the causes, which are none where it is ok.
     """
-    with Stage(probe.model, step) as stage:
-        examination = _Examination(stage, probe, rows, cuts, step)
-        trial = examination.attempt(whole)
-        if (
-            not trial.ok and not examination.sums_in_16_bits() and probe.coarsen(examination.rehearse)
-        ):  # such as autocast in the step
-            trial = examination.attempt(whole)
-        return trial, [] if trial.ok else examination.name(trial, whole)
+    stage = Stage(judge.probe.model, step, roll_back)
+    examination = _Examination(stage, judge.probe, rows, cuts, step)
+    attempt = examination.attempt(judge)
+    trial = attempt.at_once(cuts)
+    if trial is None and examination.rounds_more():
+        trial = attempt.at_once(cuts)
+    trial = trial or attempt.apart(cuts)
+    return trial, [] if trial.ok else examination.name(trial, judge)
 
 
 CLIPS = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "clamp", "clamp_", "clip", "clip_", "min")
@@ -63,18 +64,20 @@ class _Examination:
         self._here = definition(step)
         self._device = input_device(probe.model)
 
-    def attempt(self, whole: Tensor) -> Trial:
-        return try_step(self._stage, self._judge(whole), self._rows, self._cuts, self._move)
+    def attempt(self, judge: Judge) -> Attempt:
+        return Attempt(self._stage, judge, self._rows, self._move)
 
-    def sums_in_16_bits(self) -> bool:
-        """Whether the step rounds a sum of wide gradients to 16 bits, which is no rounding to allow for."""
-        return summed_in_16_bits(self._stage.run(self._take(self._cuts[0]), watch=True))
+    def rounds_more(self) -> bool:
+        """Whether the step computes in a coarser dtype than was known, as under autocast; from then on it is known.
 
-    def rehearse(self) -> None:
-        """Run the step once."""
-        self._stage.run(self._take(self._cuts[0]))
+        That it rounds a sum of wide gradients to 16 bits is nothing to allow for.
+        """
+        if self._probe.eps >= torch.finfo(torch.bfloat16).eps:
+            return False
+        narrow = summed_in_16_bits(self._stage.run(self._take(self._cuts[0]), watch=True))
+        return not narrow and self._probe.coarsen(lambda: self._stage.run(self._take(self._cuts[0])))
 
-    def name(self, trial: Trial, whole: Tensor) -> list[Cause]:
+    def name(self, trial: Trial, judge: Judge) -> list[Cause]:
         """Silence what is known to depend on the cut, one after the other, and look at what is left."""
         model, causes = self._probe.model, []
         if self._meets():
@@ -83,7 +86,7 @@ class _Examination:
         with quiet([layer for name, layer in model.named_modules() if name in layers]):
             if layers:
                 causes.append(batch_norm_cause(layers))
-                trial, whole = self._again(whole)
+                trial, judge = self._again(judge)
                 if trial.ok:
                     return causes
             random = self._draws()
@@ -92,12 +95,12 @@ class _Examination:
             with quiet(list(model.modules()) if random else []):
                 if random:
                     try:
-                        trial, whole = self._again(whole)
+                        trial, judge = self._again(judge)
                         if trial.ok or self._draws():
                             return causes
                     except Exception:  # some models give no loss in this mode, and what was found is all that can be
                         return causes
-                return causes + self._habits(trial, self._judge(whole))
+                return causes + self._habits(trial, judge)
 
     def _meets(self) -> bool:
         """Whether model or loss would meet the other micro-batches; buffers and random state are left alone."""
@@ -107,11 +110,13 @@ class _Examination:
         transaction.roll_back()
         return self._probe.meets
 
-    def _again(self, whole: Tensor) -> tuple[Trial, Tensor]:
+    def _again(self, judge: Judge) -> tuple[Trial, Judge]:
         piece = self._probe.run(range(self._rows.rows))
         if piece is not None:
             whole = piece.gradient / piece.targets if piece.is_sum else piece.gradient
-        return self.attempt(whole), whole
+            judge = Judge(self._probe, whole, self._cuts[0].parts)
+        attempt = self.attempt(judge)
+        return attempt.at_once(self._cuts) or attempt.apart(self._cuts), judge
 
     def _draws(self) -> bool:
         """Whether the same window gives another gradient when it is run again."""
@@ -212,9 +217,6 @@ class _Examination:
             "compare the step with the plain loop: wholebatch.evidence.reference.",
             str(self._here) if self._here is not None else None,
         )
-
-    def _judge(self, whole: Tensor) -> Judge:
-        return Judge(self._probe, whole, self._cuts[0].parts)
 
     def _take(self, cut: Cut) -> list[Any]:
         return [self._move(self._rows.take(part)) for part in cut.parts]

@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,7 @@ from torch.optim import SGD
 
 from wholebatch.core.errors import ConfigError
 from wholebatch.engine.checks.pieces import flat_gradient
-from wholebatch.engine.device import input_device
-from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.device import modules
 from wholebatch.evidence.certificate.lines import Effect, LineWatch, PlannedFailureError
 from wholebatch.evidence.certificate.schedules import Count, Schedule, counted
 from wholebatch.evidence.certificate.source import Place
@@ -41,7 +40,7 @@ class Rehearsal:
         arrivals: Gradients that arrived at a parameter.
         steps: After how many backward passes the optimizer stepped, for each time.
         schedule_steps: How often a schedule was stepped, the one that was stepped most often.
-        moved: Whether weights were changed.
+        moved: Whether weights were changed, where the optimizer never stepped.
         failed: Whether the failure was raised that was planned.
         escaped: The exception that left the step after that, if one did.
         effects: What each line did to the gradients, if it was watched.
@@ -68,31 +67,21 @@ class Stage:
     """The user's model, on which steps are run and undone.
 
     Args:
-        model: The module.
+        model: The module. Its gradients are used up.
         step: The user's step.
+        roll_back: Puts back what a window has changed in the model's buffers.
 
     Raises:
         ConfigError: The step cannot be called with what it gets.
     """
 
-    def __init__(self, model: nn.Module, step: StepFn) -> None:
+    def __init__(self, model: nn.Module, step: StepFn, roll_back: Callable[[], None]) -> None:
         self._model = model
         self._step = step
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._roll_back = roll_back
         self._takes = _arguments(step)
-        self._transaction = Transaction(model, input_device(model))
-
-    def __enter__(self) -> Self:
-        self._transaction.begin()
-        self._weights = [
-            (each, each.data, each.detach().clone(), each.grad, each.requires_grad) for each in self._model.parameters()
-        ]
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._transaction.roll_back()
-        for parameter, _, _, grad, _ in self._weights:
-            parameter.grad = grad
+        self._weights = [(each, each.data, each.detach().clone(), each.requires_grad) for each in model.parameters()]
+        self._parameters = [each for each, _, _, requires_grad in self._weights if requires_grad]
 
     def run(
         self, micro_batches: Sequence[Any], *, loud: float = 1.0, fail_at: int | None = None, watch: bool = False
@@ -112,25 +101,20 @@ class Stage:
             parameter.grad = None
         optimizer = SGD(self._parameters, lr=LR)
         recorder = _Recorder(self._parameters, optimizer, loud, fail_at, watch)
-        modes = [(module, module.training) for module in self._model.modules()]
-        with ExitStack() as stack:
-            stack.callback(self._restore, modes)
-            stack.enter_context(recorder.recording())
-            stack.enter_context(counted(recorder.scheduled))
-            try:
-                with recorder.watch if recorder.watch is not None else ExitStack():
-                    self._call(list(micro_batches), optimizer, Schedule(recorder.scheduled, LR))
-            except Exception as error:
-                if not recorder.found.failed:
-                    raise
-                recorder.found.escaped = error
-            if recorder.watch is not None:
-                recorder.found.effects = recorder.watch.effects
-                recorder.found.handler = recorder.watch.handler
-            recorder.found.moved = any(
-                not torch.equal(parameter.detach(), before) for parameter, _, before, _, _ in self._weights
-            )
-            return recorder.end()
+        found = recorder.found
+        modes = [(module, module.training) for module in modules(self._model)]
+        try:
+            with recorder.recording(), counted(recorder.scheduled), recorder.watch or nullcontext():
+                self._call(list(micro_batches), optimizer, Schedule(recorder.scheduled, LR))
+        except Exception as error:
+            if not found.failed:
+                raise
+            found.escaped = error
+        finally:
+            if not found.steps:
+                found.moved = any(not torch.equal(parameter, before) for parameter, _, before, _ in self._weights)
+            self._restore(modes)
+        return recorder.end()
 
     def _call(self, micro_batches: list[Any], optimizer: SGD, schedule: Schedule) -> None:
         more = {self._takes: schedule} if self._takes else {}
@@ -139,13 +123,13 @@ class Stage:
 
     def _restore(self, modes: list[tuple[nn.Module, bool]]) -> None:
         with torch.no_grad():
-            for parameter, data, before, _, requires_grad in self._weights:
+            for parameter, data, before, requires_grad in self._weights:
                 parameter.data = data
                 parameter.copy_(before)
                 parameter.requires_grad_(requires_grad)
         for module, mode in modes:
             module.training = mode
-        self._transaction.roll_back_buffers()  # the random streams go on: other draws show what depends on them
+        self._roll_back()  # the random streams go on: other draws show what depends on them
 
 
 class _Recorder:
@@ -183,7 +167,9 @@ class _Recorder:
                 handle.remove()
 
     def end(self) -> Rehearsal:
-        if not self.found.steps:
+        if self.watch is not None:
+            self.found.effects, self.found.handler = self.watch.effects, self.watch.handler
+        if not self.found.steps and self.found.escaped is None:
             self.found.gradient = torch.zeros_like(flat_gradient(self._parameters))
         self.found.incoming = self._flat(self._sums) if self._sixteen else torch.zeros(0, dtype=torch.float64)
         self.found.brought = [self._flat(each) for each in self._brought]
@@ -207,19 +193,22 @@ class _Recorder:
             self.found.passes = self._arrived[place]
             if self.watch is not None:
                 self._brought.append([None] * len(self._parameters))
+        louder = gradient.detach() * self._loud if self._loud != 1.0 else None
+        if self._sixteen:
+            self._add_up(place, gradient if louder is None else louder)
+        return louder
+
+    def _add_up(self, place: int, louder: Tensor) -> None:
         with torch.no_grad():
-            louder = gradient * self._loud if self._loud != 1.0 else gradient
             dense = louder.detach().to_dense() if louder.layout != torch.strided else louder.detach()
-            if self._sixteen:
-                before = self._sums[place]
-                self._sums[place] = _wide(dense) if before is None else before.add_(dense)
-            if self._sixteen and self._sixteen[place] and not dense.is_complex():
+            before = self._sums[place]
+            self._sums[place] = _wide(dense) if before is None else before.add_(dense)
+            if self._sixteen[place] and not dense.is_complex():
                 term = dense.to(dense.dtype if _is_narrow(dense.dtype) else torch.bfloat16)
                 narrow = self._narrow_sums[place]
                 self._narrow_sums[place] = term.clone() if narrow is None else narrow.add_(term)
             if self.watch is not None:
                 self._brought[self._arrived[place] - 1][place] = _wide(dense)
-        return louder if self._loud != 1.0 else None
 
     def _stepped(self, *_arguments: object) -> None:
         gradient = flat_gradient(self._parameters)

@@ -17,6 +17,8 @@ from wholebatch.evidence.certificate.sixteen import summed_in_16_bits
 SOFT, LOUD = 2.0**-20, 2.0**20
 """What gradients are multiplied by: so small that no clip acts, and so large that every clip does."""
 
+_DTYPES = {torch.float16, torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -52,11 +54,11 @@ class Run:
 
 @dataclass(slots=True)
 class Trial:
-    """Three windows, judged together.
+    """Windows, judged together.
 
     Attributes:
         ok: Whether all are right.
-        runs: The windows, one for each cut.
+        runs: The windows, one for each cut; two cuts may share one.
         soft: What gradients are to be multiplied by, so that no clip acts.
         stagnates: The windows in which gradients are added up in 16 bits.
     """
@@ -67,73 +69,101 @@ class Trial:
     stagnates: list[Run] = field(default_factory=list)
 
 
-def try_step(stage: Stage, judge: Judge, rows: LogicalBatch, cuts: Sequence[Cut], move: Callable[[Any], Any]) -> Trial:
-    """Run a step on three windows: by rows, permuted with a lack of memory on the way, and ragged with loud gradients.
-
-    In the first two, gradients are soft, so that no clip acts and only sums and divisions show. Where that is right and
-    the loud ones are not, they may still be the undivided gradient, clipped as a whole.
+class Attempt:
+    """Runs a step on windows, and judges what it makes of them.
 
     Args:
         stage: Where the step runs.
         judge: Knows the gradient of the undivided batch.
         rows: The batch.
-        cuts: Three cuts of it.
         move: Brings a micro-batch to the device.
     """
-    attempt = _Attempt(stage, judge, rows, move)
-    wide = all(parameter.dtype != torch.float16 for parameter in judge.probe.parameters)
-    soft, loud = (SOFT, LOUD) if wide else (1.0, 1.0)
-    first = attempt.run(cuts[0], soft)
-    own = attempt.own_window(first)
-    if own is not None and own != len(cuts[0].parts):
-        cuts = attempt.cut_anew(cuts, own)
-        first = attempt.run(cuts[0], soft)
-    trial = attempt.three(first, cuts, soft, loud)
-    if not trial.ok and loud != 1.0 and attempt.once(trial) and not attempt.linear(trial):
-        # What a step adds to gradients by itself, as decoupled weight decay, is as large whether they are soft or not.
-        again = attempt.three(attempt.run(cuts[0], 1.0), cuts, 1.0, loud)
-        trial = again if attempt.linear(again) else trial
-    trial.stagnates = [run for run in trial.runs if run.fail_at is None and summed_in_16_bits(run.found)]
-    trial.ok = trial.ok and not trial.stagnates
-    return trial
 
-
-class _Attempt:
     def __init__(self, stage: Stage, judge: Judge, rows: LogicalBatch, move: Callable[[Any], Any]) -> None:
         self._stage, self._judge, self._rows, self._move = stage, judge, rows, move
 
-    def run(self, cut: Cut, loud: float) -> Run:
+    def at_once(self, cuts: Sequence[Cut]) -> Trial | None:
+        """Return the trial of two windows, which show all that three do, or None where anything is wrong with them.
+
+        One is ragged, and permuted as well. Its gradients are soft, so that no clip acts and only sums and divisions
+        show. The other is by rows, with loud gradients and a lack of memory on the way. Where the soft ones are right
+        and the loud ones are not, these may still be the undivided gradient, clipped as a whole.
+        """
+        if not _DTYPES.isdisjoint(parameter.dtype for parameter in self._judge.probe.parameters):
+            return None  # sums in 16 bits show in three micro-batches that run to the end
+        by_rows, _, ragged = cuts
+        soft = self._run(ragged, SOFT)
+        if self._once([soft]) and self._judge.off(soft.gradient) > 1:  # see `apart`: something that is never soft
+            soft = self._run(ragged, 1.0)
+        if not (self._once([soft]) and self._judge.right(soft.gradient)):
+            return None
+        try:
+            loud = self._interrupted(by_rows, soft, LOUD)
+        except Exception:
+            loud = None
+        if loud is None or not loud.found.steps:  # it may refuse gradients that are as loud
+            loud = self._interrupted(by_rows, soft, 1.0)
+        if not self._once([loud]):
+            return None
+        if not self._judge.is_whole(loud.gradient):
+            loud = replace(loud, clipped=self._clip(loud, soft.loud))
+        right = loud.clipped is not None or self._judge.right(loud.gradient)
+        return Trial(True, [loud, soft, soft], soft.loud) if right else None
+
+    def apart(self, cuts: Sequence[Cut]) -> Trial:
+        """Return the trial of three windows: by rows, permuted with a lack of memory, and ragged with loud gradients.
+
+        In the first two, gradients are soft.
+        """
+        wide = all(parameter.dtype != torch.float16 for parameter in self._judge.probe.parameters)
+        soft, loud = (SOFT, LOUD) if wide else (1.0, 1.0)
+        first = self._run(cuts[0], soft)
+        own = self._own_window(first)
+        if own is not None and own != len(cuts[0].parts):
+            cuts = self._cut_anew(cuts, own)
+            first = self._run(cuts[0], soft)
+        trial = self._three(first, cuts, soft, loud)
+        if not trial.ok and loud != 1.0 and self._once(trial.runs) and not self._linear(trial):
+            # What a step adds to gradients by itself, as decoupled weight decay, is as large whether they are soft or
+            # not.
+            again = self._three(self._run(cuts[0], 1.0), cuts, 1.0, loud)
+            trial = again if self._linear(again) else trial
+        trial.stagnates = [run for run in trial.runs if run.fail_at is None and summed_in_16_bits(run.found)]
+        trial.ok = trial.ok and not trial.stagnates
+        return trial
+
+    def _run(self, cut: Cut, loud: float) -> Run:
         return Run(cut, self._stage.run(self._take(cut), loud=loud), loud)
 
-    def three(self, first: Run, cuts: Sequence[Cut], soft: float, loud: float) -> Trial:
+    def _three(self, first: Run, cuts: Sequence[Cut], soft: float, loud: float) -> Trial:
         _, permuted, ragged = cuts
-        runs = [first, self._interrupted(permuted, first), self._loud(ragged, loud)]
+        runs = [first, self._interrupted(permuted, first, soft), self._loud(ragged, loud)]
         trial = Trial(False, runs, soft)
-        if self.once(trial) and self.linear(trial):
+        if self._once(runs) and self._linear(trial):
             *_, last = runs
             if not self._judge.is_whole(last.gradient):
                 runs[-1] = last = replace(last, clipped=self._clip(last, soft))
             trial.ok = last.clipped is not None or self._judge.right(last.gradient)
         return trial
 
-    def once(self, trial: Trial) -> bool:
+    def _once(self, runs: Sequence[Run]) -> bool:
         """Whether optimizer and schedule were stepped as often as they should be."""
-        return all(len(run.found.steps) == 1 and run.found.schedule_steps <= 1 for run in trial.runs)
+        return all(len(run.found.steps) == 1 and run.found.schedule_steps <= 1 for run in runs)
 
-    def linear(self, trial: Trial) -> bool:
+    def _linear(self, trial: Trial) -> bool:
         """Whether all is right as long as no clip acts."""
         return all(self._judge.right(run.gradient) for run in trial.runs[:2])
 
-    def own_window(self, first: Run) -> int | None:
+    def _own_window(self, first: Run) -> int | None:
         """Return after how many micro-batches the step itself ends a window, where it does not take what comes."""
         steps, passes = first.found.steps, first.found.passes
         if not steps and passes and not first.found.moved:  # it waits for more
             row_by_row = Cut(first.cut.name, tuple([row] for row in range(self._rows.rows)))
-            steps = self.run(row_by_row, first.loud).found.steps
+            steps = self._run(row_by_row, first.loud).found.steps
             return steps[0] if steps and steps[0] > passes else None
         return steps[0] if len(steps) > 1 and 1 < steps[0] < passes else None
 
-    def cut_anew(self, cuts: Sequence[Cut], window: int) -> tuple[Cut, Cut, Cut]:
+    def _cut_anew(self, cuts: Sequence[Cut], window: int) -> tuple[Cut, Cut, Cut]:
         """Return the cuts again, with so many micro-batches by rows, and one less in the ragged one."""
         by_rows, permuted, ragged = cuts
         parts = equal_parts(self._rows.rows, window)
@@ -147,25 +177,38 @@ class _Attempt:
     def _take(self, cut: Cut) -> list[Any]:
         return [self._move(self._rows.take(part)) for part in cut.parts]
 
-    def _interrupted(self, cut: Cut, before: Run) -> Run:
-        """Run out of memory in the middle of a backward pass; where that ends the step, run it again without."""
+    def _interrupted(self, cut: Cut, before: Run, loud: float) -> Run:
+        """Run out of memory in the middle of the second backward pass; where that ends the step, run it without.
+
+        Args:
+            cut: How the window is cut.
+            before: A window that went well, from which it is known how many gradients arrive in a pass.
+            loud: What gradients are multiplied by.
+        """
+        if self._fails(cut, loud, 1) is None:  # at once, so that a step that gives up has not run for long
+            return self._run(cut, loud)
         each = before.found.arrivals // max(1, before.found.passes)
-        fail_at = each * (before.found.passes // 2) + each // 2 + 1
+        fail_at = each * min(1, len(cut.parts) - 1) + each // 2 + 1
+        found = self._fails(cut, loud, fail_at)
+        if found is None:
+            return self._run(cut, loud)
+        return Run(cut, found, loud, fail_at=fail_at if found.failed else None)
+
+    def _fails(self, cut: Cut, loud: float, fail_at: int) -> Rehearsal | None:
+        """Return what the step does when memory runs out; None where that ends it."""
         try:
-            found = self._stage.run(self._take(cut), loud=before.loud, fail_at=fail_at)
+            found = self._stage.run(self._take(cut), loud=loud, fail_at=fail_at)
         except Exception:  # after the planned failure, another one: that is the user's answer to it
-            found = None
-        if found is not None and found.escaped is None and found.steps:
-            return Run(cut, found, before.loud, fail_at=fail_at if found.failed else None)
-        return self.run(cut, before.loud)
+            return None
+        return found if found.escaped is None and found.steps else None
 
     def _loud(self, cut: Cut, loud: float) -> Run:
         """Run with loud gradients; where the step refuses those, as it may, without."""
         try:
-            run = self.run(cut, loud)
+            run = self._run(cut, loud)
         except Exception:
             run = None
-        return run if run is not None and run.found.steps else self.run(cut, 1.0)
+        return run if run is not None and run.found.steps else self._run(cut, 1.0)
 
     def _clip(self, last: Run, soft: float) -> Tensor | None:
         usual = self._usual_clip(last)
@@ -199,7 +242,7 @@ class _Attempt:
 
         Any clip passes, by layer, say; another divisor does not, since it shows in soft gradients of the same cut.
         """
-        whole = self.run(replace(last.cut, parts=(range(self._rows.rows),)), last.loud)
+        whole = self._run(replace(last.cut, parts=(range(self._rows.rows),)), last.loud)
         if len(whole.found.steps) != 1 or not self._judge.same(last.found.gradient, whole.found.gradient):
             return None
-        return whole.gradient if self._judge.right(self.run(last.cut, soft).gradient) else None
+        return whole.gradient if self._judge.right(self._run(last.cut, soft).gradient) else None

@@ -1,7 +1,7 @@
 """What was found by cutting a batch in three ways? The certificate, as text and as plain values."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wholebatch.core.errors import VerifyError
@@ -19,6 +19,7 @@ class CutFound:
         error: 2-norm of the difference of the two gradients over that of the undivided one. Relative.
         updates: How often the user's own step stepped its optimizer; 1 where the accumulator ran.
         schedule_steps: How often it stepped its schedule.
+        window: The window in which it was seen, from 1. While all is well, one is permuted and ragged at once.
     """
 
     name: str
@@ -27,6 +28,7 @@ class CutFound:
     error: float
     updates: int = 1
     schedule_steps: int = 0
+    window: int = 1
 
     def __str__(self) -> str:
         said = f"{self.name}, {self.micro_batches} micro-batches: off by {self.error:.1e}"
@@ -50,9 +52,10 @@ class Verification:
         causes: Why they differ, each with the line to change; empty when they agree.
         rows: Rows in the batch.
         micro_batches: How many parts it was cut into, by rows.
-        cut_peak_bytes: Highest memory use with the batch cut, as in `Update.peak_bytes`; None where nothing tells.
+        cut_peak_bytes: Highest memory use with the batch cut, as in `Update.peak_bytes`: on a CPU of the whole process,
+            with what earlier work has left behind. None where nothing tells.
         undivided_peak_bytes: The same with the batch as a whole. Unit: bytes.
-        cuts: What came of each cut.
+        cuts: What came of each cut; where all is well, one window shows two of them.
         step: Where the user's own step is defined; None where the accumulator was verified.
 
     Example:
@@ -87,7 +90,9 @@ class Verification:
     def __str__(self) -> str:
         whose = "gradient" if self.step is None else "update of the step"
         cut = f"the {whose} of {self.rows} rows as a whole and in {self.micro_batches} micro-batches differs"
-        cuts = [f"  {found}" for found in self.cuts]
+        windows = {each.window: [found for found in self.cuts if found.window == each.window] for each in self.cuts}
+        names = {window: " and ".join(each.name for each in found) for window, found in windows.items()}
+        cuts = [f"  {replace(found[0], name=names[window])}" for window, found in windows.items()]
         if self.ok:
             return "\n".join([f"equal: {cut} by {self.error:.1e} (relative), which is rounding.", *cuts])
         lines = [f"not equal: {cut} by {self.error:.2g} (relative).", *cuts]
@@ -120,6 +125,7 @@ class Verification:
                     "error": _finite(each.error),
                     "updates": each.updates,
                     "schedule_steps": each.schedule_steps,
+                    "window": each.window,
                 }
                 for each in self.cuts
             ],

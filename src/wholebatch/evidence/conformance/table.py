@@ -30,16 +30,6 @@ def as_text(results: Mapping[str, Any]) -> str:
     return _aligned(rows)
 
 
-def by_scene(results: Mapping[str, Any]) -> str:
-    """Return the whole table in Markdown: a row for each scene, a column for each system."""
-    systems = results["systems"]
-    rows = [["scene", *systems]]
-    rows += [
-        [scene, *(_cell(system["verdicts"].get(scene)) for system in systems.values())] for scene in _scenes(results)
-    ]
-    return _aligned(rows)
-
-
 def details(results: Mapping[str, Any]) -> list[str]:
     """Return a line for each failure and refusal, with what is wrong, and for each reason why scenes cannot be said.
 
@@ -100,9 +90,7 @@ def _size(verdict: Mapping[str, Any]) -> float:
     return float("inf") if error == "not finite" else float(error or 0.0)
 
 
-def _cell(verdict: Mapping[str, Any] | None) -> str:
-    if verdict is None:
-        return "-"
+def _cell(verdict: Mapping[str, Any]) -> str:
     if verdict["outcome"] != "fail":
         return _SHORT[verdict["outcome"]]
     error = verdict["error"]

@@ -19,8 +19,7 @@ from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import LossFn
 from wholebatch.engine.ranks.balancing import Balance
 from wholebatch.engine.ranks.reduction import ReduceIn
-from wholebatch.engine.setup import OnNonFinite
-from wholebatch.engine.window import BatchNorm
+from wholebatch.engine.rules import BatchNorm, OnNonFinite
 from wholebatch.integrations.transformers.balancing import balanced
 from wholebatch.integrations.transformers.logged import Losses
 from wholebatch.integrations.transformers.making import Options, Updates
