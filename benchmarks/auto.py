@@ -79,20 +79,20 @@ def chosen(name: str, budget: int) -> tuple[int, float, float, float]:
     (creature,) = (each for each in ZOO if each.name == name)
     batch = creature.batch(ROWS)
 
-    def first(times: int, **options: Any) -> tuple[int, float, float]:
-        """The rows of a micro-batch, the time of the first update and that of a later one."""
+    def updates(times: int, **options: Any) -> tuple[int, list[float]]:
+        """The rows of a micro-batch, and the times of the first updates."""
         accumulator, taken = updating(creature, **options), []
         for _ in range(times):
             start = time.process_time()
             update = accumulator.step(batch)
             taken.append(time.process_time() - start)
-        return -(-ROWS // update.micro_batches), taken[0], statistics.median(taken[1:])
+        return -(-ROWS // update.micro_batches), taken
 
-    first(2, micro_batch=wb.Rows(ROWS // 4))  # what PyTorch does once in a process
-    rows, found, _ = first(2, memory=budget)
-    _, again, _ = first(2, memory=budget)
-    _, told, window = first(6, micro_batch=wb.Rows(rows))
-    return rows, found - told, again - told, window
+    updates(2, micro_batch=wb.Rows(ROWS // 4))  # what PyTorch does once in a process
+    rows, (found,) = updates(1, memory=budget)
+    _, (again,) = updates(1, memory=budget)
+    _, (told, *later) = updates(5, micro_batch=wb.Rows(rows))
+    return rows, found - told, again - told, statistics.median(later)
 
 
 def choices(creature: Creature, budget: int, times: int) -> tuple[int, float, float]:

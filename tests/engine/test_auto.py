@@ -10,6 +10,7 @@ from torch import nn
 
 import wholebatch as wb
 from wholebatch.engine import memory
+from wholebatch.engine.fit.probe import Probe
 from wholebatch.engine.fit.rowsize import row_size
 
 
@@ -325,6 +326,23 @@ def test_what_recurrent_kernels_take_for_themselves_is_kept_within_the_budget(ki
         with memory.tensor_peak() as peak:
             accumulator.step(rows)
         assert before + peak.peak_bytes <= budget
+
+
+@pytest.mark.parametrize(("rows", "low"), [(28, 5), (60, 15)])
+def test_kernels_are_measured_near_what_will_be_run_and_near_the_first_look_at_its_rows(rows, low, monkeypatch):
+    """They are made ready for a number of rows when they first meet it, so the rows of the first look cost less."""
+    measured, measure = [], Probe.measure
+    monkeypatch.setattr(Probe, "measure", lambda self, rows, row: measured.append(rows) or measure(self, rows, row))
+    torch.manual_seed(0)
+    model = nn.LSTM(16, 32, batch_first=True)
+    loss_fn = lambda model, x: model(x)[0].square().mean()  # noqa: E731
+    plan = wb.plan(model, torch.optim.SGD(model.parameters()), loss_fn, torch.randn(4, 20, 16), 96, timed=False)
+    measured.clear()
+    accumulator_of(model, loss_fn, memory=round(1.02 * plan.peak_at(rows))).step(torch.randn(96, 20, 16))
+    ((least, most),) = measured
+    assert abs(least - low) <= 2
+    assert (least == 5) == (low == 5)
+    assert rows / 3 < most < rows
 
 
 def test_the_size_of_a_row_is_told_from_the_row():

@@ -185,8 +185,9 @@ class Fitting:
         if most == 1:
             measured = probe.measure_one(row)
         else:
-            each = max(1, most // (2 if most < FEW else 4)) if share > CLOSE else each
-            measured = probe.measure((each, 2 * each), row)
+            looked, each = each, max(1, most // (2 if most < FEW else 4)) if share > CLOSE else each
+            # Kernels are made ready for a number of rows when they first meet it, so near the first look it is its own.
+            measured = probe.measure((LOOK if looked == LOOK <= each <= 2 * LOOK else each, 2 * each), row)
         if measured is None:
             return need
         need = replace(need, measured=measured)
