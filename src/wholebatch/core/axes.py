@@ -17,8 +17,10 @@ class Axes:
 
     Example:
         >>> axes = Axes(["image"], None)
-        >>> axes.count({}, [("text", ["a", "b"], None)]), axes.of("text", ["a", "b"], 2), axes.of("image", "x", 2)
-        (2, 0, None)
+        >>> axes.count({}, [("text", ["a", "b"], None), ("image", "x", None)])
+        2
+        >>> axes.of("text", ["a", "b"], 2), axes.of("image", "x", 2)
+        (0, None)
     """
 
     def __init__(self, whole: Iterable[str], dims: int | Mapping[str, int] | None) -> None:

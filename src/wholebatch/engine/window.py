@@ -40,6 +40,7 @@ class Window:
             again.
 
     Example:
+        >>> import torch
         >>> import wholebatch as wb
         >>> model = torch.nn.Linear(2, 1)
         >>> accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
