@@ -41,7 +41,7 @@ def info_nce(
         negatives: Keys that match nobody, such as hard negatives of each row, as further candidates for the queries of
             all rows. Shape ``[rows, width]`` or ``[rows, several, width]``.
         tile: Compare so many rows at a time with all others: similarities exist for these alone, and are computed again
-            in the backward pass. None: some 2 MiB of them on a CPU, 64 elsewhere. Unit: rows.
+            in the backward pass. None: some 1 MiB of them on a CPU, 64 elsewhere. Unit: rows.
 
     Returns:
         The mean over the rows that are here; shape ``[]``.

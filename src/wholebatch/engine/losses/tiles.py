@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE = 2 << 20
+TILE = 1 << 20
 """Similarities that exist at a time on a CPU where nobody says how many; they stay in its cache. Unit: bytes."""
 
 LARGE_TILE = 64 << 20

@@ -15,7 +15,6 @@ Source: the idea of GradCache, arXiv 2101.06983, for any meeting and any code ar
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,11 +24,12 @@ from torch import Tensor, nn
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.meetings.baton import in_lockstep
-from wholebatch.engine.meetings.call import Call, known_rows, without_value
+from wholebatch.engine.meetings.call import Call, known_rows
 from wholebatch.engine.meetings.company import Again, among, recomputing_with
 from wholebatch.engine.meetings.draws import Passage, Stream
 from wholebatch.engine.meetings.kept import Brought, Kept, Weights
 from wholebatch.engine.meetings.moments import Moments
+from wholebatch.engine.meetings.outcome import Meeting
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
 from wholebatch.engine.objective import Part, learns, require_graph
@@ -112,13 +112,13 @@ def _first_pass(
     weights: Weights,
     device: torch.device,
     before: Callable[[int], None],
-) -> tuple[list["_Meeting"], Kept | None]:
+) -> tuple[list[Meeting], Kept | None]:
     """Run all micro-batches in lockstep, with frozen weights but for the last one.
 
     Returns:
         Their meetings, with the gradients that enter there; and the last micro-batch, unless other ranks take part.
     """
-    meetings: list[_Meeting] = []
+    meetings: list[Meeting] = []
     stream = Stream(device)
     passages = [Passage(stream)]
     kept: Kept | None = None
@@ -143,7 +143,7 @@ def _first_pass(
                 f"what meets at {calls[0]} needs the gradient of what met before, at {meetings[-1].calls[0]}",
                 joined=True,
             )
-        meetings.append(_Meeting(calls, reach, passages[-1]))
+        meetings.append(Meeting(calls, reach, passages[-1]))
         passages.append(Passage(stream))
         answers = meetings[-1].answers(calls)
         if kept is not None:
@@ -200,7 +200,7 @@ def _first_pass(
     raise again
 
 
-def _add_kept(window: Window, kept: Kept, meetings: Sequence["_Meeting"], rows: int | None) -> None:
+def _add_kept(window: Window, kept: Kept, meetings: Sequence[Meeting], rows: int | None) -> None:
     """Add the micro-batch that ran once to a window, and let its graph go."""
     minutes = Minutes(1)
     values, gradients = [], []
@@ -221,7 +221,7 @@ def _add_kept(window: Window, kept: Kept, meetings: Sequence["_Meeting"], rows: 
 
 
 def _second_pass(
-    run: Run, meetings: Sequence["_Meeting"], moments: Moments, number: int, reach: Reach
+    run: Run, meetings: Sequence[Meeting], moments: Moments, number: int, reach: Reach
 ) -> tuple[Part | None, "_Replay"]:
     """Run a micro-batch a second time, and return what it adds and where gradients enter besides.
 
@@ -252,98 +252,10 @@ def _asks_for_graph(error: RuntimeError) -> bool:
     return any(each in str(error) for each in ("require grad", "require gradient", "requires_grad"))
 
 
-class _Meeting:
-    """What all micro-batches brought, what it came to, and the gradient that enters there.
-
-    Attributes:
-        is_tracked: Whether the second pass gets the result with a graph, through which nothing flows.
-    """
-
-    is_tracked = False
-
-    def __init__(self, calls: Sequence[Call], reach: Reach, passage: Passage) -> None:
-        self.passage = passage
-        self.calls = [_without_graph(call) for call in calls]
-        self.key = calls[0].key
-        self.alike = calls[0].kind, id(calls[0].of)
-        self.minutes = Minutes(reach.ranks)
-        self._leaves = [call.value for call in self.calls]
-        differentiable = _is_differentiable(self._leaves[0])
-        if differentiable:
-            self._leaves = [leaf.requires_grad_() for leaf in self._leaves]
-        brought = reach.hear(self.calls, self._leaves, graph=False)
-        with torch.enable_grad():
-            self._made = calls[0].combine(brought.values, brought.beside, reach.order)
-        self.result = self._made.detach() if isinstance(self._made, Tensor) else self._made
-        self._differentiable = differentiable and _is_differentiable(self._made) and self._made.requires_grad
-        self._given: dict[int, Tensor] = {}
-        self._gradient: Tensor | None = None
-        self._entering: Sequence[Tensor | None] = ()
-        if calls[0].once is not None:
-            calls[0].once(self.result, brought.beside)
-        self.minutes.take(self.calls, self.result, lambda _: self.result, passage)
-
-    def answers(self, calls: Sequence[Call]) -> list[Any]:
-        """Return what each micro-batch gets in the first pass: a leaf of its own, where gradients are wanted."""
-        if not isinstance(self.result, Tensor):
-            return [self.result] * len(calls)
-        found = [self.result.detach() for _ in calls]
-        for number, call in enumerate(calls):
-            if self._differentiable and call.with_graph:
-                self._given[number] = found[number].requires_grad_()
-        return found
-
-    def leaf_of(self, number: int) -> Tensor | None:
-        return self._given.get(number)
-
-    def take_leaf(self, number: int) -> Tensor | None:
-        return self._given.pop(number, None)
-
-    def add(self, gradient: Tensor | None) -> None:
-        """Add what a micro-batch's loss gives."""
-        if gradient is None:
-            return
-        if self._gradient is None:
-            wide = gradient.dtype if gradient.element_size() >= 4 else torch.float32
-            self._gradient = gradient.to(wide, copy=True)
-        else:
-            self._gradient += gradient
-
-    def settle(self, reach: Reach, *, unique: bool) -> None:
-        """Work out the gradient that enters at what each micro-batch brought, and forget what is not needed for it.
-
-        Args:
-            reach: Knows what else enters there.
-            unique: Whether there is no other meeting of the kind, so that nobody has to tell them apart.
-        """
-        entering = reach.add_up(self._gradient, self.result) if self._differentiable else None
-        if entering is not None:
-            gradient = entering.to(self.result.dtype)
-            self._entering = torch.autograd.grad(self._made, self._leaves, gradient, allow_unused=True)
-        self._gradient = self._made = None
-        self._leaves = []
-        self._given.clear()
-        if unique:
-            self.calls = [without_value(call) for call in self.calls]
-        self.minutes = Minutes(reach.ranks)
-        self.minutes.take(self.calls, self.result, lambda _: self.result, self.passage)
-
-    def entering(self, number: int) -> Tensor | None:
-        return self._entering[number] if self._entering else None
-
-    def replayed(self, call: Call) -> Any:
-        """Return what a micro-batch gets in the second pass: a constant, unless its code asks for more."""
-        if not isinstance(self.result, Tensor):
-            return self.result
-        if self.is_tracked and self._differentiable and call.with_graph and call.value.requires_grad:
-            return _Known.apply(call.value, self.result)  # type: ignore[no-untyped-call]
-        return self.result.detach()
-
-
 class _Replay:
     """The company of a micro-batch in the second pass: everybody has been here before."""
 
-    def __init__(self, meetings: Sequence[_Meeting], moments: Moments, number: int, reach: Reach) -> None:
+    def __init__(self, meetings: Sequence[Meeting], moments: Moments, number: int, reach: Reach) -> None:
         self._meetings = meetings
         self._moments = moments
         self._number = number
@@ -391,25 +303,5 @@ class _Replay:
         )
 
 
-class _Known(torch.autograd.Function):
-    """What a meeting came to. The gradient that enters there is known, and enters elsewhere."""
-
-    @staticmethod
-    def forward(_ctx: Any, _value: Tensor, result: Tensor) -> Tensor:
-        return result.detach()
-
-    @staticmethod
-    def backward(_ctx: Any, *_gradients: Tensor) -> tuple[None, None]:
-        return None, None
-
-
 def _given(leaf: Tensor, _call: Call) -> Tensor:
     return leaf
-
-
-def _without_graph(call: Call) -> Call:
-    return replace(call, value=call.value.detach()) if isinstance(call.value, Tensor) else call
-
-
-def _is_differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
