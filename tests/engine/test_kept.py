@@ -1,5 +1,8 @@
 """The last micro-batch of a replay runs once, unless its graph is no good for it; the update is the same."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -174,6 +177,33 @@ def test_weights_learn_again_after_an_error():
     with pytest.raises(KeyError):
         accumulator.step(vectors(ROWS, torch.float64))
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize("way", ["step", "updates"])
+def test_the_attempt_in_which_they_were_found_to_meet_is_let_go(way):
+    """Also without a run of Python's collector, which would find it in a circle with what ended it."""
+    held = []
+
+    def loss_fn(model, batch):
+        mine = model(batch["x"])
+        held.append(weakref.ref(mine))
+        return wb.gather(mine).square().mean()
+
+    model = nn.Linear(6, 4).double()
+    accumulator = wb.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch=CUT, check=None
+    )
+    batch = vectors(ROWS, torch.float64)
+    gc.disable()
+    try:
+        if way == "step":
+            accumulator.step(batch)
+        else:
+            list(accumulator.updates([batch, batch], micro_batches=2))
+        assert len(held) > 3
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_is_that_of_one_micro_batch_and_what_met():

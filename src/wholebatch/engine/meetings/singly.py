@@ -38,21 +38,21 @@ class Alone:
 class Scout:
     """The first of several micro-batches that run as if they were alone: it ends where they would have to meet."""
 
-    ended: Again | None = None
     ranks: int = 1
+    _why: str | None = None  # not the exception, which would hold the forward pass that it ended
 
     def meet(self, call: Call) -> Any:
-        self.ended = Again(f"The micro-batches meet at {call}")
-        raise self.ended
+        self._why = f"The micro-batches meet at {call}"
+        raise Again(self._why)
 
     def own_rows(self) -> Indices | None:
-        self.ended = Again("The micro-batches ask for the places of their rows")
-        raise self.ended
+        self._why = "The micro-batches ask for the places of their rows"
+        raise Again(self._why)
 
     def require_alone(self) -> None:
-        """Raise what has ended the micro-batch, if the user's code has caught it."""
-        if self.ended is not None:
-            raise self.ended
+        """End the micro-batch once more, if the user's code has caught what ended it."""
+        if self._why is not None:
+            raise Again(self._why)
 
 
 @dataclass(slots=True)
