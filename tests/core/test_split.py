@@ -137,10 +137,11 @@ def test_a_micro_batch_holds_something():
     [
         (lambda: Rows(2.5), r"wb.Rows\(2.5\) is no whole number"),
         (lambda: Rows("8"), r"wb.Rows\('8'\) is no whole number"),
+        (lambda: Rows(True), r"wb.Rows\(True\) is no whole number"),
         (lambda: Tokens("4k", len), r"wb.Tokens\('4k'\) is no whole number"),
         (lambda: Tokens(64, "length"), "length is a str, which cannot be called"),
     ],
-    ids=["half a row", "a text", "tokens as a text", "no function"],
+    ids=["half a row", "a text", "a truth", "tokens as a text", "no function"],
 )
 def test_a_way_to_cut_that_cannot_be_is_refused(rule, found):
     with pytest.raises(wb.SplitError, match=found) as error:

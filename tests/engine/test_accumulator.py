@@ -177,6 +177,9 @@ def test_updates_of_no_micro_batches_are_refused():
     with pytest.raises(wb.WindowError, match="window of 0 micro-batches"):
         list(accumulator.updates([regression(2, torch.float64)], micro_batches=0))
     assert list(accumulator.updates([], micro_batches=2)) == []
+    with pytest.raises(wb.WindowError, match="window of 0 micro-batches"):
+        accumulator.window(micro_batches=0)
+    accumulator.window().rollback()  # none was left open
 
 
 @pytest.mark.parametrize(
@@ -185,9 +188,10 @@ def test_updates_of_no_micro_batches_are_refused():
         ([], None, "micro_batches=None is no whole number"),
         ([], "4", "micro_batches='4' is no whole number"),
         ([], 2.5, "micro_batches=2.5 is no whole number"),
+        ([], True, "micro_batches=True is no whole number"),
         (None, 2, "A NoneType yields no micro-batches"),
     ],
-    ids=["none", "a text", "a half", "no loader"],
+    ids=["none", "a text", "a half", "a truth", "no loader"],
 )
 def test_updates_of_what_is_no_loader_are_refused(loader, micro_batches, found):
     accumulator, _ = trained()

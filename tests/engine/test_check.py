@@ -647,7 +647,7 @@ class TakesFourRows(nn.Module):
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_model_that_takes_one_number_of_rows_is_trained_and_not_compared(loaded):
+def test_a_model_that_takes_one_number_of_rows_is_trained_and_not_compared(loaded, caplog):
     torch.manual_seed(0)
     model = TakesFourRows().double()
     right = copy.deepcopy(model.layer)
@@ -663,6 +663,7 @@ def test_a_model_that_takes_one_number_of_rows_is_trained_and_not_compared(loade
     else:
         assert accumulator.step(data).micro_batches == 3
     assert "the loss raises RuntimeError: expected 4 rows, got 2" in accumulator.reasons[0]
+    assert [each.getMessage() for each in caplog.records if each.levelname == "WARNING"] == [accumulator.reasons[0]]
     right(data).square().mean().backward()
     with torch.no_grad():
         right.weight -= 0.1 * right.weight.grad

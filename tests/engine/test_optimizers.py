@@ -312,7 +312,8 @@ def test_what_it_cannot_do_is_refused():
     model = mlp()
     with pytest.raises(wb.OptimizerError, match=r"clip_norm=1.0 needs the gradient .* AdamA takes it in"):
         wb.Accumulator(model, adam_a(model.parameters()), loss_of, clip_norm=1.0)
-    for wrong in ({"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}, {"weight_decay": -0.1}):
+    negative = [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}, {"weight_decay": -0.1}]
+    for wrong in (*negative, {"lr": "x"}, {"betas": 3}, {"betas": (0.9,)}, {"betas": ("a", "b")}, {"eps": None}):
         with pytest.raises(wb.OptimizerError, match=next(iter(wrong))):
             wb.AdamA(model.parameters(), **wrong)
     embedding = nn.Embedding(4, 2, sparse=True)

@@ -348,7 +348,7 @@ def test_gradients_travel_in_the_dtype_that_was_asked_for(two):
 )
 def test_a_window_is_one_reduction_and_one_small_message(two, wrap, kind, windows):
     for found in ranks.result(two, f"counted [{wrap}]", 2):
-        assert found[kind] == [["gloo:all_reduce", found["gradient"]], ["gloo:all_reduce", 64]] * windows
+        assert found[kind] == [["gloo:all_reduce", size] for size in (found["gradient"], 64) for _ in range(windows)]
 
 
 def test_a_loader_without_a_length_that_ends_with_a_window_costs_one_more_round(two):

@@ -589,6 +589,13 @@ def test_where_padding_counts_rows_are_padded_as_in_the_undivided_batch():
     assert change_error(model, unchecked, plainly(model, rows, collate=collate)[0]) > 1e-3
 
 
+def test_where_nobody_can_tell_whether_padding_counts_the_refusal_stands(monkeypatch):
+    said = "The first batch was not compared cut and uncut: on a few of its rows the loss raises RuntimeError: ...", 30
+    monkeypatch.setattr("wholebatch.integrations.transformers.beginning.look", lambda *_: said)
+    with pytest.raises(wb.VerifyError, match="The cut changes the gradient"):
+        train(Pooled(), documents(21), options={"data_collator": lambda rows: without_mask(pad(rows))})
+
+
 def test_batch_norm_is_refused_or_exact():
     class Normed(Tagger):
         def __init__(self):

@@ -153,7 +153,7 @@ def cut_by_length(lengths: Sequence[int], most: Callable[[int], int], tokens: in
 
 
 def _require_whole(what: str, number: object, example: str) -> None:
-    if not hasattr(number, "__index__"):
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise SplitError(f"{what}({number!r}) is no whole number.", hint=f"pass one, as in {example}.")
 
 

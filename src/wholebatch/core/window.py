@@ -112,9 +112,13 @@ def group(items: Iterable[Item], micro_batches: int | Callable[[], int]) -> Iter
     return _walk(items, lambda: micro_batches)
 
 
-def check_stream(items: Any, micro_batches: Any) -> None:
-    """Check that a stream can be walked over in windows; raises as `group` does."""
-    if not hasattr(micro_batches, "__index__"):
+def check_number(micro_batches: Any) -> None:
+    """Check that a window can have so many micro-batches.
+
+    Raises:
+        WindowError: It is no whole number, or none.
+    """
+    if isinstance(micro_batches, bool) or not hasattr(micro_batches, "__index__"):
         raise WindowError(
             f"micro_batches={micro_batches!r} is no whole number.",
             hint="pass how many micro-batches make one logical batch, such as micro_batches=8.",
@@ -124,6 +128,11 @@ def check_stream(items: Any, micro_batches: Any) -> None:
             f"A window of {micro_batches} micro-batches would never become an update.",
             hint="pass micro_batches=1 or more.",
         )
+
+
+def check_stream(items: Any, micro_batches: Any) -> None:
+    """Check that a stream can be walked over in windows; raises as `group` does."""
+    check_number(micro_batches)
     if isinstance(items, Mapping):
         raise WindowError(
             f"A {type(items).__name__} is no loader of micro-batches.",

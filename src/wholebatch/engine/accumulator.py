@@ -16,6 +16,7 @@ from wholebatch.core.record import Update
 from wholebatch.core.schedules.schedule import Schedule
 from wholebatch.core.split import Indices, Rows, Tokens
 from wholebatch.core.weights import Count, Reduction
+from wholebatch.core.window import check_number
 from wholebatch.engine import memory
 from wholebatch.engine.arguments import check_arguments, require_a_size
 from wholebatch.engine.checkpoint.state import state_of, take_over
@@ -310,8 +311,9 @@ class Accumulator:
             The open window: `Window.backward`, then `Window.close` or `Window.rollback`.
 
         Raises:
-            WindowError: The last window is still open.
+            WindowError: The last window is still open, or `micro_batches` is no number of them.
         """
+        check_number(micro_batches)
         window = self._windows.open(
             targets=targets,
             micro_batches=micro_batches,

@@ -74,7 +74,7 @@ class FirstCheck:
         )
         self._due = found is None  # else the next batch may tell
         if found is not None:
-            self._say(found, logging.INFO)
+            self._say(*found)
 
     def look_at_loaded(self, micro_batch: Any, layout: Layout) -> None:
         """Compare a few rows of a micro-batch that a loader has cut, if it is the first; see `look`."""
@@ -106,7 +106,7 @@ def check_first(
     *,
     lengths: Sequence[int] | None = None,
     precision: Precision | None = None,
-) -> str | None:
+) -> tuple[str, int] | None:
     """Compare a few rows of the first logical batch, cut and uncut, and leave no trace.
 
     Randomness and batch norm are left to their own rules here: dropout is silent, batch norm that computes over the
@@ -121,8 +121,9 @@ def check_first(
         precision: In which forward passes run.
 
     Returns:
-        What was found, as a sentence; None where the gradient is infinite or not a number as a whole already, so
-        that these rows do not tell, and the window will be judged by `on_nonfinite`.
+        What was found, as a sentence, and the level at which it is to be logged; None where the gradient is infinite or
+        not a number as a whole already, so that these rows do not tell, and the window will be judged by
+        `on_nonfinite`.
 
     Raises:
         VerifyError: The cut changes the gradient; the error names the cause.
@@ -131,7 +132,10 @@ def check_first(
     """
     pieces = _few(rows.rows, fitting, lengths)
     if not pieces:
-        return "The first batch was not compared cut and uncut: no two of its rows are known to fit together."
+        return (
+            "The first batch was not compared cut and uncut: no two of its rows are known to fit together.",
+            logging.INFO,
+        )
     probe = Probe(model, objective, rows, sample=SAMPLE, precision=precision)
     transaction = Transaction(model, input_device(model))
     transaction.begin()
@@ -144,9 +148,10 @@ def check_first(
             raise
         _explain(error, meets=probe.meets)
         # Some models take one number of rows and no other; if they are not at fault, training will raise it again.
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return (
-            "The first batch was not compared cut and uncut: on a few of its rows the loss raises "
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            f"The first batch was not compared cut and uncut: on a few of its rows the loss raises {said}",
+            logging.WARNING,
         )
     finally:
         transaction.roll_back()
@@ -154,12 +159,13 @@ def check_first(
     if any(map(math.isnan, errors)):
         return None
     if not errors:
-        return f"The first batch was not compared cut and uncut: {found[0]}."
+        return f"The first batch was not compared cut and uncut: {found[0]}.", logging.INFO
     compared, mode = sum(map(len, pieces)), ""
     if any(isinstance(each, _Evaluating) for each in errors):
         mode = ", in evaluation mode, since two passes in training mode differ by themselves"
     return (
-        f"The first batch was compared cut and uncut on {compared} rows: equal to {max(errors):.1e} (relative){mode}."
+        f"The first batch was compared cut and uncut on {compared} rows: equal to {max(errors):.1e} (relative){mode}.",
+        logging.INFO,
     )
 
 

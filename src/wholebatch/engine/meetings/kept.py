@@ -37,21 +37,28 @@ class Weights:
         self._learning = [each for each in model.parameters() if each.requires_grad and each.is_leaf]
         self._are_frozen = False
 
-    def freeze(self, are_frozen: bool) -> None:
-        """Freeze them, or let them learn again."""
-        if are_frozen != self._are_frozen:
-            self._are_frozen = are_frozen
-            for each in self._learning:
-                each.requires_grad_(not are_frozen)
+    def freeze(self) -> None:
+        """Let none of them require a gradient."""
+        self._set(are_frozen=True)
+
+    def thaw(self) -> None:
+        """Let those learn that did."""
+        self._set(are_frozen=False)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Let them learn again at the end of a block, whatever was done in it."""
         try:
-            self.freeze(True)
+            self.freeze()
             yield
         finally:
-            self.freeze(False)
+            self.thaw()
+
+    def _set(self, *, are_frozen: bool) -> None:
+        if are_frozen != self._are_frozen:
+            self._are_frozen = are_frozen
+            for each in self._learning:
+                each.requires_grad_(not are_frozen)
 
 
 class Kept:

@@ -126,11 +126,12 @@ def _first_pass(
     def go(number: int) -> None:
         nonlocal kept
         before(number)
-        if number == len(runs) - 1 and reach.ranks == 1:
-            kept = kept or Kept(number)
-            weights.freeze(not kept.is_open)
+        if kept is None and number == len(runs) - 1 and reach.ranks == 1:
+            kept = Kept(number)
+        if kept is not None and number == kept.number and kept.is_open:
+            weights.thaw()
         else:
-            weights.freeze(True)
+            weights.freeze()
         moments.keep(number, len(meetings))
         if meetings:
             meetings[-1].passage.go_on()

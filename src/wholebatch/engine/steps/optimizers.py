@@ -63,10 +63,10 @@ class AdamA(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         for name, value, right in [
-            ("lr", lr, float(lr) >= 0),
-            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
-            ("eps", eps, eps >= 0),
-            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("lr", lr, _is_from_0(lr)),
+            ("betas", betas, _are_two_shares(betas)),
+            ("eps", eps, _is_from_0(eps)),
+            ("weight_decay", weight_decay, _is_from_0(weight_decay)),
         ]:
             if not right:
                 raise OptimizerError(
@@ -178,3 +178,12 @@ class AdamA(Optimizer):
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _is_from_0(number: object) -> bool:
+    return hasattr(number, "__float__") and float(number) >= 0
+
+
+def _are_two_shares(numbers: object) -> bool:
+    found = list(numbers) if isinstance(numbers, tuple | list) else []
+    return len(found) == 2 and all(_is_from_0(each) and float(each) < 1 for each in found)

@@ -73,7 +73,10 @@ class Beginning:
         try:
             if taken.rows:
                 found = self._look(taken.rows[:usual])
-                self.reasons += [found] if found else []
+                if found is not None:
+                    said, level = found
+                    self.reasons.append(said)
+                    _log.log(level, said)
         except WholeBatchError as error:
             refusal = error
         finally:
@@ -82,8 +85,8 @@ class Beginning:
             if each is not None:
                 raise each
 
-    def _look(self, rows: list[Any]) -> str | None:
-        """Compare rows, cut and uncut, without collating them a second time."""
+    def _look(self, rows: list[Any]) -> tuple[str, int] | None:
+        """Compare rows, cut and uncut, without collating them a second time; see `look`."""
         counts = self._loss.count if self._loss.rule is not None else None
         objective = Objective(self._own or self._loss, counts, self.reduction)
         return look(self._trainer.model, objective, self._collate(rows))
@@ -92,9 +95,10 @@ class Beginning:
         """Whether a cut changes nothing where rows are padded as they were before it."""
         some = rows[:: -(-len(rows) // ROWS)]
         try:
-            return rows_of(self._collate(some)) == len(some) and self._look(some) is not None
+            found = self._look(some) if rows_of(self._collate(some)) == len(some) else None
         except WholeBatchError:
             return False
+        return found is not None and found[1] < logging.WARNING  # else nobody could tell
 
     @property
     def reduction(self) -> Reduction:

@@ -1,6 +1,7 @@
 """Does a collator draw random numbers, such as which words are masked? Then the same rows never come out twice."""
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def draws(collate: Callable[[list[Any]], Any], rows: Sequence[Any], device: torc
     return drew or not _same(one, other)
 
 
-def look(model: nn.Module, objective: Objective, micro_batch: Any) -> str | None:
+def look(model: nn.Module, objective: Objective, micro_batch: Any) -> tuple[str, int] | None:
     """Compare rows of a micro-batch, cut and uncut, as `wb.Accumulator` does with rows that are collated again.
 
     Args:
@@ -42,13 +43,19 @@ def look(model: nn.Module, objective: Objective, micro_batch: Any) -> str | None
         objective: What is to be trained.
         micro_batch: Collated once; its tensors are cut by rows.
 
+    Returns:
+        As `check_first`.
+
     Raises:
         VerifyError: The cut changes the gradient.
     """
     try:
         rows = LogicalBatch(micro_batch)
     except SplitError:
-        return "The first batch was not compared cut and uncut: its tensors disagree on how many rows there are."
+        return (
+            "The first batch was not compared cut and uncut: its tensors disagree on how many rows there are.",
+            logging.INFO,
+        )
     return by_itself(check_first)(model, objective, rows, range(min(rows.rows, ROWS)))
 
 
