@@ -370,7 +370,7 @@ def test_sharded_weights_may_be_gathered_with_each_pass(two):
             names = [name for name, _ in found[f"step of {rows}"]]
             assert names.count("gloo:all_gather") == 4 * passes  # two layers, forward and backward
             assert len(names) == 6 * passes + 2  # two layers are reduced; passes are agreed on, and the message is sent
-            assert found[f"step of {rows}"][-1] == ["gloo:all_reduce", 64]
+            assert found[f"step of {rows}"].count(["gloo:all_reduce", 64]) == 1
 
 
 @pytest.mark.parametrize("wrap", ["bare", "ddp", "fsdp"])
