@@ -179,6 +179,12 @@ def test_what_is_no_rule_or_no_factor_gets_a_hint(factor, rule):
         Change.of(adam(), factor, rule)
 
 
+def test_what_has_no_settings_follows_no_size():
+    with pytest.raises(wb.ConfigError, match="a int without parameter groups") as error:
+        Rates(3, at=64, rule="sqrt")
+    assert "param_groups" in error.value.hint
+
+
 def test_a_change_is_computed_first_and_applied_when_asked():
     optimizer = adam()
     change = Change.of(optimizer, 4, "sqrt")

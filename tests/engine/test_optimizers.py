@@ -82,11 +82,16 @@ def window(accumulator, rows, cut=CUT):
     return window.update
 
 
+def of_a_loader(accumulator, rows):
+    (update,) = accumulator.updates(parts_of(rows), micro_batches=len(CUT))
+    return update
+
+
 def adam_a(parameters):
     return wb.AdamA(parameters, **OPTIONS)
 
 
-@pytest.mark.parametrize(("way", "cut"), [(step, (3, 3, 3, 2)), (window, CUT)], ids=["step", "window"])
+@pytest.mark.parametrize(("way", "cut"), [(step, (3, 3, 3, 2)), (window, CUT), (of_a_loader, CUT)])
 def test_the_update_is_that_of_the_equations(way, cut):
     model, _, made = trained(adam_a, way)
     right = mlp()
@@ -334,13 +339,13 @@ def test_targets_that_are_not_known_early_are_an_error_with_a_hint():
     with assert_leaves_no_trace(model, optimizer):
         with pytest.raises(wb.WeightError, match=r"divided by 11 targets .* hold 20"):
             counting.step(tuple(batch()))
-        with pytest.raises(wb.WeightError, match="not known before") as error:
-            next(plain.updates(loader, micro_batches=4))
-        assert "window(targets=n)" in error.value.hint
+        with pytest.raises(wb.WeightError, match=r"divided by 11 targets .* hold 20"):
+            next(counting.updates(loader, micro_batches=4))
         opened = plain.window()
         opened.backward(loss_of(model, loader[0]), targets=5)
-        with pytest.raises(wb.WeightError, match="not known before"):
+        with pytest.raises(wb.WeightError, match="not known before") as error:
             opened.backward(loss_of(model, loader[1]), targets=3)
+        assert "window(targets=n)" in error.value.hint
     assert [update.applied for update in plain.updates(loader, micro_batches=1)] == [True] * 4
 
 

@@ -225,18 +225,19 @@ def test_the_same_where_each_window_is_one_micro_batch():
         assert torch.equal(one, other)
 
 
-def test_optimizers_that_take_gradients_in_are_made_again_from_the_start():
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_optimizers_that_take_gradients_in_are_made_again_from_the_start(micro_batches):
     model, plain = linear(), linear()
-    rows = [torch.randn(8, 3) for _ in range(2)]
+    rows = [torch.randn(8, 3) for _ in range(2 * micro_batches)]
 
     def made_of(model, loss_fn, **options):
         return wb.Accumulator(model, wb.AdamA(model.parameters(), lr=0.1), loss_fn, check=None, **options)
 
-    made = list(made_of(model, short_above(4)).updates(rows, micro_batches=1))
+    made = list(made_of(model, short_above(4)).updates(rows, micro_batches=micro_batches))
     assert [update.retries for update in made] == [1, 0]
     fine = made_of(plain, squares, micro_batch=wb.Rows(4))
-    for each in rows:
-        fine.step(each)
+    for window in (rows[:micro_batches], rows[micro_batches:]):
+        fine.step(torch.cat(window))
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from wholebatch.core.errors import ConfigError, MissingExtraError, WholeBatchError
 from wholebatch.core.record import Update
-from wholebatch.evidence.sinks import CallbackSink, JsonLines, ProgressBar, SinkError
+from wholebatch.evidence.sinks import CallbackSink, JsonLines, ProgressBar, SinkError, Sinks
 
 FULL = Path("/dev/full")
 UPDATE = Update(number=1, loss=2.5, targets=900, rows=64, micro_batches=4, lr=0.1, peak_bytes=2**30, seconds=0.5)
@@ -306,6 +306,13 @@ def test_the_import_needs_the_standard_library_alone(module):
     loaded = set(done.stdout.split())
     assert f"wholebatch.evidence.{module}" in loaded
     assert loaded & {"rich", "matplotlib", "numpy", "torch", "pydantic"} == set()
+
+
+@pytest.mark.parametrize("other", [3, [CallbackSink(print)], print])
+def test_what_is_no_sink_is_refused(other):
+    with pytest.raises(ConfigError, match="is no sink") as error:
+        Sinks(CallbackSink(print), other)
+    assert "CallbackSink(function)" in error.value.hint
 
 
 def test_a_callback_that_is_none_is_refused():

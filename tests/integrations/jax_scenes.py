@@ -237,6 +237,8 @@ def refusals():
 
     optimizer = multi_steps(optax.sgd(1.0), 2)
     return {
+        "no function": refusal(lambda: value_and_grad(3)),
+        "no optimizer": refusal(lambda: multi_steps(3, 2)),
         "no rows": refusal(lambda: value_and_grad(squares, 0)),
         "argnums": refusal(lambda: value_and_grad(squares, argnums=1)),
         "too few arguments": refusal(lambda: value_and_grad(squares, argnums=2)(PARAMS, BATCH)),

@@ -18,6 +18,8 @@ EXACT = 1e-12
 """Relative, in float64: room for rounding alone."""
 
 HINTS = {
+    "no function": ("LossError", "sum_fn is a int", "(loss_sum, targets)"),
+    "no optimizer": ("OptimizerError", "The optimizer is a int", "multi_steps(optax.adam(1e-3), 4)"),
     "no rows": ("SplitError", "0 rows", "1 or more"),
     "argnums": ("LossError", "argnums=1", "leave out 1"),
     "too few arguments": ("LossError", "2 arguments", "change argnums"),

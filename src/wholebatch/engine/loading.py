@@ -163,7 +163,8 @@ class Loading:
         alone = not several and ranks.ranks == 1
         # The micro-batches of a window that meet, or of which there is one.
         meets = self._lockstep.meets and (several or ranks.ranks > 1)
-        held: list[Any] | None = [] if alone or meets else None
+        # An optimizer that takes gradients in as they arrive needs the targets of all before the first backward pass.
+        held: list[Any] | None = [] if alone or meets or self._windows.rules.sums.consumes else None
         unlearned: list[Any] = []  # those without targets, that may have to meet others yet
         retries = 0
         scout = Scout() if several or ranks.ranks > 1 else None

@@ -1,6 +1,6 @@
 """How does one logical batch become an update? In one cut; made again when its micro-batches turn out to meet."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,54 +77,65 @@ class Making:
             counts = [len(part) for part in cut]
         elif not rows.collates or rows.kept is not None:
             counts = [objective.count(rows.take(part), len(part)) for part in cut]
-        known = [count for count in counts if count is not None]
-        total = sum(known) if len(known) == len(cut) else None
-        opened = {"targets": total, "micro_batches": len(cut), "padding": padding}
-        update = None
-        if not self._lockstep.meets or (len(cut) < 2 and ranks == 1):
-
-            def pass_each(window: Window) -> None:
-                self._forward.agree(window, len(cut), (rows.take([row]) for part in cut for row in part))
-                for number, (part, count) in enumerate(zip(cut, counts, strict=True), 1):
-                    place.rows = len(part)
-                    if number == len(cut):
-                        window.expect_last()
-                    self._forward.into(window, rows.take(part), len(part), count)
-                place.rows = None
-                self._forward.fill(window)
-
-            update = self._fill(pass_each, Scout() if len(cut) > 1 or ranks > 1 else None, **opened)
-        while update is None:  # they meet
-            takes = [partial(rows.take, part) for part in cut]
-            update = self._meet(takes, list(map(len, cut)), counts, cut, place, **opened)
-        return update
+        takes = [partial(rows.take, part) for part in cut]
+        spares = (rows.take([row]) for part in cut for row in part)
+        return self._made(takes, list(map(len, cut)), counts, cut, spares, place, padding=padding)
 
     def make_of(self, micro_batches: Sequence[Any], rows: Sequence[int | None], place: Place) -> Update:
-        """Make one update from micro-batches that somebody else has cut: from one, or from several that meet.
+        """Make one update from micro-batches that somebody else has cut, all of which are there.
 
         Args:
             micro_batches: As the loss function takes them.
             rows: Of each, if known. Unit: rows.
             place: Told which micro-batch runs.
         """
-        if len(micro_batches) < 2 and self._expect_meeting() == 1:
+        if self._expect_meeting() > 1 or len(micro_batches) > 1:
+            self._require_row_by_row()
+        takes = [partial(_itself, each) for each in micro_batches]
+        counts = list(map(self._forward.objective.count, micro_batches, rows))
+        return self._made(takes, rows, counts, side_by_side(rows), micro_batches, place)
+
+    def _made(
+        self,
+        takes: Sequence[Callable[[], Any]],
+        rows: Sequence[int | None],
+        counts: Sequence[Count | None],
+        cut: Sequence[Indices] | None,
+        spares: Iterable[Any],
+        place: Place,
+        padding: float | None = None,
+    ) -> Update:
+        """Make one update from micro-batches, one after the other, or together as soon as it is known that they meet.
+
+        Args:
+            takes: Return each micro-batch.
+            rows: Of each, if known. Unit: rows.
+            counts: The targets of each, if known. Unit: targets.
+            cut: Where their rows stand in the logical batch, if known.
+            spares: As for `Forward.agree`.
+            place: Told which micro-batch runs.
+            padding: Share of padding, if known.
+        """
+        known = [count for count in counts if count is not None]
+        total = sum(known) if len(known) == len(counts) else None
+        opened = {"targets": total, "micro_batches": len(takes), "padding": padding}
+        several = len(takes) > 1 or self._windows.rules.setup.group.ranks > 1
+        update = None
+        if not self._lockstep.meets or not several:
 
             def pass_each(window: Window) -> None:
-                for micro_batch in micro_batches:
-                    place.rows = rows[0]
-                    self._forward.into(window, micro_batch, rows[0], None)
+                self._forward.agree(window, len(takes), spares)
+                for number, (take, own, count) in enumerate(zip(takes, rows, counts, strict=True), 1):
+                    place.rows = own
+                    if number == len(takes):
+                        window.expect_last()
+                    self._forward.into(window, take(), own, count)
                 place.rows = None
+                self._forward.fill(window)
 
-            update = self._fill(pass_each, None)
-            assert update is not None
-            return update
-        self._require_row_by_row()
-        takes = [partial(_itself, each) for each in micro_batches]
-        update = None
-        while update is None:
-            update = self._meet(
-                takes, rows, [None] * len(rows), side_by_side(rows), place, micro_batches=len(micro_batches)
-            )
+            update = self._fill(pass_each, Scout() if several else None, **opened)
+        while update is None:  # they meet
+            update = self._meet(takes, rows, counts, cut, place, **opened)
         return update
 
     def _fill(self, fill: Callable[[Window], None], company: Scout | None, **opened: Any) -> Update | None:

@@ -249,8 +249,8 @@ class Weighing:
 _KEPT = ("known", "expected", "reference", "loss_sum", "least")
 
 _TOLD_EARLY = (
-    "tell how many there are in the whole window: accumulator.window(targets=n), or accumulator.step(batch) with "
-    "targets=... and a loss function that returns the loss alone."
+    "tell how many there are in the whole window: accumulator.window(targets=n), or step and updates with targets=... "
+    "and a loss function that returns the loss alone."
 )
 
 

@@ -114,8 +114,13 @@ class Change:
             rule: Which.
 
         Raises:
-            ConfigError: There is no such rule, or no such factor.
+            ConfigError: There is no such rule, or no such factor, or the optimizer has no parameter groups.
         """
+        if not hasattr(optimizer, "param_groups"):
+            raise ConfigError(
+                f"The optimizer is a {type(optimizer).__name__} without parameter groups.",
+                hint="pass an optimizer of torch.optim, or one that keeps its settings in param_groups as these do.",
+            )
         after = tuple(rescaled(group, factor, rule) for group in optimizer.param_groups)
         before = tuple(
             {name: _plain(group[name]) for name in new}
@@ -176,7 +181,7 @@ class Rates:
         at: The size for which settings are right now.
 
     Raises:
-        ConfigError: There is no such rule, or `at` is no size.
+        ConfigError: There is no such rule, `at` is no size, or the optimizer has no parameter groups.
 
     Example:
         >>> import torch

@@ -24,7 +24,8 @@ class AdamA(Optimizer):
     (exact batch norm), since the gradient then arrives as a whole. What it buys is the memory of a gradient.
 
     It is for `wb.Accumulator`, which divides each part by the window's targets before its backward pass, so these must
-    be known by then: in ``step`` from ``targets=...`` or the rows, in a loop of one's own from ``window(targets=n)``.
+    be known by then: in ``step`` and ``updates`` from ``targets=...`` or the rows, for which the latter reads all
+    micro-batches of a window before it begins; in a loop of one's own from ``window(targets=n)``.
     Called outside of a window, `step` takes ``.grad`` as the only part.
 
     Args:

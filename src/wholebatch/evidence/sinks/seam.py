@@ -1,7 +1,7 @@
 """What is a sink? Two methods, so that anything can be one; a function is one too."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from wholebatch.core.errors import ConfigError, WholeBatchError
 
@@ -10,6 +10,7 @@ class SinkError(WholeBatchError, OSError):
     """What was written could not be kept: no disk space, a disk that is gone, or a sink that was closed."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """What takes the events of a run.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from wholebatch.core.errors import WholeBatchError
+from wholebatch.core.errors import ConfigError, WholeBatchError
 from wholebatch.core.record import Update
 from wholebatch.evidence.sinks.seam import Sink, SinkError
 
@@ -23,6 +23,9 @@ class Sinks:
     Args:
         sinks: Where events go, in this order.
 
+    Raises:
+        ConfigError: One of them is no sink.
+
     Example:
         >>> from wholebatch.evidence.sinks import CallbackSink
         >>> def show(event):
@@ -34,7 +37,14 @@ class Sinks:
     """
 
     def __init__(self, *sinks: Sink) -> None:
-        self._sinks = list(sinks)
+        given: list[Any] = list(sinks)
+        for each in given:
+            if not isinstance(each, Sink):
+                raise ConfigError(
+                    f"A {type(each).__name__} is no sink: it lacks write(event) or close().",
+                    hint="pass one sink after the other, not in a list; and a function as CallbackSink(function).",
+                )
+        self._sinks: list[Sink] = given
         self._began = time.monotonic()
         self._applied = self._skipped = 0
         self._is_finished = False

@@ -50,7 +50,7 @@ def value_and_grad(
 
     Raises:
         SplitError: `micro_batch` is no positive number, or the arrays of a batch do not agree on the number of rows.
-        LossError: What `sum_fn` returns is not what is said above.
+        LossError: `sum_fn` cannot be called, or what it returns is not what is said above.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -62,6 +62,11 @@ def value_and_grad(
         >>> float(value), float(grad)
         (3.5, 9.0)
     """
+    if not callable(sum_fn):
+        raise LossError(
+            f"sum_fn is a {type(sum_fn).__name__}, which cannot be called.",
+            hint="pass a function: sum_fn(params, micro_batch) returns (loss_sum, targets).",
+        )
     if type(micro_batch) is not int or micro_batch < 1:
         raise SplitError(
             f"A micro-batch of {micro_batch!r} rows was asked for.", hint="micro_batch is a whole number, 1 or more."

@@ -79,7 +79,8 @@ def multi_steps(
         micro-batch without a target adds nothing, whatever its gradient; a window without any is no update.
 
     Raises:
-        OptimizerError: `micro_batches` is less than 1, or `reduction` is neither of the two.
+        OptimizerError: `optimizer` is none of Optax, `micro_batches` is less than 1, or `reduction` is neither of the
+            two.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -91,6 +92,11 @@ def multi_steps(
         >>> float(updates)
         -4.0
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise OptimizerError(
+            f"The optimizer is a {type(optimizer).__name__}, not one of Optax.",
+            hint="pass it first: multi_steps(optax.adam(1e-3), 4).",
+        )
     if isinstance(micro_batches, int) and micro_batches < 1:
         raise OptimizerError(
             f"A window of {micro_batches} micro-batches was asked for.",
