@@ -61,7 +61,8 @@ def verify(
         loss_fn: As for `wb.Accumulator`, and so are the others, except `step`.
         batch: A logical batch of two rows or more.
         step: ``step(model, optimizer, micro_batches)``: your own window, from the first backward pass to
-            ``optimizer.step()``. It is given plain SGD, and a list. An argument with ``sched`` in its name is given a
+            ``optimizer.step()``. It is given plain SGD, a list, and weights without gradients: whether it clears
+            them, or the loop around it does, is not looked at. An argument with ``sched`` in its name is given a
             schedule; one that the step brings along is not stepped, but counted.
         targets: Counts what the loss averages over. Default: rows.
         reduction: What `loss_fn` returns.
