@@ -29,7 +29,9 @@ from menagerie import (
 from properties import assert_leaves_no_trace, flat, sgd, state_of
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.checks.causes import diagnose
-from wholebatch.engine.checks.pieces import Probe, flat_gradient, norm, take_gradients
+from wholebatch.engine.checks.distance import norm
+from wholebatch.engine.checks.flat import flat_gradient, take_gradients
+from wholebatch.engine.checks.pieces import Probe
 from wholebatch.engine.checks.silence import silenced
 from wholebatch.engine.objective import Objective
 

@@ -10,7 +10,9 @@ from wholebatch.core.errors import ConfigError, OptimizerError, SplitError
 from wholebatch.core.split import Rows, Tokens
 from wholebatch.core.weights import Reduction
 from wholebatch.engine.checks.causes import Cause, diagnose
-from wholebatch.engine.checks.pieces import Probe, is_rounding, take_gradients
+from wholebatch.engine.checks.distance import is_rounding
+from wholebatch.engine.checks.flat import take_gradients
+from wholebatch.engine.checks.pieces import Probe
 from wholebatch.engine.device import input_device
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.ranks.wrapping import by_itself

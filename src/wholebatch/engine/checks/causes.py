@@ -15,7 +15,8 @@ from torch import nn
 from wholebatch.core.split import Indices
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.checks.carrying import carried, is_spectral
-from wholebatch.engine.checks.pieces import Piece, Probe, compare, errors, is_rounding, weighted_sum
+from wholebatch.engine.checks.distance import errors, is_rounding
+from wholebatch.engine.checks.pieces import Piece, Probe, compare, weighted_sum
 from wholebatch.engine.checks.silence import DROPOUT, evaluating, silenced
 from wholebatch.engine.device import input_device
 from wholebatch.engine.randomness import RandomState

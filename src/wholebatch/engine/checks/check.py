@@ -14,7 +14,8 @@ from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
 from wholebatch.engine.checks.carrying import carried
 from wholebatch.engine.checks.causes import Cause, carried_cause, diagnose, judged_in_training
-from wholebatch.engine.checks.pieces import Probe, compare, is_rounding
+from wholebatch.engine.checks.distance import is_rounding
+from wholebatch.engine.checks.pieces import Probe, compare
 from wholebatch.engine.checks.silence import evaluating, silenced
 from wholebatch.engine.device import input_device
 from wholebatch.engine.fit.cutting import Cutting

@@ -7,11 +7,10 @@ With g the gradient of the loss over some rows and g_k those over its parts, a l
 whatever the cut.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,8 @@ from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.split import Indices
 from wholebatch.core.weights import mean_weights
 from wholebatch.engine.backward import run_backward
+from wholebatch.engine.checks.distance import errors
+from wholebatch.engine.checks.flat import flat_gradient, num_entries
 from wholebatch.engine.checks.rounding import CoarsestDtype
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.holding import Holding
@@ -70,7 +71,7 @@ class Probe:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.names = [name for name, _ in named]
-        self.sizes = [_num_entries(parameter, sample) for parameter in self.parameters]
+        self.sizes = [num_entries(parameter, sample) for parameter in self.parameters]
         self.meets = bool(exact_layers(model))
         self._weights_eps = max(torch.finfo(each.dtype).eps for each in self.parameters)
         self._seen_eps = 0.0
@@ -190,107 +191,6 @@ def _entering(part: Part, weight: float) -> tuple[list[Tensor], list[Tensor]]:
     return losses, weights
 
 
-def flat_gradient(parameters: Iterable[nn.Parameter], sample: int | None = None) -> Tensor:
-    """Return the gradients of some parameters, one after the other, on the CPU.
-
-    They keep the precision that they have, and have 32 bits at least: to widen all of a large model's would take longer
-    than to compute them.
-
-    Args:
-        parameters: Whose ``.grad`` is taken; None is zero.
-        sample: At most so many entries of each, evenly spaced; None: all.
-
-    Returns:
-        A copy. Shape ``[entries]``; a complex entry counts as two.
-    """
-    parameters = list(parameters)
-    dtypes = (parameter.dtype.to_real() for parameter in parameters)
-    widest = reduce(torch.promote_types, dtypes, torch.float32)
-    return torch.cat([_entries(parameter, _num_entries(parameter, sample), widest) for parameter in parameters])
-
-
-def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Take the gradients of some parameters out of ``.grad``, as they are, but for where they are: on the CPU.
-
-    What is there and dense is not copied, unless it is a view of something else, which may be written again: DDP has
-    such. An accelerator keeps its memory for the next pass.
-
-    Args:
-        parameters: Whose ``.grad`` is None afterwards; where it was so before, the gradient is zero.
-
-    Returns:
-        One for each parameter. Shape of each: ``[entries]``; a complex entry counts as two.
-    """
-    taken = []
-    for parameter in parameters:
-        entries = _flat(parameter)
-        if entries is None:
-            entries = torch.zeros(_num_entries(parameter, None), dtype=parameter.dtype.to_real())
-        elif parameter.grad is not None and parameter.grad._is_view():
-            entries = entries.clone()
-        taken.append(entries.cpu())
-        parameter.grad = None
-    return taken
-
-
-def _num_entries(parameter: nn.Parameter, sample: int | None) -> int:
-    entries = parameter.numel() * (2 if parameter.is_complex() else 1)
-    return min(entries, sample) if sample is not None else entries
-
-
-def _entries(parameter: nn.Parameter, size: int, dtype: torch.dtype) -> Tensor:
-    flat = _flat(parameter)
-    if flat is None:
-        return torch.zeros(size, dtype=dtype)
-    return flat[:: max(1, flat.numel() // max(1, size))][:size].to("cpu", dtype)
-
-
-def _flat(parameter: nn.Parameter) -> Tensor | None:
-    """The gradient of a parameter as one stretch of real numbers, None where there is none."""
-    if parameter.grad is None:
-        return None
-    grad = parameter.grad.detach()
-    grad = grad if grad.layout == torch.strided else grad.to_dense()
-    return (torch.view_as_real(grad) if grad.is_complex() else grad).flatten()
-
-
-def norm(entries: Tensor) -> float:
-    """Return the 2-norm, added up in 64 bits where the squares may be too small or too large for fewer.
-
-    Args:
-        entries: Shape ``[entries]``.
-    """
-    entries = entries if entries.element_size() > 2 else entries.float()
-    found = float(torch.linalg.vector_norm(entries))
-    if 1e-12 < found < 1e15 or entries.dtype == torch.float64:
-        return found
-    return float(torch.linalg.vector_norm(entries, dtype=torch.float64))
-
-
-def errors(cut: Tensor, whole: Tensor, scale: Tensor, sizes: Sequence[int]) -> list[float]:
-    """Return the relative error of each parameter's gradient.
-
-    Args:
-        cut: Gradient from the parts, all parameters one after the other. Shape ``[entries]``.
-        whole: Gradient of the undivided rows. Shape ``[entries]``.
-        scale: How large the parts' gradients are, entry by entry, before they cancel. Shape ``[entries]``.
-        sizes: Entries of each parameter.
-
-    Returns:
-        For each parameter the 2-norm of the difference over that of the parts; a parameter with hardly any gradient is
-        measured against 3 % of the average.
-    """
-    parts, scales = (each.split_with_sizes(list(sizes)) for each in (cut - whole, scale))
-    return relative(list(map(norm, parts)), list(map(norm, scales)), sizes)
-
-
-def relative(differences: Sequence[float], scales: Sequence[float], sizes: Sequence[int]) -> list[float]:
-    """Return differences over scales, as `errors` does, from the norms of both."""
-    average = math.hypot(*scales) / max(1, sum(sizes)) ** 0.5
-    floors = [max(scale, 0.03 * average * size**0.5) for scale, size in zip(scales, sizes, strict=True)]
-    return [error / floor if floor > 0 else error for error, floor in zip(differences, floors, strict=True)]
-
-
 def compare(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[float] | None:
     """Return the relative error of each parameter's gradient, parts against whole; None: nothing to learn.
 
@@ -321,16 +221,6 @@ def scale_of_parts(probe: Probe, parts: Sequence[Indices]) -> Tensor:
         assert together is not None
         return together.abs()
     return weighted_sum([piece for part in parts if (piece := probe.run(part)) is not None])[1]
-
-
-def is_rounding(found: Sequence[float], tolerance: float) -> bool:
-    """Return whether errors are no more than rounding; one that is not a number is more.
-
-    Args:
-        found: Relative errors.
-        tolerance: The largest that counts as rounding.
-    """
-    return all(error <= tolerance for error in found)
 
 
 def weighted_sum(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from wholebatch.core.record import Update
 from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.batchnorm import batch_dependent_layers
-from wholebatch.engine.checks.pieces import take_gradients
+from wholebatch.engine.checks.flat import take_gradients
 from wholebatch.engine.device import input_device, move
 from wholebatch.engine.objective import Objective
 from wholebatch.evidence import reference

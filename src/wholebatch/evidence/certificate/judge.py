@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from wholebatch.core.split import Indices
-from wholebatch.engine.checks.pieces import Probe, errors, is_rounding, norm, relative, scale_of_parts
+from wholebatch.engine.checks.distance import errors, is_rounding, norm, relative
+from wholebatch.engine.checks.pieces import Probe, scale_of_parts
 
 Gradient: TypeAlias = Tensor | Sequence[Tensor]
 """On the CPU: all parameters one after the other, or, without a copy, one by one. Shape (of each) ``[entries]``."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wholebatch.engine.checks.pieces import Probe, errors, is_rounding
+from wholebatch.engine.checks.distance import errors, is_rounding
+from wholebatch.engine.checks.pieces import Probe
 from wholebatch.evidence.certificate.cuts import Cut
 from wholebatch.evidence.certificate.lines import Kind
 from wholebatch.evidence.certificate.rehearsal import Rehearsal

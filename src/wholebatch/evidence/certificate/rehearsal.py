@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from wholebatch.core.errors import ConfigError
-from wholebatch.engine.checks.pieces import flat_gradient
+from wholebatch.engine.checks.flat import flat_gradient
 from wholebatch.engine.device import modules
 from wholebatch.evidence.certificate.lines import Effect, LineWatch, PlannedFailureError
 from wholebatch.evidence.certificate.schedules import Count, Schedule, counted
