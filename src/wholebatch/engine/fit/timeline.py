@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wholebatch.core.trace import Kind, Trace
 from wholebatch.core.tree import flatten
+from wholebatch.engine.fit.operations import DEVICE, about, is_narrow
 
 
 class OverBudget(Exception):  # noqa: N818 - ends a look ahead, and is no error of the user's
@@ -151,10 +151,10 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is _DEVICE and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
+        if func is DEVICE and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
             return args[0].fake_device  # what the mode beneath would say, which is asked more often than all else
         kwargs = kwargs or {}
-        known = _ABOUT.get(func) or _about(func)
+        known = about(func)
         if known.views:
             for tensor in _among(args):
                 self._ignore(tensor)
@@ -170,7 +170,7 @@ class Timeline(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for tensor in _among((result,)):
                     if not any(tensor is each for each in args):
                         self._see(tensor)
-        if known.hidden or (known.product and _is_narrow(args)):
+        if known.hidden or (known.product and is_narrow(args)):
             self.hidden.add(known.name)
         return result
 
@@ -220,78 +220,6 @@ class _Live(weakref.ref):  # type: ignore[type-arg]
     __slots__ = ("key", "number")
     key: int
     number: int
-
-
-@dataclass(frozen=True, slots=True)
-class _About:
-    """What is known of an operation.
-
-    Attributes:
-        name: What it is called.
-        makes: Whether it returns more than views of what it was given, and what it was given.
-        views: Whether what it returns may be memory that it was given: a view, or nobody says so.
-        hidden: Whether it is known to take memory within itself.
-        product: Whether it does so in 16 bits.
-    """
-
-    name: str
-    makes: bool
-    views: bool
-    hidden: bool
-    product: bool
-
-
-_ABOUT: dict[Any, _About] = {}
-
-_DEVICE = torch.ops.prim.device.default
-
-
-def _about(func: Any) -> _About:
-    schema = func._schema
-    foreign = not schema.name.startswith("aten::")
-    told = [each.alias_info for each in schema.returns]
-    makes = foreign or any(each is None for each in told)
-    views = foreign or any(each is not None and not each.is_write for each in told)
-    found = _ABOUT[func] = _About(schema.name, makes, views, _takes_more(schema.name), schema.name in _PRODUCTS)
-    return found
-
-
-_HIDDEN = {
-    "convolution",
-    "mkldnn",
-    "cudnn",
-    "miopen",
-    "rnn",
-    "lstm",
-    "gru",
-    "fft",
-    "linalg",
-    "bag",
-    "sort",
-    "argsort",
-    "topk",
-    "unique",
-    "median",
-    "quantile",
-    "kthvalue",
-    "cdist",
-    "ctc",
-}
-"""Parts of the names of operations that are known to take memory within themselves."""
-
-
-def _takes_more(name: str) -> bool:
-    """Whether an operation is known to take memory within itself."""
-    space, _, name = name.partition("::")
-    return space not in ("aten", "prims", "profiler") or bool(_HIDDEN.intersection(name.split("_")))
-
-
-_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"}
-
-
-def _is_narrow(args: tuple[Any, ...]) -> bool:
-    """Whether a product is one in 16 bits, which a CPU computes from copies in another order."""
-    return any(isinstance(each, Tensor) and each.element_size() == 2 and each.device.type == "cpu" for each in args)
 
 
 def _among(values: Iterable[Any]) -> list[Tensor]:
