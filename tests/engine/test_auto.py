@@ -328,8 +328,7 @@ def test_what_recurrent_kernels_take_for_themselves_is_kept_within_the_budget(ki
         assert before + peak.peak_bytes <= budget
 
 
-@pytest.mark.parametrize(("rows", "low"), [(28, 5), (60, 15)])
-def test_kernels_are_measured_near_what_will_be_run_and_near_the_first_look_at_its_rows(rows, low, monkeypatch):
+def test_kernels_are_measured_near_what_will_be_run_and_near_the_first_look_at_its_rows(monkeypatch):
     """They are made ready for a number of rows when they first meet it, so the rows of the first look cost less."""
     measured, measure = [], Probe.measure
     monkeypatch.setattr(Probe, "measure", lambda self, rows, row: measured.append(rows) or measure(self, rows, row))
@@ -337,12 +336,15 @@ def test_kernels_are_measured_near_what_will_be_run_and_near_the_first_look_at_i
     model = nn.LSTM(16, 32, batch_first=True)
     loss_fn = lambda model, x: model(x)[0].square().mean()  # noqa: E731
     plan = wb.plan(model, torch.optim.SGD(model.parameters()), loss_fn, torch.randn(4, 20, 16), 96, timed=False)
-    measured.clear()
-    accumulator_of(model, loss_fn, memory=round(1.02 * plan.peak_at(rows))).step(torch.randn(96, 20, 16))
-    ((least, most),) = measured
-    assert abs(least - low) <= 2
-    assert (least == 5) == (low == 5)
-    assert rows / 3 < most < rows
+    looked = []
+    for rows in (20, 28, 40, 60):  # what kernels take, and so how far below is looked, depends on PyTorch
+        measured.clear()
+        accumulator_of(model, loss_fn, memory=round(1.02 * plan.peak_at(rows))).step(torch.randn(96, 20, 16))
+        ((least, most),) = measured
+        assert 10 <= most <= 20 if least == 5 else most == 2 * least > 20
+        assert rows / 3 < most < rows
+        looked.append(least)
+    assert looked[0] == 5 < looked[-1]
 
 
 def test_the_size_of_a_row_is_told_from_the_row():
