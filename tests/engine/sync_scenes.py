@@ -608,7 +608,7 @@ def early_failure_in_step(place: Place) -> dict[str, Any]:
     return {"said": said, "moved": moved, "off": trial.off}
 
 
-@SCENES("in step: a shortage in a loader")
+@SCENES("in step: a shortage in a loader", (2,) if LEAVES_PASSES else ())
 def shortage_in_a_loader_in_step(place: Place) -> dict[str, Any]:
     """A loader's earlier micro-batches are gone, so the window cannot be made again; the next one can."""
     trial = Trial(MLP, "each")

@@ -171,6 +171,7 @@ def test_in_step_a_failure_before_the_first_pass_is_told(two):
         assert found["off"] <= EXACT
 
 
+@pytest.mark.skipif(not LEAVES_PASSES, reason="a PyTorch whose FSDPModule has no reset_iter_state")
 def test_in_step_memory_that_runs_out_in_a_loader_s_micro_batch_is_an_error_on_all(two):
     other, short = ranks.result(two, "in step: a shortage in a loader", 2)
     assert short["said"][0] == "OutOfMemoryError"
