@@ -122,6 +122,7 @@ def test_micro_batches_that_do_not_meet_at_the_same_places_are_an_error_that_nam
             "8 entries in a micro-batch of 4 rows",
         ),
         (lambda model, batch: wb.own_rows(batch["a"][1:]).sum() + wb.gather(model(batch["a"])).sum(), "3 entries in a"),
+        (lambda model, batch: wb.own_rows(len(batch["a"])).sum() + wb.gather(model(batch["a"])).sum(), "of type int"),
         (lambda _, batch: wb.gather(batch["a"][:, : len(batch["a"])]).sum(), "of shape .4, 4. in micro-batch 0"),
         (lambda model, batch: wb.sum_over_batch(model(batch["a"])).sum(), "of shape .4, 8. in micro-batch 0"),
         (lambda *_: wb.sum_over_batch("many"), "was given a str"),
