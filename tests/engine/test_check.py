@@ -531,8 +531,10 @@ def test_a_graph_of_all_micro_batches_that_the_loss_uses_up_is_refused():
         return mse_loss(model(batch["x"] + 0.1 * slope.sign()), batch["y"])
 
     animal = Animal(lambda: wb.exact_batch_norm(BATCH_NORM.build()), regression, attacked)
-    with pytest.raises(wb.MeetingError, match="A gradient is taken inside the loss"):
-        accumulator_of(animal, animal.model()).step(regression(10, torch.float64))
+    for options in {}, {"check": None}:
+        with pytest.raises(wb.MeetingError, match="A gradient is taken inside the loss") as error:
+            accumulator_of(animal, animal.model(), **options).step(regression(10, torch.float64))
+        assert "wb.gather(y).sum()" in error.value.hint
 
 
 class CarriesOver(nn.Module):

@@ -249,8 +249,9 @@ def _second_pass(
 
 
 def _asks_for_graph(error: RuntimeError) -> bool:
-    """Return whether somebody asks for a gradient by what does not require one."""
-    return any(each in str(error) for each in ("require grad", "require gradient", "requires_grad"))
+    """Return whether somebody asks for a gradient by what does not require one, or does not lead to the result."""
+    signs = ("require grad", "require gradient", "requires_grad", "not have been used in the graph")
+    return any(each in str(error) for each in signs)
 
 
 class _Replay:
