@@ -354,6 +354,16 @@ def test_functional_dropout_is_named():
     assert [cause.name for cause in found.causes] == ["randomness"]
 
 
+@pytest.mark.parametrize("how", [right, clipped])
+def test_batch_norm_and_dropout_are_named_together(how):
+    """One after the other is silenced, against ``model.train()`` too; what the user has put there stays."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    model[3].train = stays = lambda _mode=True: model[3]
+    found = wb.verify(model, mean_square, regression(12, torch.float64), step=how)
+    assert [cause.name for cause in found.causes] == ["batch norm", "dropout"]
+    assert [vars(layer).get("train") for layer in model] == [None, None, None, stays]
+
+
 def jittered(x):
     return x + torch.randn_like(x)  # this draws
 

@@ -241,11 +241,14 @@ class _Examination:
 @contextmanager
 def quiet(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Put layers into evaluation mode, each by itself, and keep them there also against ``model.train()``."""
+    own = [(layer, vars(layer).get("train")) for layer in layers]  # of the user, or of those that are quiet already
     with evaluating(layers):
         for layer in layers:
             layer.train = lambda _mode=True, layer=layer: layer  # type: ignore[method-assign, misc]
         try:
             yield
         finally:
-            for layer in layers:
+            for layer, train in own:
                 del layer.train
+                if train is not None:
+                    vars(layer)["train"] = train
