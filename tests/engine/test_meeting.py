@@ -714,6 +714,9 @@ def test_tiles_change_memory_and_not_the_loss(tile):
         (lambda x: wb.losses.info_nce(x, x, tile=1.5), "tile of 1.5"),
         (lambda x: wb.losses.batch_hard_triplet(x, x[:, 0], margin="hard"), "margin='hard'"),
         (lambda x: wb.losses.load_balancing(x, x[:, 0]), "chosen experts are torch.float64"),
+        (lambda x: wb.losses.load_balancing(x, torch.full((len(x),), -1)), "experts go from -1 to -1, and there are"),
+        (lambda x: wb.losses.load_balancing(x.sum()), r"probabilities \(\) have no experts"),
+        (lambda x: wb.losses.info_nce(x, x, temperature=torch.ones(x.shape[1])), r"temperature of shape \(\d+,\)"),
     ],
 )
 def test_arguments_of_a_wrong_kind_are_named(make, found):
