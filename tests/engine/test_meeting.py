@@ -550,6 +550,56 @@ def test_meetings_inside_activation_checkpointing(lockstep):
     assert relative_error(found, whole) <= FP64
 
 
+class Expert(nn.Module):
+    """Tokens, numbers and shares meet in one line; `alike`: some that other layers and micro-batches bring too."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.expert = nn.Linear(5, 3), nn.Linear(5, 5)
+
+    def forward(self, x):
+        p = self.router(x).softmax(-1)
+        alike = functional_share(p)
+        mean = (wb.sum_over_batch(p.sum(0)) * wb.sum_over_batch(alike) / wb.sum_over_batch(len(x))).square().sum()
+        near = wb.gather(p)[:, 0].mean() * wb.gather(alike.expand(len(x), -1).round().long()).double().mean()
+        return x + self.expert(x).tanh(), wb.losses.load_balancing(p) + mean + near
+
+
+def functional_share(p):
+    return F.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype).sum(0)
+
+
+class Experts(nn.Module):
+    def __init__(self, again):
+        super().__init__()
+        self.layers, self.head, self.again = nn.ModuleList(Expert() for _ in range(3)), nn.Linear(5, 3), again
+
+    def forward(self, x):
+        balance = 0.0
+        for layer in self.layers:
+            x, more = checkpoint(layer, x, use_reentrant=False) if self.again else layer(x)
+            balance = balance + more
+        return self.head(x), balance
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_meetings_in_several_checkpointed_parts_are_told_apart(rows, lockstep):
+    """By part and order: what is brought may be the same, and is a number here and a tensor there."""
+
+    def loss_fn(model, batch):
+        y, balance = model(batch["x"])
+        return F.mse_loss(y, batch["y"]) + 0.1 * balance
+
+    plain = Animal(lambda: Experts(False), regression, loss_fn)
+    again = Animal(lambda: Experts(True), regression, loss_fn)
+    batch = regression(ROWS, torch.float64)
+    options = {"dtype": torch.float64}
+    right = gradient_of(plain, stepped(plain, wb.Rows(rows), lockstep=lockstep), batch, **options)
+    found = gradient_of(again, stepped(again, wb.Rows(rows), lockstep=lockstep), batch, **options)
+    assert relative_error(found, right) <= FP64
+
+
 @BOTH
 def test_what_knows_its_place_is_not_to_be_recomputed(lockstep):
     def asks(model, x):
