@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import lr_scheduler
 
 import wholebatch as wb
-from menagerie import CALM, mean_square, mlp, regression
+from menagerie import CALM, mean_square, mlp, numbers, regression
 from properties import assert_leaves_no_trace, flat, relative_error, sgd
 
 
@@ -170,6 +170,26 @@ def test_updates_of_micro_batches_whose_rows_nobody_knows_ask_for_targets():
     accumulator, _ = trained(targets=lambda part: len(part["x"]))
     (update,) = accumulator.updates(odd, micro_batches=2)
     assert (update.targets, update.rows) == (6, None)
+
+
+def test_a_loss_that_counts_by_itself_needs_no_rows():
+    """Boxes, a different number in each picture, as a loader for detection yields them."""
+
+    def loss_fn(model, micro_batch):
+        x, wanted = micro_batch
+        losses = [(y - target["y"]).square().sum() for y, target in zip(model(x), wanted, strict=True)]
+        return sum(losses), sum(target["y"].numel() for target in wanted)
+
+    model = mlp().double()
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), loss_fn)
+    whole = numbers(6, 5), [{"y": numbers(boxes, 3, seed=boxes)} for boxes in (2, 1, 4, 1, 3, 1)]
+    loss_sum, targets = loss_fn(model, whole)
+    right = flat(torch.autograd.grad(loss_sum / targets, list(model.parameters())))
+    before = flat(model.parameters())
+    parts = [(whole[0][rows], whole[1][rows]) for rows in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    (update,) = accumulator.updates(parts, micro_batches=3)
+    assert relative_error(before - flat(model.parameters()), right) <= 1e-12
+    assert (update.targets, update.rows) == (36, None)
 
 
 def test_updates_of_no_micro_batches_are_refused():

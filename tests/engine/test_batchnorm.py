@@ -80,6 +80,15 @@ def trained(model, loss_fn=mean_square, **options):
     return wb.Accumulator(model, optimizer, loss_fn, **{"micro_batch": wb.Rows(3), **options}), optimizer
 
 
+@pytest.mark.parametrize("layer", [nn.InstanceNorm1d(5, track_running_stats=True), RunningNorm()], ids=str)
+def test_what_is_no_batch_norm_is_not_sent_to_answers_for_batch_norm(layer):
+    model = nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 3)).double()
+    with pytest.raises(wb.BatchNormError, match="keep running statistics") as error:
+        trained(model)[0].step(regression(6, torch.float64))
+    assert "wb.exact_batch_norm" not in error.value.hint
+    assert "track_running_stats=False" in error.value.hint
+
+
 @pytest.mark.parametrize("way", ["step", "updates", "window"])
 def test_a_cut_batch_is_refused_and_the_layers_are_named(way):
     model = BATCH_NORM.model()

@@ -26,7 +26,7 @@ from menagerie import (
     sum_over_labels,
     texts,
 )
-from properties import assert_leaves_no_trace, flat, sgd, state_of
+from properties import assert_leaves_no_trace, flat, sgd, state_of, undivided
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.checks.causes import diagnose
 from wholebatch.engine.checks.distance import norm
@@ -531,8 +531,10 @@ def test_a_graph_of_all_micro_batches_that_the_loss_uses_up_is_refused():
         return mse_loss(model(batch["x"] + 0.1 * slope.sign()), batch["y"])
 
     animal = Animal(lambda: wb.exact_batch_norm(BATCH_NORM.build()), regression, attacked)
-    with pytest.raises(wb.MeetingError, match="A gradient is taken inside the loss"):
-        accumulator_of(animal, animal.model()).step(regression(10, torch.float64))
+    for options in {}, {"check": None}:
+        with pytest.raises(wb.MeetingError, match="A gradient is taken inside the loss") as error:
+            accumulator_of(animal, animal.model(), **options).step(regression(10, torch.float64))
+        assert "wb.gather(y).sum()" in error.value.hint
 
 
 class CarriesOver(nn.Module):
@@ -552,6 +554,67 @@ class CarriesOver(nn.Module):
         if self.training:
             self.centre = torch.lerp(self.centre, out.detach().mean(0), 0.5)
         return moved
+
+
+class Follows(nn.Module):
+    """Two encoders, of which one does not learn: it follows the other a little in every forward pass."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.student, self.teacher, self.how = nn.Linear(5, 3), nn.Linear(5, 3).requires_grad_(False), how
+
+    def forward(self, x):
+        for mine, own in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            if self.how == "in place":
+                mine.lerp_(own.detach(), 0.1)
+            elif self.how == "anew":
+                mine.data = 0.9 * mine.data + 0.1 * own.data
+            else:
+                mine.data.lerp_(own.data, 0.1)
+        return self.student(x) - self.teacher(x)
+
+
+@pytest.mark.parametrize("way", ["first", "verify"])
+@pytest.mark.parametrize("how", ["in place", "anew", "unseen"])
+def test_a_weight_that_follows_in_every_pass_is_named(how, way):
+    batch = regression(12, torch.float64)
+    if way == "verify":
+        (cause,) = wb.verify(Follows(how).double(), mean_square, batch).causes
+        assert (cause.name, "teacher.weight" in cause.found) == ("carried over", True)
+        return
+    animal = Animal(lambda: Follows(how), regression, mean_square)
+    with pytest.raises(wb.VerifyError, match=r"every forward pass changes in the model .teacher\.weight"):
+        accumulator_of(animal, animal.model()).step(batch)
+
+
+class Codebook(nn.Module):
+    """Reads a buffer, and moves it by what all micro-batches bring, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.register_buffer("centre", torch.linspace(-1, 1, 4))
+
+    def forward(self, x):
+        code = self.encode(x)
+        read = code * self.centre.clone()
+        mean = wb.sum_over_batch(code.detach().sum(0)) / wb.sum_over_batch(len(x))
+        if self.training and 0 in wb.own_rows(x):
+            self.centre.lerp_(mean, 0.5)
+        return self.decode(read)
+
+
+@pytest.mark.parametrize("lockstep", ["replay", "joined"])
+def test_what_all_move_once_and_read_before_is_not_refused(lockstep):
+    """Also where what is brought is detached, and what comes back is not, since the first pass of a replay needs it."""
+    animal = Animal(Codebook, regression, mean_square)
+    batch = regression(12, torch.float64)
+    assert wb.verify(animal.model(), mean_square, batch).ok
+    whole, cut = animal.model(), animal.model()
+    undivided(animal)(whole, sgd(whole.parameters()), batch)
+    accumulator_of(animal, cut, lockstep=lockstep).step(batch)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(cut.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("way", ["first", "verify"])

@@ -241,6 +241,41 @@ def test_one_value_in_all_is_too_few_as_in_torch():
         meeting_of(wb.exact_batch_norm(nn.BatchNorm1d(4, track_running_stats=False)), torch.ones(1, 4), 1)
 
 
+class Heads(nn.Module):
+    """Only some of the rows come to the layer: the boxes that were found in a picture, say."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        found = x[:, 0] > 0
+        return self.last(hidden.masked_scatter(found[:, None], self.norm(hidden[found])))
+
+
+@pytest.mark.parametrize("check", ["first", None])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_micro_batch_may_bring_no_row_to_a_layer(rows, check):
+    """Nothing is made of the few rows of the first check, of which none may come."""
+    batch = {"x": numbers(11, 5), "y": numbers(11, 3, seed=1)}
+    batch["x"][:, 0] = torch.tensor([-1.0] * 6 + [1.0] * 5)
+    right, cut = Heads().double(), wb.exact_batch_norm(Heads().double())
+    cut.load_state_dict(right.state_dict())
+
+    def loss_fn(model, batch):
+        return F.mse_loss(model(batch["x"]), batch["y"])
+
+    optimizer = torch.optim.SGD(right.parameters(), lr=0.1)
+    loss_fn(right, batch).backward()
+    optimizer.step()
+    wb.Accumulator(
+        cut, torch.optim.SGD(cut.parameters(), lr=0.1), loss_fn, micro_batch=wb.Rows(rows), check=check
+    ).step(batch)
+    for name, tensor in right.state_dict().items():
+        torch.testing.assert_close(cut.state_dict()[name], tensor, rtol=FP64, atol=FP64)
+
+
 def test_the_moments_are_merged_stably():
     """Around a mean of 1e8 the squares alone would lose all digits of a variance of 1."""
     x = 1e8 + numbers(64, 3)

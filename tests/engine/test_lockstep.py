@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import wholebatch as wb
 from coupled import CUTS, FEEDING, MEETING, Towers, pairs, standardised, two_sided, without_gather
-from menagerie import Animal
+from menagerie import Animal, regression
 from properties import assert_leaves_no_trace, change, gradient_of, relative_error, sgd, stepped, undivided, updated
 
 FP64 = 1e-12
@@ -247,6 +247,24 @@ def test_a_model_that_asks_for_gradients_of_its_own_is_joined():
     accumulator = wb.Accumulator(model, sgd(model.parameters()), penalised, micro_batch=wb.Rows(4), check=None)
     accumulator.step(pairs(ROWS, torch.float64))
     assert "asks for a graph of its own" in accumulator.reasons[0]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_gradient_penalty_of_what_all_rows_give_is_exact(normed):
+    """What one micro-batch gives depends on its own rows alone as far as it can see; what is gathered, on all."""
+
+    def penalised(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(wb.gather(model(x)).sum(), x, create_graph=True)
+        return F.mse_loss(model(x), batch["y"]) + slope.square().sum(1).mean()
+
+    def build():
+        norm = nn.BatchNorm1d(4) if normed else nn.LayerNorm(4)
+        return wb.exact_batch_norm(nn.Sequential(nn.Linear(5, 4), norm, nn.Softplus(), nn.Linear(4, 3)))
+
+    animal = Animal(build, regression, penalised)
+    assert error_of(animal, stepped(animal, wb.Rows(4))) <= FP64
+    assert wb.verify(animal.model(), penalised, regression(ROWS, torch.float64)).ok
 
 
 def test_a_model_that_never_meets_never_starts_a_thread(monkeypatch):

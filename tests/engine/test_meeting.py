@@ -122,6 +122,7 @@ def test_micro_batches_that_do_not_meet_at_the_same_places_are_an_error_that_nam
             "8 entries in a micro-batch of 4 rows",
         ),
         (lambda model, batch: wb.own_rows(batch["a"][1:]).sum() + wb.gather(model(batch["a"])).sum(), "3 entries in a"),
+        (lambda model, batch: wb.own_rows(len(batch["a"])).sum() + wb.gather(model(batch["a"])).sum(), "of type int"),
         (lambda _, batch: wb.gather(batch["a"][:, : len(batch["a"])]).sum(), "of shape .4, 4. in micro-batch 0"),
         (lambda model, batch: wb.sum_over_batch(model(batch["a"])).sum(), "of shape .4, 8. in micro-batch 0"),
         (lambda *_: wb.sum_over_batch("many"), "was given a str"),
@@ -549,6 +550,56 @@ def test_meetings_inside_activation_checkpointing(lockstep):
     assert relative_error(found, whole) <= FP64
 
 
+class Expert(nn.Module):
+    """Tokens, numbers and shares meet in one line; `alike`: some that other layers and micro-batches bring too."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.expert = nn.Linear(5, 3), nn.Linear(5, 5)
+
+    def forward(self, x):
+        p = self.router(x).softmax(-1)
+        alike = functional_share(p)
+        mean = (wb.sum_over_batch(p.sum(0)) * wb.sum_over_batch(alike) / wb.sum_over_batch(len(x))).square().sum()
+        near = wb.gather(p)[:, 0].mean() * wb.gather(alike.expand(len(x), -1).round().long()).double().mean()
+        return x + self.expert(x).tanh(), wb.losses.load_balancing(p) + mean + near
+
+
+def functional_share(p):
+    return F.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype).sum(0)
+
+
+class Experts(nn.Module):
+    def __init__(self, again):
+        super().__init__()
+        self.layers, self.head, self.again = nn.ModuleList(Expert() for _ in range(3)), nn.Linear(5, 3), again
+
+    def forward(self, x):
+        balance = 0.0
+        for layer in self.layers:
+            x, more = checkpoint(layer, x, use_reentrant=False) if self.again else layer(x)
+            balance = balance + more
+        return self.head(x), balance
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_meetings_in_several_checkpointed_parts_are_told_apart(rows, lockstep):
+    """By part and order: what is brought may be the same, and is a number here and a tensor there."""
+
+    def loss_fn(model, batch):
+        y, balance = model(batch["x"])
+        return F.mse_loss(y, batch["y"]) + 0.1 * balance
+
+    plain = Animal(lambda: Experts(False), regression, loss_fn)
+    again = Animal(lambda: Experts(True), regression, loss_fn)
+    batch = regression(ROWS, torch.float64)
+    options = {"dtype": torch.float64}
+    right = gradient_of(plain, stepped(plain, wb.Rows(rows), lockstep=lockstep), batch, **options)
+    found = gradient_of(again, stepped(again, wb.Rows(rows), lockstep=lockstep), batch, **options)
+    assert relative_error(found, right) <= FP64
+
+
 @BOTH
 def test_what_knows_its_place_is_not_to_be_recomputed(lockstep):
     def asks(model, x):
@@ -713,6 +764,9 @@ def test_tiles_change_memory_and_not_the_loss(tile):
         (lambda x: wb.losses.info_nce(x, x, tile=1.5), "tile of 1.5"),
         (lambda x: wb.losses.batch_hard_triplet(x, x[:, 0], margin="hard"), "margin='hard'"),
         (lambda x: wb.losses.load_balancing(x, x[:, 0]), "chosen experts are torch.float64"),
+        (lambda x: wb.losses.load_balancing(x, torch.full((len(x),), -1)), "experts go from -1 to -1, and there are"),
+        (lambda x: wb.losses.load_balancing(x.sum()), r"probabilities \(\) have no experts"),
+        (lambda x: wb.losses.info_nce(x, x, temperature=torch.ones(x.shape[1])), r"temperature of shape \(\d+,\)"),
     ],
 )
 def test_arguments_of_a_wrong_kind_are_named(make, found):

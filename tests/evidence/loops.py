@@ -406,6 +406,18 @@ def rt_halves(model, optimizer, micro_batches):
     optimizer.step()
 
 
+@fault("left out where memory runs out", "dropped micro-batches", ROWS)
+def rt_skips(model, optimizer, micro_batches):
+    n = sum(len(mb["x"]) for mb in micro_batches)
+    optimizer.zero_grad()
+    for mb in micro_batches:
+        try:
+            (mean_square(model, mb) * len(mb["x"]) / n).backward()
+        except RuntimeError:  # here
+            continue
+    optimizer.step()
+
+
 def total_of(mbs):
     return sum(len(m["x"]) for m in mbs)
 
@@ -733,4 +745,34 @@ def ok_func(model, optimizer, micro_batches):
         acc = g if acc is None else {k: acc[k] + g[k] for k in g}
     for k, p in model.named_parameters():
         p.grad = acc[k]
+    optimizer.step()
+
+
+@clean("hooks that an error leaves on the weights", ROWS)
+def ok_hooks(model, optimizer, micro_batches):
+    n = sum(len(mb["x"]) for mb in micro_batches)
+    handles = [p.register_hook(lambda g: g / n) for p in model.parameters()]
+    for mb in micro_batches:
+        (mean_square(model, mb) * len(mb["x"])).backward()
+    for h in handles:
+        h.remove()
+    optimizer.step()
+
+
+@clean("hooks that take gradients away", ROWS)
+def ok_taken(model, optimizer, micro_batches):
+    n = sum(len(mb["x"]) for mb in micro_batches)
+    sums = {p: torch.zeros_like(p) for p in model.parameters()}
+
+    def take(p):
+        sums[p] += p.grad
+        p.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(take) for p in model.parameters()]
+    for mb in micro_batches:
+        (mean_square(model, mb) * len(mb["x"]) / n).backward()
+    for h in handles:
+        h.remove()
+    for p, g in sums.items():
+        p.grad = g
     optimizer.step()

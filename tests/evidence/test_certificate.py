@@ -354,6 +354,57 @@ def test_functional_dropout_is_named():
     assert [cause.name for cause in found.causes] == ["randomness"]
 
 
+@pytest.mark.parametrize("how", [right, clipped])
+def test_batch_norm_and_dropout_are_named_together(how):
+    """One after the other is silenced, against ``model.train()`` too; what the user has put there stays."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    model[3].train = stays = lambda _mode=True: model[3]
+    found = wb.verify(model, mean_square, regression(12, torch.float64), step=how)
+    assert [cause.name for cause in found.causes] == ["batch norm", "dropout"]
+    assert [vars(layer).get("train") for layer in model] == [None, None, None, stays]
+
+
+def jittered(x):
+    return x + torch.randn_like(x)  # this draws
+
+
+class Jittered(nn.Module):
+    """Draws when it is made, and in a function of its own when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(3))
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.layer(jittered(x)) + self.token
+
+
+class Skipping(Jittered):
+    def reset_parameters(self):
+        self.token.data.normal_()
+
+    def forward(self, x):
+        return self.layer(x) if random.random() < 0.5 else self.token.expand(len(x), -1)  # and this
+
+
+@pytest.mark.parametrize(("kind", "line"), [(Jittered, "# this draws"), (Skipping, "# and this")])
+def test_the_line_that_draws_is_one_that_runs(kind, line):
+    torch.manual_seed(0)
+    found = wb.verify(kind().double(), mean_square, regression(24, torch.float64))
+    (cause,) = found.causes
+    assert cause.name == "randomness"
+    assert cause.where.endswith(line)
+
+
+def test_spectral_norm_is_where_it_is_called():
+    """Layers of the older kind are plain ones by their class, which other lines make as well."""
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(5, 3)), nn.Tanh()).double()  # this one
+    found = wb.verify(model, lambda model, batch: mean_square(model, batch), regression(12, torch.float64))
+    assert [cause.name for cause in found.causes] == ["spectral norm"]
+    assert found.causes[0].where.endswith("# this one")
+
+
 def test_decoupled_decay_of_a_step_is_judged_by_its_sum():
     """What does not grow with the loss, as a decay that the step adds, is no clip."""
 

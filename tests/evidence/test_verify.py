@@ -267,6 +267,15 @@ def test_a_step_that_is_none_is_refused():
         verified(CALM["mlp"], step=3)
 
 
+def test_a_term_that_acts_once_may_be_none():
+    """As the accumulator takes it: nothing to add this time."""
+
+    def loss_fn(model, batch):
+        return (model(batch["x"]) - batch["y"]).square().sum(), batch["y"].numel(), None
+
+    assert wb.verify(torch.nn.Linear(5, 3).double(), loss_fn, regression(12, torch.float64)).ok
+
+
 @pytest.mark.parametrize("moved", [1e-5, 4.0], ids=["nearly converged", "far from it"])
 def test_spectral_norm_is_named_and_called_no_mistake(moved):
     """Its estimate is one step of a power iteration better with every pass; that is neither chance nor a wrong loss."""

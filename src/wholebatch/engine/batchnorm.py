@@ -46,6 +46,14 @@ def require_row_by_row(model: nn.Module) -> None:
         return
     layers = batch_dependent_layers(model)
     shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
+    if not any(isinstance(layer, _BatchNorm) and _depends(layer) for layer in modules(model)):
+        raise BatchNormError(
+            "The logical batch is cut into micro-batches, and in training mode these layers keep running statistics of "
+            f"the rows that they are given, which would not be those of the whole batch: {shown}.",
+            hint="they are no batch norm that is known here: make instance norm with track_running_stats=False, and "
+            "let a layer of your own sum over the whole logical batch (wb.sum_over_batch); "
+            'batch_norm="per_micro_batch" takes them as they are.',
+        )
     raise BatchNormError(
         "The logical batch is cut into micro-batches, and in training mode these layers compute over the rows that "
         f"they are given, so that the update would not be that of the whole batch: {shown}.",

@@ -1,7 +1,7 @@
 """What does a micro-batch add to the window? The declared objective: a loss, and the targets that it averages over."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
@@ -125,16 +125,14 @@ class Objective:
     def count(self, micro_batch: Any, rows: int | None) -> Count:
         """Return the declared targets of a micro-batch: a plain number wherever that asks no device for it.
 
+        None where nothing is declared and nobody knows the rows: then the loss function has to count.
+
         Raises:
             WeightError: They are negative or not a number, or there is no way to count them.
         """
         if self.targets is None:
-            if rows is None:
-                raise WeightError(
-                    "The tensors of a micro-batch disagree on its rows, so its targets cannot be counted.",
-                    hint="pass targets=..., a function that counts what the loss averages over. Of a list of rows, let "
-                    "the loader collate it (collate_fn=...), or hand it to accumulator.step(rows) as a logical batch.",
-                )
+            if rows is None and _is_list_of_rows(micro_batch):
+                raise _uncounted()
             return rows
         counted = plain_count(self.targets(micro_batch))
         check_count(counted)
@@ -154,7 +152,7 @@ class Objective:
 
         Raises:
             LossError: See `part_of`.
-            WeightError: The loss function counts its targets, and `targets` does so too.
+            WeightError: The loss function counts its targets, and `targets` does so too; or nobody does.
         """
         if self.loss_fn is None:
             raise LossError(
@@ -165,6 +163,8 @@ class Objective:
         if result is None:
             return None
         if not isinstance(result, tuple):
+            if count is None:
+                raise _uncounted()
             _check_loss(result, graph)
             return Part(result, self.reduction, count)
         part = part_of(result, targets=count, reduction=self.reduction, graph=graph)
@@ -174,6 +174,19 @@ class Objective:
                 hint="let one of them count: leave out targets=..., or return the loss alone.",
             )
         return part
+
+
+def _is_list_of_rows(micro_batch: Any) -> bool:
+    return isinstance(micro_batch, list) and all(isinstance(row, tuple | list | Mapping) for row in micro_batch)
+
+
+def _uncounted() -> WeightError:
+    return WeightError(
+        "The tensors of a micro-batch disagree on its rows, so its targets cannot be counted.",
+        hint="pass targets=..., a function that counts what the loss averages over, or return (loss_sum, targets). Of "
+        "a list of rows, let the loader collate it (collate_fn=...), or hand it to accumulator.step(rows) as a logical "
+        "batch.",
+    )
 
 
 def _check_arguments(loss_fn: LossFn | None) -> None:

@@ -29,7 +29,7 @@ def gradient(model, loss_fn, batch, *, targets=None, reduction="mean"):  # type:
     result = loss_fn(model, batch)
     if isinstance(result, tuple):
         loss_sum, divisor, *once = result
-        loss = loss_sum / divisor + sum(once)
+        loss = loss_sum / divisor + sum(term for term in once if term is not None)
     else:
         loss = result / targets(batch) if reduction == "sum" else result
     loss.backward()

@@ -52,7 +52,8 @@ def verify(
 
     The judge is the plain loop of `wholebatch.evidence.reference`, which shares no code with the accumulator and sees
     the whole batch, so it must fit into memory: take a small one. Model, gradients, buffers and random state are left
-    as they were. What a step changes elsewhere, such as a moving average of its own, is not undone.
+    as they were. What a step changes elsewhere, such as a moving average of its own, is not undone, nor are weights
+    that the loss itself moves, such as those of an encoder that follows another.
 
     When all is well, the batch is run three times: once undivided, once by rows, and once ragged and permuted at once.
     A step runs a micro-batch more, until the lack of memory. What differs is run some more, each cut for itself, to

@@ -3,6 +3,7 @@
 In a cut batch a micro-batch then sees what the one before it left, and an update moves them once for each.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from wholebatch.engine.checks.pieces import Probe
 from wholebatch.engine.checks.silence import silenced
 from wholebatch.engine.device import input_device
 from wholebatch.engine.meetings.exactnorm import exact_layers
+from wholebatch.engine.ranks.shares import local_of
 from wholebatch.engine.transaction import Transaction
 
 
@@ -31,16 +33,14 @@ def carried(probe: Probe, whole: Indices) -> list[str]:
     transaction = Transaction(probe.model, input_device(probe.model))
     transaction.begin()
     attributes = _Attributes(probe.model)
-    written = [parameter._version for parameter in probe.parameters]
+    parameters = dict(probe.model.named_parameters())
+    written = _written(parameters.values())
     try:
         with silenced(probe.model):
             first = _gradient(probe, whole)
             moved = sorted(_moved_buffers(probe, transaction) + attributes.moved())
-            weights = [
-                name
-                for name, parameter, version in zip(probe.names, probe.parameters, written, strict=True)
-                if parameter._version != version
-            ]
+            now = _written(parameters.values())
+            weights = [name for name, then, mark in zip(parameters, written, now, strict=True) if then != mark]
             if first is None or not (moved or weights):
                 return []
             transaction.roll_back_random()
@@ -63,6 +63,18 @@ def carried(probe: Probe, whole: Indices) -> list[str]:
 def _gradient(probe: Probe, whole: Indices) -> Tensor | None:
     piece = probe.run(whole)
     return None if piece is None else piece.gradient
+
+
+def _written(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """What changes when a weight does, also through ``.data``, such as one that follows another and does not learn."""
+    held = [(each._version, local_of(each.detach())) for each in parameters]
+    return [
+        (version, weight.data_ptr(), float(weight.sum()).hex() if weight.dtype in _ADDED_UP else None)
+        for version, weight in held
+    ]
+
+
+_ADDED_UP = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _moved_buffers(probe: Probe, transaction: Transaction) -> list[str]:

@@ -57,7 +57,8 @@ _MEETS_AND_DIFFERS = Cause(
     "of a micro-batch as if they were all, or at all as if they were its own, or takes a gradient inside the loss.",
     "average over the rows that are here (queries) and compare them with all (keys, wb.gather); the places of the rows "
     "that are here are wb.own_rows(x), and a statistic of the batch is wb.sum_over_batch(x) / "
-    "wb.sum_over_batch(len(x)). A gradient penalty needs layers that look at each row for itself.",
+    "wb.sum_over_batch(len(x)). A gradient inside the loss is that of what all rows give: "
+    "torch.autograd.grad(wb.gather(y).sum(), x, create_graph=True).",
 )
 
 

@@ -191,12 +191,16 @@ def _entering(part: Part, weight: float) -> tuple[list[Tensor], list[Tensor]]:
     return losses, weights
 
 
-def compare(probe: Probe, whole: Indices, parts: Sequence[Indices]) -> list[float] | None:
+def compare(
+    probe: Probe, whole: Indices, parts: Sequence[Indices], *, before: Callable[[], None] = lambda: None
+) -> list[float] | None:
     """Return the relative error of each parameter's gradient, parts against whole; None: nothing to learn.
 
-    Parts that meet run in lockstep: alone, each would be another batch.
+    Parts that meet run in lockstep: alone, each would be another batch. `before` is called before each of the two.
     """
+    before()
     undivided = probe.run(whole)
+    before()
     if probe.meets:
         together = probe.together(whole, parts)
         if undivided is None or together is None:

@@ -42,7 +42,12 @@ def load_balancing(probabilities: Tensor, chosen: Tensor | None = None, *, mask:
         Switch Transformers, arXiv 2101.03961, equation 4. Over the whole batch as in Demons in the Detail, arXiv
         2501.11873.
     """
-    tokens, experts = probabilities.shape[:-1], probabilities.shape[-1]
+    tokens, experts = probabilities.shape[:-1], probabilities.shape[-1] if probabilities.ndim else 0
+    if experts == 0:
+        raise LossError(
+            f"probabilities {tuple(probabilities.shape)} have no experts.",
+            hint="pass what the router gives each expert: [..., experts].",
+        )
     chosen = probabilities.argmax(-1) if chosen is None else chosen
     chosen = chosen.unsqueeze(-1) if chosen.shape == tokens else chosen
     if chosen.shape[:-1] != tokens or (mask is not None and mask.shape != tokens):
@@ -53,6 +58,12 @@ def load_balancing(probabilities: Tensor, chosen: Tensor | None = None, *, mask:
         )
     if chosen.is_floating_point() or chosen.dtype == torch.bool:
         raise LossError(f"The chosen experts are {chosen.dtype}, not their numbers.", hint="pass integers.")
+    at_hand = chosen.device.type == "cpu" and type(chosen) is Tensor and not torch.compiler.is_compiling()
+    if at_hand and bool(((chosen < 0) | (chosen >= experts)).any()):  # an accelerator would have to be waited for
+        raise LossError(
+            f"The chosen experts go from {int(chosen.min())} to {int(chosen.max())}, and there are {experts} of them.",
+            hint="number them from 0; tokens that no expert takes get any of these numbers, and False in mask=...",
+        )
     wide = widened(probabilities)
     counts = torch.ones(tokens, dtype=wide.dtype, device=wide.device) if mask is None else mask.to(wide.dtype)
     sent = functional.one_hot(chosen.long(), experts).sum(-2) * counts.unsqueeze(-1)

@@ -79,6 +79,11 @@ def info_nce(
             f"temperature={temperature!r} divides no similarity.",
             hint="pass a number above 0, or a tensor that learns.",
         )
+    if isinstance(temperature, Tensor) and temperature.numel() != 1 and temperature.shape != (len(queries), 1):
+        raise LossError(
+            f"A temperature of shape {tuple(temperature.shape)} divides no similarity.",
+            hint="pass a single number, or one for each query: [rows, 1].",
+        )
     own = own_rows(queries)
     # In 32 bits at least what the temperature divides: its gradient adds up all rows.
     parts = [(widened(queries) / temperature).unsqueeze(1), widened(keys).unsqueeze(1)]

@@ -1,7 +1,9 @@
 """What does a micro-batch bring to a meeting, and from which line of the user's code?"""
 
+import inspect
 import os
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -66,6 +68,7 @@ class Call:
         once: Called once for all micro-batches with the result and what they bring beside.
         of: The layer that meets, or None.
         with_graph: Whether gradients are wanted.
+        part: The checkpointed part of the model that it lies in, if it is known.
     """
 
     kind: str
@@ -76,6 +79,7 @@ class Call:
     once: Callable[[Any, Sequence[Any]], None] | None = None
     of: object = None
     with_graph: bool = True
+    part: weakref.ref[Any] | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -88,7 +92,7 @@ class Call:
 
 def without_value(call: Call) -> Call:
     """Return where a micro-batch meets, without what it brings."""
-    return Call(call.kind, call.site, None, call.combine, None, None, call.of, call.with_graph)
+    return Call(call.kind, call.site, None, call.combine, None, None, call.of, call.with_graph, call.part)
 
 
 def known_rows(rows: Indices | None) -> Indices:
@@ -105,6 +109,23 @@ def known_rows(rows: Indices | None) -> Indices:
             "they lie, as in dims={'image': 1}.",
         )
     return rows
+
+
+def checkpointed() -> tuple[weakref.ref[Any] | None, object]:
+    """Return the checkpointed part of the model that runs now, and what is another one each time that it is run.
+
+    PyTorch tells nobody: both are what its hooks on saved tensors hold. Where they hold something else, it is None.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return None, None
+    run = inspect.unwrap(hooks[0])
+    for cell in getattr(run, "__closure__", None) or ():
+        held = cell.cell_contents
+        part = held() if isinstance(held, weakref.ref) else held
+        if type(part).__name__ == "_CheckpointFrame":
+            return weakref.ref(part), run
+    return None, None
 
 
 _ENGINE = Path(__file__).parents[1]

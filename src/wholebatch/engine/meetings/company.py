@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from wholebatch.core.split import Indices
-from wholebatch.engine.meetings.call import Call, Combine, site
+from wholebatch.engine.meetings.call import Call, Combine, checkpointed, site
 
 
 def meet(
@@ -49,7 +49,8 @@ def _meet(
     company = here()
     if company is None:
         return value
-    return company.meet(Call(kind, site(), value, combine, beside, once, of, torch.is_grad_enabled()))
+    part, _ = checkpointed()
+    return company.meet(Call(kind, site(), value, combine, beside, once, of, torch.is_grad_enabled(), part))
 
 
 class Company(Protocol):

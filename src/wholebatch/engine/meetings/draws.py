@@ -105,7 +105,8 @@ class Passage:
 def distance(calls: Sequence[Call], call: Call) -> float:
     """How far what was brought to a meeting is from what is brought now: 0 where computing it anew gives the same."""
     if not isinstance(call.value, Tensor):
-        return 0.0 if any(each.value == call.value for each in calls) else math.inf
+        numbers = [each.value for each in calls if not isinstance(each.value, Tensor)]
+        return 0.0 if call.value in numbers else math.inf
     same = [each.value for each in calls if isinstance(each.value, Tensor) and each.value.shape == call.value.shape]
     with torch.no_grad():
         return min((float((each.double() - call.value.double()).abs().sum()) for each in same), default=math.inf)

@@ -214,7 +214,10 @@ def _merge(values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Te
     counts, shape = [count for count, _ in beside], beside[0][1]
     total = total_of(counts)
     if not isinstance(total, Tensor) and total <= 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+        raise ValueError(
+            "Expected more than 1 value per channel when training, "
+            f"got {total} of all rows that meet; input size {shape}"
+        )
     return merge(counts, values)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
+from wholebatch.core.errors import MeetingError
 from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.meetings.baton import in_lockstep
 from wholebatch.engine.meetings.call import Call
@@ -40,6 +41,9 @@ def run_joined(
 
     Returns:
         What each forward pass returned, and the company for the backward pass, in which parts may be recomputed.
+
+    Raises:
+        MeetingError: A forward pass takes a gradient through the graph of all, and lets it go.
     """
     if device.type in _OFFLOADING:
         weights = {each.untyped_storage().data_ptr() for each in kept}
@@ -67,16 +71,26 @@ def run_joined(
         before(number)
         passages[0].go_on()
 
-    in_lockstep(
-        runs,
-        reach.rows,
-        ranks=reach.ranks,
-        device=device,
-        before=go_on,
-        meet=meet,
-        finish=results.__setitem__,
-        after=lambda _: passages[1].come(),
-    )
+    try:
+        in_lockstep(
+            runs,
+            reach.rows,
+            ranks=reach.ranks,
+            device=device,
+            before=go_on,
+            meet=meet,
+            finish=results.__setitem__,
+            after=lambda _: passages[1].come(),
+        )
+    except RuntimeError as error:
+        if "through the graph a second time" not in str(error):
+            raise
+        raise MeetingError(
+            "A gradient is taken inside the loss, through what looks at the whole logical batch: it would be that of "
+            "one micro-batch, and use up the graph of all.",
+            hint="take it of what all rows give, and keep the graph: torch.autograd.grad(wb.gather(y).sum(), x, "
+            "create_graph=True); or let layers look at each row for itself, as wb.convert_batch_norm(model) does.",
+        ) from error
     minutes.require_unchanged()
     reach.end()
     return results, minutes

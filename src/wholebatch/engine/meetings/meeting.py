@@ -85,13 +85,16 @@ def own_rows(x: Tensor) -> Tensor:
         Places, in the order of `x`; shape ``[rows]``, int64, on the device of `x`.
 
     Raises:
-        MeetingError: `x` has not one entry a row, or nobody knows how many rows a micro-batch has.
+        MeetingError: `x` is no tensor or has not one entry a row, or nobody knows how many rows a micro-batch has.
 
     Example:
         >>> import wholebatch as wb
         >>> wb.own_rows(torch.zeros(3, 8))
         tensor([0, 1, 2])
     """
+    given: Any = x
+    if not isinstance(given, Tensor) or given.ndim == 0:
+        raise _no_rows("wb.own_rows", given)
     company = here()
     own = company.own_rows() if company is not None else None
     if own is None:
@@ -107,11 +110,7 @@ def rows_in_order(values: Sequence[Any], _beside: Sequence[Any], order: Order) -
     """Return the rows of all micro-batches in the order of the logical batch: what `gather` comes to."""
     first = values[0]
     if not isinstance(first, Tensor) or first.ndim == 0:
-        found = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"type {type(first).__name__}"
-        raise MeetingError(
-            f"wb.gather was given something of {found}, which has no rows.",
-            hint="gather tensors with one entry a row, [rows, ...]; add up anything else with wb.sum_over_batch(x).",
-        )
+        raise _no_rows("wb.gather", first)
     for number, value in enumerate(values):
         if order.cut is not None and len(value) != len(order.cut[number]):
             raise _wrong_rows("wb.gather", len(value), len(order.cut[number]))
@@ -139,6 +138,14 @@ def _sum(values: Sequence[Any], _beside: Sequence[Any], _order: Order) -> Any:
     for value in values[1:]:
         total = total + value.to(wide)
     return total if first.dtype == torch.bool else total.to(first.dtype)
+
+
+def _no_rows(kind: str, found: Any) -> MeetingError:
+    said = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+    return MeetingError(
+        f"{kind} was given something of {said}, which has no rows.",
+        hint="pass a tensor with one entry a row, [rows, ...]; add up anything else with wb.sum_over_batch(x).",
+    )
 
 
 def _wrong_rows(kind: str, entries: int, rows: int) -> MeetingError:

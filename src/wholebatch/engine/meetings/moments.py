@@ -81,6 +81,8 @@ class Moments:
             if buffer is None or copy is None or buffer.shape != copy.shape or buffer.dtype != copy.dtype:
                 module._buffers[name] = None if copy is None else copy.clone()
             else:
+                if buffer.requires_grad:  # moved by what a meeting came to, which has a graph in the first pass
+                    buffer.detach_()
                 with torch.no_grad():
                     buffer.copy_(copy)
 

@@ -111,7 +111,9 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, relay: Relay) -> Tensor:
         wide = widened(x)
-        if x.device.type in ("cpu", "cuda"):  # torch's own kernel; var_mean takes three times as long
+        if not x.numel():  # none of its rows has come to this layer
+            mean = variance = wide.new_zeros(x.shape[1])
+        elif x.device.type in ("cpu", "cuda"):  # torch's own kernel; var_mean takes three times as long
             mean, variance = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
         else:
             variance, mean = torch.var_mean(wide, dim=_dims(x), correction=0)
@@ -193,7 +195,7 @@ class _Normalize(torch.autograd.Function):
         mean, variance = moments.unbind(0)
         scale = (variance + ctx.eps).rsqrt()
         slope = scale if weight is None else scale * weight
-        if torch.is_grad_enabled():  # a second derivative is wanted
+        if torch.is_grad_enabled() or not x.numel():  # a second derivative is wanted; torch's kernel takes no empty x
             wide = widened(d_y)
             d_x = (wide * _over(slope, x)).to(x.dtype)
             d_bias = wide.sum(_dims(x))

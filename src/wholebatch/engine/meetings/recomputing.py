@@ -1,21 +1,34 @@
 """What did a meeting come to? Kept for activation checkpointing, which runs parts of a model twice."""
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.meetings.call import Call
+from wholebatch.engine.meetings.call import Call, checkpointed
 from wholebatch.engine.meetings.draws import Passage, distance
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A meeting: what was brought, what gives it again, where the random stream stood, and who may come anew."""
+
+    calls: Sequence[Call]
+    again: Callable[[Call], Any]
+    passage: Passage
+    by: Sequence[Call]
 
 
 class Minutes:
     """The meetings of a window. In a backward pass it is the company of whatever is computed anew.
 
     Every micro-batch got the same from a meeting, so it only has to be found out which meeting it was: by the layer, by
-    the line if the recomputation comes by it, and, where several are left, by what was brought.
+    the line if the recomputation comes by it, and, where several are left, by the checkpointed part and how many of
+    them it has come by; where that is not known, by what was brought.
 
     Args:
         ranks: How many processes have micro-batches that meet.
@@ -23,10 +36,19 @@ class Minutes:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self._held: dict[tuple[str, int], list[tuple[Sequence[Call], Callable[[Call], Any], Passage]]] = {}
+        self._held: dict[tuple[str, int], list[_Held]] = {}
+        self._passed: dict[object, Counter[tuple[object, ...]]] = defaultdict(Counter)
         self._results: list[tuple[Call, Tensor, int]] = []
 
-    def take(self, calls: Sequence[Call], result: Any, again: Callable[[Call], Any], passage: Passage) -> None:
+    def take(
+        self,
+        calls: Sequence[Call],
+        result: Any,
+        again: Callable[[Call], Any],
+        passage: Passage,
+        *,
+        by: Sequence[Call] | None = None,
+    ) -> None:
         """Note a meeting.
 
         Args:
@@ -34,8 +56,10 @@ class Minutes:
             result: What it came to.
             again: Returns what a micro-batch got, for what it brings when it is computed anew.
             passage: Where the random stream stood.
+            by: Calls of those that may be computed anew, if they are not `calls`.
         """
-        self._held.setdefault((calls[0].kind, id(calls[0].of)), []).append((calls, again, passage))
+        held = _Held(calls, again, passage, calls if by is None else by)
+        self._held.setdefault((calls[0].kind, id(calls[0].of)), []).append(held)
         if isinstance(result, Tensor):
             self._results.append((calls[0], result, result._version))
 
@@ -60,15 +84,28 @@ class Minutes:
                 "forward pass.",
                 hint="let a checkpointed function do the same both times.",
             )
-        here = [each for each in meetings if each[0][0].site == call.site] or meetings
-        calls, again, passage = here[0] if len(here) == 1 else min(here, key=lambda each: distance(each[0], call))
-        if call.with_graph and not calls[0].with_graph:
+        here = [each for each in meetings if each.calls[0].site == call.site] or meetings
+        held = self._in_order(here) or min(here, key=lambda each: distance(each.calls, call))
+        if call.with_graph and not held.calls[0].with_graph:
             raise MeetingError(
                 f"Micro-batches cannot meet inside activation checkpointing with use_reentrant=True: {call}.",
                 hint="pass use_reentrant=False to torch.utils.checkpoint.checkpoint.",
             )
-        passage.resume(calls, call)
-        return again(call)
+        held.passage.resume(held.calls, call)
+        return held.again(call)
+
+    def _in_order(self, meetings: Sequence[_Held]) -> _Held | None:
+        """Return the meeting whose turn it is in the checkpointed part that is computed anew, if that is known."""
+        if len(meetings) == 1:
+            return meetings[0]
+        part, run = checkpointed()
+        if part is None:
+            return None
+        inside = [held for held in meetings if any(each.part is not None and each.part() is part() for each in held.by)]
+        line = meetings[0].calls[0].key
+        place = self._passed[run][line]
+        self._passed[run][line] += 1
+        return inside[place] if place < len(inside) else None
 
     def own_rows(self) -> Indices | None:
         raise MeetingError(

@@ -159,10 +159,14 @@ def _first_pass(
     def finish(number: int, part: Part | None) -> None:
         losses, roots = weighing.weigh(part) if learns(part) else ([], [])
         entering = [pair for pair in zip(losses, roots, strict=True) if pair[0].requires_grad]
-        leaves = [(meeting, leaf) for meeting in meetings if (leaf := meeting.take_leaf(number)) is not None]
+        leaves: list[tuple[Meeting, Tensor]] = []
         minutes = Minutes(reach.ranks)
-        for meeting, leaf in leaves:
-            minutes.take(meeting.calls, None, partial(_given, leaf), meeting.passage.of(number))
+        for meeting in meetings:
+            leaf = meeting.take_leaf(number)
+            again = meeting.replayed if leaf is None else partial(_given, leaf)
+            minutes.take(meeting.calls, None, again, meeting.passage.of(number), by=meeting.calls[number : number + 1])
+            if leaf is not None:
+                leaves.append((meeting, leaf))
         is_kept = kept is not None and number == kept.number and kept.end(part, [loss for loss, _ in entering])
         if not entering or not leaves:
             return
@@ -207,7 +211,8 @@ def _add_kept(window: Window, kept: Kept, meetings: Sequence[Meeting], rows: int
     values, gradients = [], []
     for meeting, brought, leaf in zip(meetings, kept.brought, kept.got, strict=True):
         again = meeting.replayed if leaf is None else partial(_given, leaf)
-        minutes.take(meeting.calls, meeting.result, again, meeting.passage.of(kept.number))
+        passage, by = meeting.passage.of(kept.number), meeting.calls[kept.number : kept.number + 1]
+        minutes.take(meeting.calls, meeting.result, again, passage, by=by)
         gradient = meeting.entering(kept.number)
         if gradient is not None and brought is not None:
             brought.require_unchanged()
@@ -249,8 +254,9 @@ def _second_pass(
 
 
 def _asks_for_graph(error: RuntimeError) -> bool:
-    """Return whether somebody asks for a gradient by what does not require one."""
-    return any(each in str(error) for each in ("require grad", "require gradient", "requires_grad"))
+    """Return whether somebody asks for a gradient by what does not require one, or does not lead to the result."""
+    signs = ("require grad", "require gradient", "requires_grad", "not have been used in the graph")
+    return any(each in str(error) for each in signs)
 
 
 class _Replay:
@@ -277,7 +283,8 @@ class _Replay:
         if gradient is not None and call.with_graph and call.value.requires_grad:
             self._brought.append(Brought(call.value))
             self.gradients.append(gradient)
-        self.minutes.take(meeting.calls, meeting.result, meeting.replayed, meeting.passage.of(self._number))
+        passage = meeting.passage.of(self._number)
+        self.minutes.take(meeting.calls, meeting.result, meeting.replayed, passage, by=[call])
         return meeting.replayed(call)
 
     @property

@@ -7,9 +7,16 @@ from typing import Any
 from torch import nn
 
 from wholebatch.engine.checks.causes import Cause
-from wholebatch.evidence.certificate.source import Place, definition, first_call, first_word
+from wholebatch.evidence.certificate.source import Place, definition, first_call, first_call_at_work, first_word
 
-_DRAWS = ("dropout", "rand", "randn", "rand_like", "randn_like", "randint", "bernoulli", "bernoulli_", "normal_")
+_DRAWS = (
+    *("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "random", "random_"),
+    *("normal", "normal_", "standard_normal", "gauss", "uniform", "uniform_", "exponential_", "log_normal_"),
+    *("bernoulli", "bernoulli_", "multinomial", "beta", "dirichlet", "sample", "rsample"),
+    *("choice", "choices", "shuffle", "permutation"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "drop_path"),
+    *("stochastic_depth", "gumbel_softmax", "rrelu"),
+)
 _TERMS = ("balanc", "aux", "router", "gate", "expert")
 
 
@@ -38,12 +45,14 @@ def _line(cause: Cause, model: nn.Module, loss_fn: Any, targets: Any, step: Any)
     classes = list(dict.fromkeys(type(module) for module in model.modules()))
     functions = [each for each in (loss_fn, step) if each is not None]
     place: Place | None = None
-    if cause.layers:
+    if cause.name == "spectral norm":
+        place = first_call(("spectral_norm",), [*classes, *functions])
+    elif cause.layers:
         layers = dict(model.named_modules())
         made = {type(layers[name]).__name__ for name in cause.layers if name in layers} or set(cause.layers)
         place = first_call(made, [*classes, *functions])
     elif cause.name == "randomness":
-        place = first_call(_DRAWS, [loss_fn, *classes])
+        place = first_call_at_work(_DRAWS, [loss_fn, *classes])
     elif cause.name == "balancing loss":
         place = first_word(_TERMS, [*functions, *classes])
     elif cause.name == "targets" and targets is not None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.batchnorm import batch_dependent_layers
@@ -179,7 +179,9 @@ class _Examination:
         for place in range(held.number):
             rest = held.shares.clone()
             rest[place] = 0
-            if any(judge.same(run.gradient, part @ held.means) for part in (rest, rest / rest.sum())):
+            left = [part @ held.means for part in (rest, rest / rest.sum())]
+            left += [self._nearest(run.gradient, judge.whole, each) for each in left]  # where its pass had begun
+            if any(judge.same(run.gradient, each) for each in left):
                 return Cause(
                     "dropped micro-batches",
                     f"When memory runs out on the way, micro-batch {place + 1} is left out of the update.",
@@ -192,6 +194,16 @@ class _Examination:
             "counted twice.",
             "clear the gradients before trying again (p.grad = None), and run the whole window anew.",
             where,
+        )
+
+    def _nearest(self, gradient: Tensor, *others: Tensor) -> Tensor:
+        """Of each parameter, the one of some gradients that is nearest. Shape ``[entries]``."""
+        of_parameters = [each.split_with_sizes(self._probe.sizes) for each in (gradient, *others)]
+        return torch.cat(
+            [
+                min(them, key=lambda each: float((each - found).norm()))
+                for found, *them in zip(*of_parameters, strict=True)
+            ]
         )
 
     def _stagnation(self, held: Window) -> Cause:
@@ -229,11 +241,14 @@ class _Examination:
 @contextmanager
 def quiet(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Put layers into evaluation mode, each by itself, and keep them there also against ``model.train()``."""
+    own = [(layer, vars(layer).get("train")) for layer in layers]  # of the user, or of those that are quiet already
     with evaluating(layers):
         for layer in layers:
             layer.train = lambda _mode=True, layer=layer: layer  # type: ignore[method-assign, misc]
         try:
             yield
         finally:
-            for layer in layers:
+            for layer, train in own:
                 del layer.train
+                if train is not None:
+                    vars(layer)["train"] = train

@@ -82,6 +82,7 @@ class Stage:
         self._takes = _arguments(step)
         self._weights = [(each, each.data, each.detach().clone(), each.requires_grad) for each in model.parameters()]
         self._parameters = [each for each, _, _, requires_grad in self._weights if requires_grad]
+        self._hooks = [tuple(hooks) for hooks in self._all_hooks()]
 
     def run(
         self, micro_batches: Sequence[Any], *, loud: float = 1.0, fail_at: int | None = None, watch: bool = False
@@ -121,12 +122,22 @@ class Stage:
         with torch.enable_grad():
             self._step(self._model, optimizer, micro_batches, **more)
 
+    def _all_hooks(self) -> list[dict[int, Any]]:
+        return [
+            hooks if hooks is not None else {}
+            for parameter in self._parameters
+            for hooks in (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+        ]
+
     def _restore(self, modes: list[tuple[nn.Module, bool]]) -> None:
         with torch.no_grad():
             for parameter, data, before, requires_grad in self._weights:
                 parameter.data = data
                 parameter.copy_(before)
                 parameter.requires_grad_(requires_grad)
+        for hooks, there in zip(self._all_hooks(), self._hooks, strict=True):
+            for hook in set(hooks).difference(there):  # a step that memory ended has not taken off its own
+                del hooks[hook]
         for module, mode in modes:
             module.training = mode
         self._roll_back()  # the random streams go on: other draws show what depends on them

@@ -102,6 +102,38 @@ def first_call(names: Iterable[str], functions: Iterable[Any], *, whole_file: bo
     return _first(matches, functions, whole_file=whole_file)
 
 
+def first_call_at_work(names: Iterable[str], functions: Iterable[Any]) -> Place | None:
+    """Return the first line that calls one of these names when functions run, not when their model is made.
+
+    Args:
+        names: Such as ``"rand"``.
+        functions: Functions, classes or objects; also looked through is what they call by name in their own files.
+    """
+    wanted = set(names)
+    running = [(file, node) for function in functions for file, tree in _source(function) for node in _at_work(tree)]
+    called = {_last_name(node.func) for _, node in running if isinstance(node, ast.Call)}
+    helpers = [
+        (file, node)
+        for file in dict.fromkeys(file for file, _ in running)
+        for function in ast.walk(_parse(file))
+        if isinstance(function, ast.FunctionDef) and function.name in called
+        for node in _at_work(function)
+    ]
+    for file, node in [*running, *helpers]:
+        if isinstance(node, ast.Call) and _last_name(node.func) in wanted:
+            return Place.at(file, node.lineno)
+    return None
+
+
+def _at_work(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes in the order of their lines, without those of methods that make a model."""
+    for child in ast.iter_child_nodes(tree):
+        named = isinstance(child, ast.FunctionDef) and ("init" in child.name or child.name.startswith("reset"))
+        if not named:
+            yield child
+            yield from _at_work(child)
+
+
 def first_word(words: Iterable[str], functions: Iterable[Any]) -> Place | None:
     """Return the first line in the source of some functions with a name that holds one of these words."""
     wanted = tuple(words)
