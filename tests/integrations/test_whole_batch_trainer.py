@@ -154,6 +154,51 @@ def test_weights_of_classes_are_seen_in_rows_that_do_not_show_them(rows, label):
     assert change_error(model, trained, plainly(model, data, collate=default_data_collator)[0]) < EXACT
 
 
+class Segments(nn.Module):
+    """Says of which class each pixel is, on a coarser grid, with classes in the second place and 255 left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(1, 3, 2, stride=2).double()
+
+    def forward(self, image, labels=None):
+        logits = self.head(image)
+        fine = nn.functional.interpolate(logits, size=labels.shape[-2:])
+        return {"loss": nn.functional.cross_entropy(fine, labels, ignore_index=255), "logits": logits}
+
+
+def images(rows, left_out):
+    draw = torch.Generator().manual_seed(0)
+    made = [torch.randn(1, 16, 16, generator=draw, dtype=torch.float64) for _ in range(rows)]
+    labels = [torch.randint(3, (16, 16), generator=draw) for _ in range(rows)]
+    for place in range(rows):
+        labels[place][: left_out * place % 16] = 255
+    return [{"image": image, "labels": each} for image, each in zip(made, labels, strict=True)]
+
+
+def test_pixels_are_classified_by_a_loss_that_knows_no_label_of_minus_100():
+    """A try of -100, or of a class that there is not, ended the run with an IndexError of cross_entropy."""
+    from transformers import default_data_collator
+
+    torch.manual_seed(0)
+    for left_out, options in ((0, {}), (3, {"targets": lambda inputs: (inputs["labels"] != 255).sum()})):
+        model, data = Segments(), images(21, left_out)
+        trained = copy.deepcopy(model)
+        train(trained, data, options={"data_collator": None, **options})
+        assert change_error(model, trained, plainly(model, data, collate=default_data_collator)[0]) < EXACT
+    with pytest.raises(wb.WeightError, match="nobody knows what to divide by"):
+        train(Segments(), images(21, 3), options={"data_collator": None})
+
+
+def test_a_loss_of_many_numbers_is_refused():
+    class Each(Classifier):
+        def forward(self, x, labels=None):
+            return {"loss": nn.functional.cross_entropy(self.head(x), labels, reduction="none")}
+
+    with pytest.raises(wb.WeightError, match=r"a tensor of shape \[8\], not a tensor with one number"):
+        train(Each(), points(21), options={"data_collator": None})
+
+
 def test_a_collator_may_be_written_for_batches_of_the_usual_size():
     def two(rows):
         assert len(rows) <= 2

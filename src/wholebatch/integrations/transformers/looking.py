@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.core.errors import WeightError
+from wholebatch.core.errors import WeightError, WholeBatchError
 from wholebatch.core.weights import Count
+from wholebatch.engine import memory
 from wholebatch.engine.randomness import RandomState
 from wholebatch.integrations.transformers.objective import ALL_ROWS, IGNORED, LABELS, SHIFTED, Rule, TrainerLoss
 from wholebatch.integrations.transformers.parts import (
@@ -101,11 +102,12 @@ class Look:
     def of(self, micro_batch: Any, items: Count | None = None) -> float:
         """Return the loss of a micro-batch, with the random numbers of all others."""
         self._random.restore()
-        loss = self._loss.loss(self._model, micro_batch, items)
-        if not isinstance(loss, Tensor):
+        loss: Any = self._loss.loss(self._model, micro_batch, items)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise WeightError(
-                f"compute_loss returned a {type(loss).__name__}, not a tensor.",
-                hint="return the loss as a tensor with one number.",
+                f"compute_loss returned a {found}, not a tensor with one number.",
+                hint="return a mean over its targets, such as loss.mean() of one loss for each row.",
             )
         self._eps = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps / 4)
         return float(loss.detach())
@@ -143,6 +145,15 @@ class Look:
         self.labels = int(there.sum())
         if self.labels < 2:
             return None
+        try:
+            return self._over_labels(micro_batch, name, there)
+        except Exception as error:
+            if isinstance(error, WholeBatchError) or memory.is_out_of_memory(error):
+                raise
+            self.labels = math.inf  # a loss that knows no -100, or another label in its place; other errors come again
+            return None
+
+    def _over_labels(self, micro_batch: Any, name: str, there: Tensor) -> Rule | None:
         classes = self._classes(micro_batch, micro_batch[name])
         for rule in self._candidates(micro_batch, name, there):
             parts = halves(there, rule is SHIFTED and name == "labels")
@@ -166,8 +177,10 @@ class Look:
         """Return how many classes a label may be of; 1 where that is not known."""
         outputs = self._loss.outputs(self._model, micro_batch)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        there = isinstance(logits, Tensor) and logits.ndim == labels.ndim + 1
-        return logits.shape[-1] if isinstance(logits, Tensor) and there else 1
+        if not isinstance(logits, Tensor) or logits.ndim != labels.ndim + 1:
+            return 1
+        # Of pixels the classes are not last, and logits may be fewer: too few classes do no harm, too many are none.
+        return logits.shape[-1] if logits.shape[:-1] == labels.shape else min(logits.shape[1:])
 
     def _takes_ignored(self, labels: Tensor) -> bool:
         """Whether labels of -100 can be tried: on an accelerator, a loss that does not know them ends the process."""
@@ -193,17 +206,22 @@ class Look:
             return None
         if rows < 2:
             return ALL_ROWS  # each window is a single row
+        seen = [micro_batch]
         name = labels_of(micro_batch)
         if name is not None:
             micro_batch = self._told_what_to_decode(micro_batch)
             classes = self._classes(micro_batch, micro_batch[name])
             parts_of_labels = first_row_and_rest(micro_batch[name] != IGNORED)
-            micro_batch = {**micro_batch, name: of_classes(micro_batch[name], *parts_of_labels, classes)}
+            varied = {**micro_batch, name: of_classes(micro_batch[name], *parts_of_labels, classes)}
+            seen = [varied, micro_batch]  # one of the classes may be ignored, which only the labels as they are show
+        return ALL_ROWS if all(self._adds_up_over_rows(each, rows) for each in seen) else None
+
+    def _adds_up_over_rows(self, micro_batch: Any, rows: int) -> bool:
         whole = LogicalBatch(micro_batch)
         parts = [self.of(whole.take(part)) * len(part) for part in (range(1), range(1, rows))]
         # Autocast rounds by what is in a batch.
         rounding = 2**20 if self._trainer.args.bf16 or self._trainer.args.fp16 else 1024
-        return ALL_ROWS if self.same(self.of(micro_batch) * rows, sum(parts), rounding) else None
+        return self.same(self.of(micro_batch) * rows, sum(parts), rounding)
 
 
 @contextmanager
