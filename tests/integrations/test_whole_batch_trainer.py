@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -188,6 +189,39 @@ def test_pixels_are_classified_by_a_loss_that_knows_no_label_of_minus_100():
         assert change_error(model, trained, plainly(model, data, collate=default_data_collator)[0]) < EXACT
     with pytest.raises(wb.WeightError, match="nobody knows what to divide by"):
         train(Segments(), images(21, 3), options={"data_collator": None})
+
+
+class Preference(nn.Module):
+    """Prefers the first of two, given side by side or one half after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 1).double()
+
+    def forward(self, pair):
+        first, second = (pair["a"], pair["b"]) if isinstance(pair, dict) else pair.chunk(2)
+        return {"loss": nn.functional.softplus(self.head(second) - self.head(first)).mean()}
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["side by side", "halves"])
+def test_rows_may_be_pairs(beside):
+    """A count of rows saw none in a dict of tensors; and half a pair ended the run with an error of the model's own."""
+
+    def collate(rows):
+        first, second = (torch.stack([row[name] for row in rows]) for name in "ab")
+        return {"pair": {"a": first, "b": second} if beside else torch.cat([first, second])}
+
+    torch.manual_seed(0)
+    model, data = Preference(), [{"a": one["x"], "b": two["x"]} for one, two in pairwise(points(22))]
+    given = {"data_collator": collate}
+    if not beside:
+        with pytest.raises(wb.WeightError, match="nobody knows what to divide by") as refused:
+            train(Preference(), data, options=given, remove_unused_columns=False)
+        assert isinstance(refused.value.__cause__, ValueError)
+        given["targets"] = lambda inputs: len(inputs["pair"]) // 2
+    trained = copy.deepcopy(model)
+    train(trained, data, options=given, remove_unused_columns=False)
+    assert change_error(model, trained, plainly(model, data, collate=collate)[0]) < EXACT
 
 
 def test_a_loss_of_many_numbers_is_refused():

@@ -78,7 +78,7 @@ def measure(
         hint="declare it: WholeBatchTrainer(..., targets=lambda inputs: ...), which counts what the loss of these "
         'inputs averages over, such as its summed class weights; a loss that is a sum also takes reduction="sum". '
         'A loss that compares the rows of a batch with each other needs wb.gather, and targets="rows".',
-    )
+    ) from look.failed
 
 
 class Look:
@@ -89,6 +89,7 @@ class Look:
 
     Attributes:
         labels: How many of the labels that were seen last are not -100; infinitely many where there are none to see.
+        failed: What the loss raised where it was given a part of the rows.
     """
 
     def __init__(self, loss: TrainerLoss) -> None:
@@ -98,6 +99,7 @@ class Look:
         self._random = RandomState.now(loss.trainer.args.device)
         self._eps = 0.0
         self.labels: float = math.inf
+        self.failed: Exception | None = None
 
     def of(self, micro_batch: Any, items: Count | None = None) -> float:
         """Return the loss of a micro-batch, with the random numbers of all others."""
@@ -217,11 +219,17 @@ class Look:
         return ALL_ROWS if all(self._adds_up_over_rows(each, rows) for each in seen) else None
 
     def _adds_up_over_rows(self, micro_batch: Any, rows: int) -> bool:
-        whole = LogicalBatch(micro_batch)
-        parts = [self.of(whole.take(part)) * len(part) for part in (range(1), range(1, rows))]
+        whole, loss = LogicalBatch(micro_batch), self.of(micro_batch)
+        try:
+            parts = [self.of(whole.take(part)) * len(part) for part in (range(1), range(1, rows))]
+        except Exception as error:
+            if isinstance(error, WholeBatchError) or memory.is_out_of_memory(error):
+                raise
+            self.failed = error  # a loss that takes rows in pairs, of which a part may be half
+            return False
         # Autocast rounds by what is in a batch.
         rounding = 2**20 if self._trainer.args.bf16 or self._trainer.args.fp16 else 1024
-        return self.same(self.of(micro_batch) * rows, sum(parts), rounding)
+        return self.same(loss * rows, sum(parts), rounding)
 
 
 @contextmanager
