@@ -165,7 +165,7 @@ class _Objective:
             if kind is not None and (
                 kind.shape != ()
                 or jnp.issubdtype(kind.dtype, jnp.complexfloating)
-                or (name != "targets" and not jnp.issubdtype(kind.dtype, jnp.floating))
+                or (name == "loss_sum" and not jnp.issubdtype(kind.dtype, jnp.floating))
             ):
                 raise LossError(
                     f"{name} has the shape {kind.shape} and the dtype {kind.dtype}.",
