@@ -191,6 +191,38 @@ def test_pixels_are_classified_by_a_loss_that_knows_no_label_of_minus_100():
         train(Segments(), images(21, 3), options={"data_collator": None})
 
 
+@pytest.mark.parametrize("key", ["input_ids", "items"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_step_that_looks_at_its_inputs_is_told_where_to_look(key, steps):
+    class Looking(WholeBatchTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs.items() if key == "items" else inputs[key]
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    with pytest.raises(wb.ConfigError, match=f"training_step looks at '{key}' of its inputs") as told:
+        train(Tagger("mean"), documents(21), kind=Looking, gradient_accumulation_steps=steps)
+    assert "compute_loss" in told.value.hint
+
+
+def test_rows_of_a_single_token_are_waited_through():
+    """A model that shifts its labels learns nothing from them; what its loss averages over shows later."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    short, long = [{"input_ids": torch.arange(1, size)} for size in (2, 6)]
+
+    def collate(rows):
+        ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
+        return {"input_ids": ids, "attention_mask": ids.ne(0), "labels": ids.masked_fill(ids == 0, -100)}
+
+    given = {"data_collator": collate, "on_nonfinite": "raise"}
+    trainer = train(model, [short] * 8 + [long] * 8, options=given, num_train_epochs=1)
+    assert trainer.state.global_step == 2
+    assert trainer.last_update.targets == 8 * 4
+
+
 class Preference(nn.Module):
     """Prefers the first of two, given side by side or one half after the other."""
 

@@ -61,6 +61,8 @@ def measure(
     micro_batch: Any = None
     for piece in together:
         micro_batch = collate(piece) if collate is not None else piece
+        if look.is_empty(micro_batch):
+            continue
         found = look.at_items(micro_batch) or look.at_labels(micro_batch)
         if found is not None:
             return found
@@ -118,10 +120,18 @@ class Look:
         """Whether two numbers are equal up to the rounding of losses."""
         return abs(one - other) <= rounding * self._eps * max(abs(one), abs(other))
 
+    def is_empty(self, micro_batch: Any) -> bool:
+        """Return whether there is nothing to learn where the Trainer counts, as from rows of a single token."""
+        items = self._loss.items(micro_batch)
+        if items is None or float(items):
+            return False
+        self.labels = 0
+        return True
+
     def at_items(self, micro_batch: Any) -> Rule | None:
         """Return the rule of the Trainer if the loss divides by the ``num_items_in_batch`` that it is given."""
         items = self._loss.items(micro_batch)
-        if items is None or not float(items):
+        if items is None:
             return None
         once, twice, four = (self.of(micro_batch, items * times) for times in (1, 2, 4))
         if self.same(once, twice, rounding=4):

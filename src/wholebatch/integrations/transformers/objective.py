@@ -102,7 +102,9 @@ class TrainerLoss:
         return "sum" if self.rule is not None and self.rule.adds_up else self._declared
 
     def count(self, micro_batch: Any) -> Count:
-        """Count what a micro-batch's loss averages over."""
+        """Count what a micro-batch's loss averages over; until that is known, what the Trainer counts."""
+        if self.rule is None and (items := self.items(micro_batch)) is not None:
+            return items
         return (self.rule or LABELS).count(micro_batch)
 
     def __call__(self, model: Any, micro_batch: Any) -> Tensor:
