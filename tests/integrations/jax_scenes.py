@@ -50,10 +50,14 @@ def part(batch, rows):
     return jax.tree.map(lambda leaf: leaf[rows], batch)
 
 
+def unpenalized(params, batch):
+    return *squares(params, batch), 0
+
+
 def cuts():
     """Return the largest error over cuts, with and without a term beside the mean."""
     found = {}
-    for sum_fn in (squares, penalized):
+    for sum_fn in (squares, penalized, unpenalized):
         right = jax.jit(jax.value_and_grad(partial(undivided, sum_fn)))(PARAMS, BATCH)
         for micro_batch in (1, 3, 100):
             got = jax.jit(value_and_grad(sum_fn, micro_batch))(PARAMS, BATCH)
@@ -100,6 +104,10 @@ def devices():
     )
     found["pmap"] = off(jax.tree.map(lambda leaf: leaf[1], each), mean), 0
     placed = jax.device_put(BATCH, jax.sharding.NamedSharding(mesh, spread))
+    each = jax.vmap(value_and_grad(squares, 2, axis_name="rows"), axis_name="rows", in_axes=(None, 0))(
+        PARAMS, by_device
+    )
+    found["vmap"] = off(jax.tree.map(lambda leaf: leaf[1], each), mean), 0
     found["placed"] = off(jax.jit(value_and_grad(squares, 3))(PARAMS, placed), mean), 0
     return found, in_loops(compiled(a_message_a_pass, checked=False).as_text())
 
@@ -142,6 +150,20 @@ def narrow():
     return [float(np.abs(np.asarray(each, np.float64) / right - 1).max() / eps) for each in (wide, rotten)], str(
         wide.dtype
     )
+
+
+def complex_numbers():
+    """Return the errors of complex parameters whose gradients add up in a dtype that is named after real ones."""
+    weight = {"w": jnp.asarray(RANDOM.normal(size=5) + 1j * RANDOM.normal(size=5))}
+
+    def sizes(params, batch):
+        return (jnp.abs(batch["x"] @ params["w"] - 1) ** 2).sum(), len(batch["x"])
+
+    right = jax.grad(partial(undivided, sizes))(weight, BATCH)
+    _, grads = value_and_grad(sizes, 3, accumulate_in=jnp.float64)(weight, BATCH)
+    optimizer = multi_steps(optax.sgd(1.0), 1, accumulate_in=jnp.float64)
+    updates, _ = optimizer.update(right, optimizer.init(weight), weight, targets=20)
+    return [off(grads, right), off(jax.tree.map(jnp.negative, updates), right)]
 
 
 def nothing():
@@ -250,11 +272,22 @@ def refusals():
         "no targets": refusal(lambda: optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))),
         "no window": refusal(lambda: multi_steps(optax.sgd(1.0), 0)),
         "reduction": refusal(lambda: multi_steps(optax.sgd(1.0), 2, reduction="none")),
+        "whole numbers": refusal(lambda: value_and_grad(squares)({**PARAMS, "step": 3}, BATCH)),
+        "a whole loss": refusal(lambda: value_and_grad(lambda _, b: (b["y"][1].sum(), 1))(PARAMS, BATCH)),
+        "whole sums": refusal(lambda: value_and_grad(squares, accumulate_in=jnp.int32)),
+        "no dtype": refusal(lambda: multi_steps(optax.sgd(1.0), 2, accumulate_in="float99")),
+        "half a window": refusal(lambda: multi_steps(optax.sgd(1.0), 2.5)),
+        "targets by row": refusal(
+            lambda: optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), targets=jnp.ones(2))
+        ),
+        "float0": refusal(
+            lambda: optimizer.update(np.zeros(2, jax.dtypes.float0), optimizer.init(jnp.ones(2, int)), targets=1)
+        ),
     }
 
 
 if __name__ == "__main__":
     answers = {scene.__name__: scene() for scene in (memory, devices)}
     jax.config.update("jax_disable_most_optimizations", True)  # it compiles faster
-    answers |= {scene.__name__: scene() for scene in (cuts, narrow, nothing, extras, steps, refusals)}
+    answers |= {scene.__name__: scene() for scene in (cuts, narrow, complex_numbers, nothing, extras, steps, refusals)}
     print(json.dumps(answers))

@@ -24,6 +24,7 @@ from keras import ops
 
 from wholebatch.core.errors import WholeBatchError
 from wholebatch.integrations.keras import ExactWindows, GradientAccumulateOptimizer, WholeBatchModel
+from wholebatch.integrations.keras.cutting import num_rows
 
 warnings.simplefilter("ignore", UserWarning)  # Keras on a generator that ends, and on masks that a sum drops
 keras.config.set_floatx("float64")
@@ -251,6 +252,49 @@ def declared():
     return before, made.numpy().tolist(), int(each.iterations)
 
 
+class Lazy(keras.Model):
+    """Has a layer that no row reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = Mixed(3), Mixed(3)
+
+    def build(self, shape):
+        self.used.build(shape)
+        self.idle.build(shape)
+
+    def call(self, x):
+        return self.used(x)
+
+
+@scene
+def out_of_reach():
+    """Weights without a gradient under a decay of weights, which on PyTorch leaves them alone."""
+
+    def make():
+        model = Lazy()
+        model.build((None, 6))
+        return model
+
+    start = same_start(make)
+    decaying = lambda: sgd(weight_decay=0.1)  # noqa: E731
+    right, _ = fitted(start(), {"loss": Squares()}, decaying(), X[:32], Y[:32], batch_size=16)
+    each = GradientAccumulateOptimizer(decaying(), 4)
+    model, _ = fitted(start(), {"loss": Squares()}, each, X[:32], Y[:32], batch_size=4)
+    return off(model, right)
+
+
+@scene
+def loaded():
+    """Weights that are loaded into a model around before a batch has come."""
+    first = WholeBatchModel(rows(), 3)
+    second = WholeBatchModel(rows(), 5)
+    with tempfile.TemporaryDirectory() as folder:
+        first.save_weights(f"{folder}/kept.weights.h5")
+        second.load_weights(f"{folder}/kept.weights.h5")
+    return off(second, first)
+
+
 @scene
 def nothing_to_learn():
     """A logical batch in which every position is masked."""
@@ -381,6 +425,8 @@ def refusals():
         "no rows": refusal(lambda: WholeBatchModel(rows(), micro_batch=0)),
         "no micro-batches": refusal(lambda: ExactWindows(rows(), micro_batches=2.5)),
         "no steps": refusal(lambda: GradientAccumulateOptimizer("sgd", 0)),
+        "windows of windows": refusal(lambda: GradientAccumulateOptimizer(GradientAccumulateOptimizer("sgd"))),
+        "an empty batch": refusal(lambda: num_rows((np.ones((0, 6)), np.ones((0, 1)), None))),
     }
 
 

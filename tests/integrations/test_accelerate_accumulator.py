@@ -159,6 +159,21 @@ def test_a_hook_of_the_user_is_called_as_well():
     assert len(list(exact.updates(loader, micro_batches=4))) == len(seen) == 2
 
 
+def test_a_state_inside_a_window_is_told(tmp_path):
+    """A state that is saved there goes on without its gradient, and one that is loaded gives it other weights."""
+    accelerator = fresh(4)
+    exact, loader, model = prepared(accelerator)
+    window = exact.window()
+    accelerator.save_state(tmp_path / "empty")
+    window.backward(loss_fn(model, next(iter(loader))), targets=2)
+    for state in (accelerator.save_state, accelerator.load_state):
+        with pytest.raises(wb.WindowError, match=f"{state.__name__} was called, and a window is open") as told:
+            state(tmp_path / "empty")
+        assert "wb.save" in told.value.hint
+    assert window.close().applied
+    accelerator.load_state(tmp_path / "empty")
+
+
 def test_save_state_between_updates_is_complete(tmp_path):
     accelerator = fresh(4)
     exact, loader, model = prepared(accelerator)

@@ -31,6 +31,13 @@ HINTS = {
     "no targets": ("WeightError", "without targets", "targets=n"),
     "no window": ("OptimizerError", "0 micro-batches", "last=True"),
     "reduction": ("OptimizerError", "'none'", "'mean' or 'sum'"),
+    "whole numbers": ("LossError", "['step'] int", "f(params, batch, shared)"),
+    "a whole loss": ("LossError", "the dtype int", "floating point number"),
+    "whole sums": ("WeightError", "int32", "jnp.float32"),
+    "no dtype": ("WeightError", "'float99'", "jnp.float32"),
+    "half a window": ("OptimizerError", "2.5 micro-batches", "a whole number"),
+    "targets by row": ("WeightError", "the shape (2,)", "one scalar"),
+    "float0": ("OptimizerError", "float0", "not trained"),
 }
 
 
@@ -42,9 +49,9 @@ def answers():
 
 
 def test_the_gradient_is_that_of_the_undivided_batch():
-    """20 rows in micro-batches of 1, 3 and all; a mean over what a mask leaves, without and with a term beside it."""
+    """20 rows in micro-batches of 1, 3 and all; a mean over what a mask leaves, alone, with a term beside it, or 0."""
     errors, _ = answers()["cuts"]
-    assert len(errors) == 6
+    assert len(errors) == 9
     assert max(errors.values()) <= EXACT
 
 
@@ -52,9 +59,9 @@ def test_the_bound_sees_a_mean_of_means():
     assert answers()["cuts"][1] > 0.1
 
 
-@pytest.mark.parametrize("way", ["mean", "mean and once", "pmap", "placed"])
+@pytest.mark.parametrize("way", ["mean", "mean and once", "pmap", "vmap", "placed"])
 def test_rows_may_be_spread_over_devices(way):
-    """In `shard_map` with and without its checks, in `pmap`, and where the arrays lie on four devices."""
+    """In `shard_map` with and without its checks, in `pmap`, in `vmap`, and where the arrays lie on four devices."""
     error, in_loops = answers()["devices"][0][way]
     assert error <= EXACT
     assert in_loops == 0  # devices speak once a logical batch
@@ -81,6 +88,10 @@ def test_sums_are_wider_than_parameters_in_16_bits():
     assert wide <= 1
     assert rotten > 4
     assert dtype == "bfloat16"
+
+
+def test_complex_gradients_keep_both_parts_in_a_sum_of_a_named_dtype():
+    assert max(answers()["complex_numbers"]) <= EXACT
 
 
 def test_a_batch_without_a_target_has_no_gradient():

@@ -31,6 +31,8 @@ HINTS = {
     "no rows": ("SplitError", "0 rows", "1 or more"),
     "no micro-batches": ("WindowError", "2.5", "1 or more"),
     "no steps": ("OptimizerError", "accum_steps is 0", "1 or more"),
+    "windows of windows": ("OptimizerError", "a GradientAccumulateOptimizer already", "the optimizer inside"),
+    "an empty batch": ("SplitError", "has no rows", "out of the data"),
 }
 
 
@@ -92,6 +94,14 @@ def test_an_optimizer_that_is_told_the_targets_weighs_by_them(backend):
     assert before == [0, 0]
     assert after == [-(1 * 1 + 3 * 5) / 4, -(1 * 2 + 3 * 6) / 4]
     assert updates == 1
+
+
+def test_weights_that_no_micro_batch_reaches_are_left_alone(backend):
+    assert answers(backend)["out_of_reach"] <= EXACT
+
+
+def test_weights_are_loaded_before_a_batch_has_come(backend):
+    assert answers(backend)["loaded"] == 0
 
 
 def test_a_batch_without_a_target_is_no_update(backend):

@@ -737,6 +737,8 @@ def asking_for_windows(self, batch, batch_idx):
         ),
         (Quiet(), {"micro_batch": wb.Rows(1)}, {}, "accumulate_grad_batches=4"),
         (Quiet(), {"windows": 2}, {}, "is for manual optimization"),
+        (Quiet(), {"on_update": 3}, {}, "on_update is a int"),
+        (Quiet(), {"log": True}, {}, "log is a bool"),
         (with_hook("automatic_optimization", False), {}, {"accumulate_grad_batches": 1}, "windows=None"),
         (
             with_hook("automatic_optimization", False),

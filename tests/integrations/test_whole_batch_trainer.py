@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -152,6 +153,116 @@ def test_weights_of_classes_are_seen_in_rows_that_do_not_show_them(rows, label):
     trained = copy.deepcopy(model)
     train(trained, data, options={"data_collator": None}, **setting)
     assert change_error(model, trained, plainly(model, data, collate=default_data_collator)[0]) < EXACT
+
+
+class Segments(nn.Module):
+    """Says of which class each pixel is, on a coarser grid, with classes in the second place and 255 left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(1, 3, 2, stride=2).double()
+
+    def forward(self, image, labels=None):
+        logits = self.head(image)
+        fine = nn.functional.interpolate(logits, size=labels.shape[-2:])
+        return {"loss": nn.functional.cross_entropy(fine, labels, ignore_index=255), "logits": logits}
+
+
+def images(rows, left_out):
+    draw = torch.Generator().manual_seed(0)
+    made = [torch.randn(1, 16, 16, generator=draw, dtype=torch.float64) for _ in range(rows)]
+    labels = [torch.randint(3, (16, 16), generator=draw) for _ in range(rows)]
+    for place in range(rows):
+        labels[place][: left_out * place % 16] = 255
+    return [{"image": image, "labels": each} for image, each in zip(made, labels, strict=True)]
+
+
+def test_pixels_are_classified_by_a_loss_that_knows_no_label_of_minus_100():
+    """A try of -100, or of a class that there is not, ended the run with an IndexError of cross_entropy."""
+    from transformers import default_data_collator
+
+    torch.manual_seed(0)
+    for left_out, options in ((0, {}), (3, {"targets": lambda inputs: (inputs["labels"] != 255).sum()})):
+        model, data = Segments(), images(21, left_out)
+        trained = copy.deepcopy(model)
+        train(trained, data, options={"data_collator": None, **options})
+        assert change_error(model, trained, plainly(model, data, collate=default_data_collator)[0]) < EXACT
+    with pytest.raises(wb.WeightError, match="nobody knows what to divide by"):
+        train(Segments(), images(21, 3), options={"data_collator": None})
+
+
+@pytest.mark.parametrize("key", ["input_ids", "items"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_step_that_looks_at_its_inputs_is_told_where_to_look(key, steps):
+    class Looking(WholeBatchTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs.items() if key == "items" else inputs[key]
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    with pytest.raises(wb.ConfigError, match=f"training_step looks at '{key}' of its inputs") as told:
+        train(Tagger("mean"), documents(21), kind=Looking, gradient_accumulation_steps=steps)
+    assert "compute_loss" in told.value.hint
+
+
+def test_rows_of_a_single_token_are_waited_through():
+    """A model that shifts its labels learns nothing from them; what its loss averages over shows later."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    short, long = [{"input_ids": torch.arange(1, size)} for size in (2, 6)]
+
+    def collate(rows):
+        ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
+        return {"input_ids": ids, "attention_mask": ids.ne(0), "labels": ids.masked_fill(ids == 0, -100)}
+
+    given = {"data_collator": collate, "on_nonfinite": "raise"}
+    trainer = train(model, [short] * 8 + [long] * 8, options=given, num_train_epochs=1)
+    assert trainer.state.global_step == 2
+    assert trainer.last_update.targets == 8 * 4
+
+
+class Preference(nn.Module):
+    """Prefers the first of two, given side by side or one half after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 1).double()
+
+    def forward(self, pair):
+        first, second = (pair["a"], pair["b"]) if isinstance(pair, dict) else pair.chunk(2)
+        return {"loss": nn.functional.softplus(self.head(second) - self.head(first)).mean()}
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["side by side", "halves"])
+def test_rows_may_be_pairs(beside):
+    """A count of rows saw none in a dict of tensors; and half a pair ended the run with an error of the model's own."""
+
+    def collate(rows):
+        first, second = (torch.stack([row[name] for row in rows]) for name in "ab")
+        return {"pair": {"a": first, "b": second} if beside else torch.cat([first, second])}
+
+    torch.manual_seed(0)
+    model, data = Preference(), [{"a": one["x"], "b": two["x"]} for one, two in pairwise(points(22))]
+    given = {"data_collator": collate}
+    if not beside:
+        with pytest.raises(wb.WeightError, match="nobody knows what to divide by") as refused:
+            train(Preference(), data, options=given, remove_unused_columns=False)
+        assert isinstance(refused.value.__cause__, ValueError)
+        given["targets"] = lambda inputs: len(inputs["pair"]) // 2
+    trained = copy.deepcopy(model)
+    train(trained, data, options=given, remove_unused_columns=False)
+    assert change_error(model, trained, plainly(model, data, collate=collate)[0]) < EXACT
+
+
+def test_a_loss_of_many_numbers_is_refused():
+    class Each(Classifier):
+        def forward(self, x, labels=None):
+            return {"loss": nn.functional.cross_entropy(self.head(x), labels, reduction="none")}
+
+    with pytest.raises(wb.WeightError, match=r"a tensor of shape \[8\], not a tensor with one number"):
+        train(Each(), points(21), options={"data_collator": None})
 
 
 def test_a_collator_may_be_written_for_batches_of_the_usual_size():

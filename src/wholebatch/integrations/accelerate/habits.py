@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from wholebatch.core.errors import WindowError
+from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.objective import LossFn
 from wholebatch.engine.rehearsal import is_rehearsal
 
@@ -69,3 +70,27 @@ def tell_of_clipping(accelerator: Accelerator, model: nn.Module) -> None:
         return clip(several, *arguments, **options)
 
     accelerator.clip_grad_norm_ = clip_grad_norm_
+
+
+def tell_of_states(accelerator: Accelerator, accumulator: Accumulator) -> None:
+    """Let the accelerator refuse to save or load its state inside a window, whose gradient is in no such state."""
+    ours = ref(accumulator)
+
+    def between(state: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(state)
+        def between_updates(*arguments: Any, **options: Any) -> Any:
+            kept = ours()
+            window = kept.open_window if kept is not None else None
+            if window is not None and not window.is_empty:
+                raise WindowError(
+                    f"accelerator.{state.__name__} was called, and a window is open whose gradient is no part of it.",
+                    hint="call it between updates, after window.close() or window.rollback(); wb.save and wb.load know "
+                    "windows.",
+                )
+            return state(*arguments, **options)
+
+        return between_updates
+
+    # Not its hooks, which come when save_state has removed a checkpoint that is one too many.
+    for name in ("save_state", "load_state"):
+        setattr(accelerator, name, between(getattr(accelerator, name)))

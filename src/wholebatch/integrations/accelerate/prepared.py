@@ -11,7 +11,7 @@ from torch import nn
 from wholebatch.core.errors import ConfigError
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.objective import LossFn
-from wholebatch.integrations.accelerate.habits import Alone, tell_of_clipping
+from wholebatch.integrations.accelerate.habits import Alone, tell_of_clipping, tell_of_states
 from wholebatch.integrations.accelerate.support import require_prepared, require_support, unwrapped
 
 
@@ -79,7 +79,7 @@ def accumulator(
     ]
     alone = Alone(accelerator, options.pop("before_step", None))
     tell_of_clipping(accelerator, model)
-    return Accumulator(
+    exact = Accumulator(
         model,
         optimizers,
         alone.around(loss_fn) if isroutine(loss_fn) else loss_fn,
@@ -88,3 +88,5 @@ def accumulator(
         before_step=alone,
         **options,
     )
+    tell_of_states(accelerator, exact)
+    return exact

@@ -1,6 +1,7 @@
 """How does a JAX function get the gradient of a logical batch with the memory of a micro-batch?"""
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 
 from wholebatch.core.errors import LossError, SplitError
 from wholebatch.integrations.jax.passes import Passes
+from wholebatch.integrations.jax.sums import require_sum_in, sum_in, untrainable
 
 
 def value_and_grad(
@@ -35,9 +37,9 @@ def value_and_grad(
         micro_batch: Rows that one pass sees.
         argnums: Which arguments the gradient is of, as in `jax.grad`; the second is the batch and cannot be.
         has_aux: Whether there is `aux`: a pytree of sums over rows, such as a number of right answers. It is added up.
-        axis_name: The axis, or axes, over which the rows are spread, inside `jax.shard_map` or `jax.pmap`: sums and
-            targets are added up over it as well, once and not once a micro-batch. The parameters are the same on all
-            devices; the rows may be more on one than on another.
+        axis_name: The axis, or axes, over which the rows are spread, inside `jax.shard_map`, `jax.pmap` or `jax.vmap`:
+            sums and targets are added up over it as well, once and not once a micro-batch. The parameters are the same
+            on all devices; the rows may be more on one than on another.
         accumulate_in: Dtype of the running sum of gradients. None: float32 where parameters are narrower, and else
             theirs.
 
@@ -50,7 +52,9 @@ def value_and_grad(
 
     Raises:
         SplitError: `micro_batch` is no positive number, or the arrays of a batch do not agree on the number of rows.
-        LossError: `sum_fn` cannot be called, or what it returns is not what is said above.
+        LossError: `sum_fn` cannot be called, what it returns is not what is said above, or a gradient is asked for of
+            whole numbers.
+        WeightError: `accumulate_in` is no dtype of floating point numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -71,7 +75,8 @@ def value_and_grad(
         raise SplitError(
             f"A micro-batch of {micro_batch!r} rows was asked for.", hint="micro_batch is a whole number, 1 or more."
         )
-    places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    require_sum_in(accumulate_in)
+    places = tuple(argnums) if isinstance(argnums, Sequence) else (index(argnums),)
     if not places or 1 in places or min(places) < 0:
         raise LossError(
             f"A gradient was asked for with argnums={argnums!r}.",
@@ -84,6 +89,12 @@ def value_and_grad(
             raise LossError(
                 f"A gradient was asked for with argnums={argnums!r}, and there are {len(arguments)} arguments.",
                 hint="give the function as many, or change argnums.",
+            )
+        if whole := untrainable([arguments[place] for place in places]):
+            raise LossError(
+                f"A gradient was asked for of what is no floating point number: {', '.join(whole)}.",
+                hint="keep what is not trained out of the parameters, and hand it over after the batch: "
+                "f(params, batch, shared).",
             )
         if rng is not None and axis_name is not None:
             rng = jax.random.fold_in(rng, lax.axis_index(axis_name))
@@ -112,7 +123,7 @@ def value_and_grad(
         grads = jax.tree.map(
             lambda leaf, like: leaf.astype(jnp.result_type(like)), grads, [arguments[place] for place in places]
         )
-        return ((value, sums.aux) if has_aux else value), (grads[0] if isinstance(argnums, int) else tuple(grads))
+        return ((value, sums.aux) if has_aux else value), (tuple(grads) if isinstance(argnums, Sequence) else grads[0])
 
     return of_the_batch
 
@@ -151,11 +162,15 @@ class _Objective:
         """Return the shapes of what a micro-batch has, which is looked at and not computed."""
         kinds: _Parts = jax.eval_shape(lambda part: self.parts(part, jnp.int32(0)), passes.first())
         for name, kind in (("loss_sum", kinds.loss), ("targets", kinds.targets), ("once", kinds.once)):
-            if kind is not None and (kind.shape != () or jnp.issubdtype(kind.dtype, jnp.complexfloating)):
+            if kind is not None and (
+                kind.shape != ()
+                or jnp.issubdtype(kind.dtype, jnp.complexfloating)
+                or (name == "loss_sum" and not jnp.issubdtype(kind.dtype, jnp.floating))
+            ):
                 raise LossError(
                     f"{name} has the shape {kind.shape} and the dtype {kind.dtype}.",
                     hint="sum_fn returns (loss_sum, targets): the sum over the rows of the micro-batch and what it is "
-                    "to be divided by, both scalars.",
+                    "to be divided by, both scalars, and the sum a floating point number.",
                 )
         return kinds
 
@@ -218,7 +233,10 @@ class _Group:
         return jax.tree.map(self._local, tree) if self._axes else tree
 
     def _local(self, leaf: Any) -> Any:
-        shared = tuple(axis for axis in self._axes if axis not in getattr(jax.typeof(leaf), "vma", ()))
+        manual = jax.sharding.get_abstract_mesh().manual_axes  # inside jax.vmap, what all share is not told apart
+        shared = tuple(
+            axis for axis in self._axes if axis in manual and axis not in getattr(jax.typeof(leaf), "vma", ())
+        )
         return lax.pcast(leaf, shared, to="varying") if shared else leaf
 
 
@@ -232,8 +250,7 @@ def _zeros(kinds: _Parts, differentiated: list[Any], accumulate_in: Any) -> _Sum
         return jnp.zeros(kind.shape, wide(kind.dtype))
 
     def running(leaf: Any) -> Any:
-        dtype = jnp.result_type(leaf)
-        return jnp.zeros(jnp.shape(leaf), wide(dtype) if accumulate_in is None else accumulate_in)
+        return jnp.zeros(jnp.shape(leaf), sum_in(leaf, accumulate_in))
 
     return _Sums(
         zero(kinds.loss), zero(kinds.targets), jax.tree.map(zero, kinds.aux), jax.tree.map(running, differentiated)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wholebatch.core.errors import MissingExtraError, OptimizerError, WeightError
+from wholebatch.integrations.jax.sums import require_sum_in, sum_in
 
 try:
     import optax
@@ -79,8 +80,9 @@ def multi_steps(
         micro-batch without a target adds nothing, whatever its gradient; a window without any is no update.
 
     Raises:
-        OptimizerError: `optimizer` is none of Optax, `micro_batches` is less than 1, or `reduction` is neither of the
-            two.
+        OptimizerError: `optimizer` is none of Optax, `micro_batches` is no whole number or less than 1, or `reduction`
+            is neither of the two; in ``update``, a gradient is float0.
+        WeightError: `accumulate_in` is no dtype of floating point numbers; in ``update``, `targets` is no scalar.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -97,17 +99,22 @@ def multi_steps(
             f"The optimizer is a {type(optimizer).__name__}, not one of Optax.",
             hint="pass it first: multi_steps(optax.adam(1e-3), 4).",
         )
-    if isinstance(micro_batches, int) and micro_batches < 1:
+    if (
+        micro_batches is not None
+        and not callable(micro_batches)
+        and (type(micro_batches) is not int or micro_batches < 1)
+    ):
         raise OptimizerError(
-            f"A window of {micro_batches} micro-batches was asked for.",
-            hint="give 1 or more, or None if last=True ends each window.",
+            f"A window of {micro_batches!r} micro-batches was asked for.",
+            hint="give a whole number, 1 or more, or None if last=True ends each window.",
         )
     if reduction not in ("mean", "sum"):
         raise OptimizerError(f"reduction is {reduction!r}.", hint="say 'mean' or 'sum', whichever was differentiated.")
+    require_sum_in(accumulate_in)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> MultiStepsState:
-        sums = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), _wide(leaf, accumulate_in)), params)
+        sums = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), sum_in(leaf, accumulate_in)), params)
         zero = jnp.zeros((), jnp.int32)
         return MultiStepsState(
             zero, jnp.zeros((), jnp.result_type(float)), sums, zero, jnp.bool_(False), inner.init(params)
@@ -120,6 +127,15 @@ def multi_steps(
             raise WeightError(
                 "An update was asked for without targets, and a gradient alone does not say how many it is of.",
                 hint="call update(grads, state, params, targets=n); where all micro-batches are alike, n=1 will do.",
+            )
+        if jnp.shape(targets) != ():
+            raise WeightError(
+                f"targets has the shape {jnp.shape(targets)}.", hint="give their number in the micro-batch, one scalar."
+            )
+        if any(jnp.result_type(leaf) == jax.dtypes.float0 for leaf in jax.tree.leaves(grads)):
+            raise OptimizerError(
+                "The gradients hold float0, as those of whole numbers do (allow_int=True), which do not add up.",
+                hint="keep what is not trained out of the parameters that the optimizer is given.",
             )
         weight = targets if reduction == "mean" else 1
         sums = jax.tree.map(
@@ -164,7 +180,3 @@ def multi_steps(
         )
 
     return MultiSteps(init, update)
-
-
-def _wide(leaf: Any, accumulate_in: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32) if accumulate_in is None else accumulate_in

@@ -57,6 +57,8 @@ def num_rows(data: Any) -> int:
     counts = [int(leaf.shape[0]) if len(leaf.shape) else None for leaf in keras.tree.flatten(data) if leaf is not None]
     if len(set(counts)) == 1 and counts[0]:
         return counts[0]
+    if set(counts) == {0}:
+        raise SplitError("The logical batch has no rows.", hint="leave empty batches out of the data.")
     raise SplitError(
         "The arrays of one logical batch disagree on how many rows there are: "
         f"{', '.join('no dimension' if count is None else str(count) for count in counts) or 'there is no array'}.",

@@ -56,6 +56,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 f"The optimizer has gradient_accumulation_steps={inner.gradient_accumulation_steps} of its own.",
                 hint="leave that out; accum_steps says how many micro-batches make a window.",
             )
+        if isinstance(inner, GradientAccumulateOptimizer):
+            raise OptimizerError(
+                "The optimizer is a GradientAccumulateOptimizer already, and a window of windows would be averaged.",
+                hint="give one of them the optimizer inside, and as many accum_steps as both have together.",
+            )
         if isinstance(inner, keras.optimizers.LossScaleOptimizer):
             raise OptimizerError(
                 "A LossScaleOptimizer skips a micro-batch that overflows, and its window would be without it.",
@@ -64,6 +69,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner
         self.accum_steps, self.steps_per_epoch = accum_steps, steps_per_epoch
+        self._reached: set[int] = set()
 
     def build(self, variables: Any) -> None:
         """Make the running sums, in float32 where weights are narrower."""
@@ -119,6 +125,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 "Gradients came for other weights than those with which the optimizer was built.",
                 hint="give all of them each time, in the same order, or make a new optimizer.",
             )
+        self._reached |= {place for place, grad in enumerate(grads) if grad is not None}
         own, ends = self._taken([variable.value for variable in self._own], grads, targets)
         for variable, value in zip(self._own, own, strict=True):
             variable.assign(value)
@@ -130,9 +137,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             return
         if float(self.targets) != 0:
-            self.inner_optimizer.apply(
-                self._mean([variable.value for variable in self._own]), self._trainable_variables
-            )
+            mean = self._mean([variable.value for variable in self._own])
+            # What no micro-batch reached has no gradient either: a decay of weights would move it at a zero.
+            mean = [grad if self._reaches(place) else None for place, grad in enumerate(mean)]
+            self.inner_optimizer.apply(mean, self._trainable_variables)
+        self._reached = set()
         for variable in self._own[:-1]:
             variable.assign(ops.zeros_like(variable.value))
         if self.steps_per_epoch is not None and int(self.place_in_epoch) >= self.steps_per_epoch:
@@ -155,6 +164,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if self.steps_per_epoch is not None:
             own[-1] = own[-1] % self.steps_per_epoch
         return weights, [*before, *own, *inner]
+
+    def _reaches(self, place: int) -> bool:
+        """Return whether a weight has a gradient in this window, also one that another process has begun."""
+        return place in self._reached or bool(ops.any(ops.not_equal(self.sums[place].value, 0)))
 
     @property
     def _own(self) -> list[Any]:

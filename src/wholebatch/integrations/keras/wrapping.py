@@ -50,6 +50,7 @@ class Wrapping(keras.Model):
         # Autocast stays with the layers inside: what goes into them is not rounded before.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         self.model = model
+        self.built = model.built  # then weights can be loaded before a batch has come
         self.add_loss_is, self.batch_norm = add_loss, batch_norm
         self.check_first = check is not None
         self.examined = self.checked = False

@@ -111,6 +111,16 @@ class WholeBatch(Callback):
                 f"WholeBatch takes no {', '.join(unknown)}.",
                 hint="its further options are those of wb.Accumulator, such as memory, collate or on_nonfinite.",
             )
+        if on_update is not None and not callable(on_update):
+            raise ConfigError(
+                f"on_update is a {type(on_update).__name__}, which cannot be called.",
+                hint="pass a function of the record of a window, such as print.",
+            )
+        if log is not None and not isinstance(log, str):
+            raise ConfigError(
+                f"log is a {type(log).__name__}, and not what is put before the names of what is logged.",
+                hint='pass log="update/", or leave it out.',
+            )
         if windows is None and (clip_norm is not None or step_schedules):
             raise ConfigError(
                 "clip_norm and step_schedules are for manual optimization, and there are no windows=...",

@@ -130,7 +130,7 @@ class Beginning:
 
     def _measured(self, taken: Taken) -> Rule | None:
         if taken.collated:
-            return measure(self._loss, None, taken.items, 1)
+            return measure(self._loss, None, taken.batches, 1)
         rows = ROWS
         try:
             self._collate(taken.rows[:ROWS])

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from wholebatch.core.batch import LogicalBatch
-from wholebatch.core.errors import WeightError
+from wholebatch.core.errors import WeightError, WholeBatchError
 from wholebatch.core.weights import Count
+from wholebatch.engine import memory
 from wholebatch.engine.randomness import RandomState
 from wholebatch.integrations.transformers.objective import ALL_ROWS, IGNORED, LABELS, SHIFTED, Rule, TrainerLoss
 from wholebatch.integrations.transformers.parts import (
@@ -60,6 +61,8 @@ def measure(
     micro_batch: Any = None
     for piece in together:
         micro_batch = collate(piece) if collate is not None else piece
+        if look.is_empty(micro_batch):
+            continue
         found = look.at_items(micro_batch) or look.at_labels(micro_batch)
         if found is not None:
             return found
@@ -77,7 +80,7 @@ def measure(
         hint="declare it: WholeBatchTrainer(..., targets=lambda inputs: ...), which counts what the loss of these "
         'inputs averages over, such as its summed class weights; a loss that is a sum also takes reduction="sum". '
         'A loss that compares the rows of a batch with each other needs wb.gather, and targets="rows".',
-    )
+    ) from look.failed
 
 
 class Look:
@@ -88,6 +91,7 @@ class Look:
 
     Attributes:
         labels: How many of the labels that were seen last are not -100; infinitely many where there are none to see.
+        failed: What the loss raised where it was given a part of the rows.
     """
 
     def __init__(self, loss: TrainerLoss) -> None:
@@ -97,15 +101,17 @@ class Look:
         self._random = RandomState.now(loss.trainer.args.device)
         self._eps = 0.0
         self.labels: float = math.inf
+        self.failed: Exception | None = None
 
     def of(self, micro_batch: Any, items: Count | None = None) -> float:
         """Return the loss of a micro-batch, with the random numbers of all others."""
         self._random.restore()
-        loss = self._loss.loss(self._model, micro_batch, items)
-        if not isinstance(loss, Tensor):
+        loss: Any = self._loss.loss(self._model, micro_batch, items)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise WeightError(
-                f"compute_loss returned a {type(loss).__name__}, not a tensor.",
-                hint="return the loss as a tensor with one number.",
+                f"compute_loss returned a {found}, not a tensor with one number.",
+                hint="return a mean over its targets, such as loss.mean() of one loss for each row.",
             )
         self._eps = max(torch.finfo(loss.dtype).eps, torch.finfo(torch.float32).eps / 4)
         return float(loss.detach())
@@ -114,10 +120,18 @@ class Look:
         """Whether two numbers are equal up to the rounding of losses."""
         return abs(one - other) <= rounding * self._eps * max(abs(one), abs(other))
 
+    def is_empty(self, micro_batch: Any) -> bool:
+        """Return whether there is nothing to learn where the Trainer counts, as from rows of a single token."""
+        items = self._loss.items(micro_batch)
+        if items is None or float(items):
+            return False
+        self.labels = 0
+        return True
+
     def at_items(self, micro_batch: Any) -> Rule | None:
         """Return the rule of the Trainer if the loss divides by the ``num_items_in_batch`` that it is given."""
         items = self._loss.items(micro_batch)
-        if items is None or not float(items):
+        if items is None:
             return None
         once, twice, four = (self.of(micro_batch, items * times) for times in (1, 2, 4))
         if self.same(once, twice, rounding=4):
@@ -143,6 +157,15 @@ class Look:
         self.labels = int(there.sum())
         if self.labels < 2:
             return None
+        try:
+            return self._over_labels(micro_batch, name, there)
+        except Exception as error:
+            if isinstance(error, WholeBatchError) or memory.is_out_of_memory(error):
+                raise
+            self.labels = math.inf  # a loss that knows no -100, or another label in its place; other errors come again
+            return None
+
+    def _over_labels(self, micro_batch: Any, name: str, there: Tensor) -> Rule | None:
         classes = self._classes(micro_batch, micro_batch[name])
         for rule in self._candidates(micro_batch, name, there):
             parts = halves(there, rule is SHIFTED and name == "labels")
@@ -166,8 +189,10 @@ class Look:
         """Return how many classes a label may be of; 1 where that is not known."""
         outputs = self._loss.outputs(self._model, micro_batch)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        there = isinstance(logits, Tensor) and logits.ndim == labels.ndim + 1
-        return logits.shape[-1] if isinstance(logits, Tensor) and there else 1
+        if not isinstance(logits, Tensor) or logits.ndim != labels.ndim + 1:
+            return 1
+        # Of pixels the classes are not last, and logits may be fewer: too few classes do no harm, too many are none.
+        return logits.shape[-1] if logits.shape[:-1] == labels.shape else min(logits.shape[1:])
 
     def _takes_ignored(self, labels: Tensor) -> bool:
         """Whether labels of -100 can be tried: on an accelerator, a loss that does not know them ends the process."""
@@ -193,17 +218,28 @@ class Look:
             return None
         if rows < 2:
             return ALL_ROWS  # each window is a single row
+        seen = [micro_batch]
         name = labels_of(micro_batch)
         if name is not None:
             micro_batch = self._told_what_to_decode(micro_batch)
             classes = self._classes(micro_batch, micro_batch[name])
             parts_of_labels = first_row_and_rest(micro_batch[name] != IGNORED)
-            micro_batch = {**micro_batch, name: of_classes(micro_batch[name], *parts_of_labels, classes)}
-        whole = LogicalBatch(micro_batch)
-        parts = [self.of(whole.take(part)) * len(part) for part in (range(1), range(1, rows))]
+            varied = {**micro_batch, name: of_classes(micro_batch[name], *parts_of_labels, classes)}
+            seen = [varied, micro_batch]  # one of the classes may be ignored, which only the labels as they are show
+        return ALL_ROWS if all(self._adds_up_over_rows(each, rows) for each in seen) else None
+
+    def _adds_up_over_rows(self, micro_batch: Any, rows: int) -> bool:
+        whole, loss = LogicalBatch(micro_batch), self.of(micro_batch)
+        try:
+            parts = [self.of(whole.take(part)) * len(part) for part in (range(1), range(1, rows))]
+        except Exception as error:
+            if isinstance(error, WholeBatchError) or memory.is_out_of_memory(error):
+                raise
+            self.failed = error  # a loss that takes rows in pairs, of which a part may be half
+            return False
         # Autocast rounds by what is in a batch.
         rounding = 2**20 if self._trainer.args.bf16 or self._trainer.args.fp16 else 1024
-        return ALL_ROWS if self.same(self.of(micro_batch) * rows, sum(parts), rounding) else None
+        return self.same(loss * rows, sum(parts), rounding)
 
 
 @contextmanager

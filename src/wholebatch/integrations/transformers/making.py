@@ -79,8 +79,8 @@ class Updates:
                 self._beginning.begin(taken)
             accumulator = self._accumulator(taken.collated, self._loss.rule)
             if taken.collated:
-                (update,) = accumulator.updates(taken.items, micro_batches=taken.most)
-                self._count([self._collate.seen(each) for each in taken.items])
+                (update,) = accumulator.updates(taken.batches, micro_batches=taken.most)
+                self._count([self._collate.seen(each) for each in taken.batches])
             else:
                 rows = longest_first(taken.rows)
                 update = self._step(accumulator, rows)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wholebatch.core.errors import WeightError
+from wholebatch.core.batch import LogicalBatch
+from wholebatch.core.errors import SplitError, WeightError
 from wholebatch.core.weights import Count, Reduction, check_reduction
 
 IGNORED = -100
@@ -50,12 +51,15 @@ def count_rows(micro_batch: Any) -> int:
     """Return the rows of a collated micro-batch: the first dimension of its labels, or of its first tensor."""
     parts = [micro_batch["labels"]] if "labels" in micro_batch else list(micro_batch.values())
     rows = next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), None)
-    if rows is None:
+    if rows is not None:
+        return rows
+    try:
+        return LogicalBatch(micro_batch).rows  # of tensors that lie deeper
+    except SplitError:
         raise WeightError(
             "A micro-batch holds no tensor with rows, so its targets cannot be counted.",
             hint="pass targets=..., a function that counts what the loss averages over.",
-        )
-    return rows
+        ) from None
 
 
 LABELS = Rule("labels", count_labels, "the labels that are not -100")
@@ -98,7 +102,9 @@ class TrainerLoss:
         return "sum" if self.rule is not None and self.rule.adds_up else self._declared
 
     def count(self, micro_batch: Any) -> Count:
-        """Count what a micro-batch's loss averages over."""
+        """Count what a micro-batch's loss averages over; until that is known, what the Trainer counts."""
+        if self.rule is None and (items := self.items(micro_batch)) is not None:
+            return items
         return (self.rule or LABELS).count(micro_batch)
 
     def __call__(self, model: Any, micro_batch: Any) -> Tensor:

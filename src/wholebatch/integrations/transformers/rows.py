@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch import Tensor
 
+from wholebatch.core.errors import ConfigError
 from wholebatch.engine.fit.lengths import lengths_of
 
 
@@ -30,27 +31,44 @@ class Held:
         self.rows = list(rows)
 
 
+class NotCollated:
+    """What the loop of the Trainer hands on in the place of a micro-batch: it is no mapping, and says so."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # as copying and pickling ask for
+        return self[name]
+
+    def __getitem__(self, name: Any) -> Any:
+        raise ConfigError(
+            f"training_step looks at {name!r} of its inputs, which are rows of a logical batch, not collated yet.",
+            hint="look at inputs in compute_loss, which sees each micro-batch.",
+        )
+
+
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(NotCollated):
     """What the loader gave for one logical batch.
 
     Attributes:
-        items: Batches of this rank's loader: rows, or micro-batches that it has collated itself.
+        batches: Batches of this rank's loader: rows, or micro-batches that it has collated itself.
         collated: Which of the two; the same on all ranks, also where one has none.
         most: How many batches a rank may have.
     """
 
-    items: Sequence[Any]
+    batches: Sequence[Any]
     collated: bool
     most: int
 
     @property
     def rows(self) -> list[Any]:
         """The rows of all batches."""
-        return [row for item in self.items for row in item.rows]
+        return [row for batch in self.batches for row in batch.rows]
 
 
-class Waiting:
+class Waiting(NotCollated):
     """Stands in the loop of the Trainer where it expects a micro-batch before the last of a window."""
 
 
