@@ -247,7 +247,7 @@ def copy_bytes(optimizers: Sequence[Optimizer], state_bytes: int) -> tuple[int, 
     consumed, weights = _weights(taking), _weights([each for each in optimizers if each not in taking])
     a_state = state_bytes / max(1, sum(consumed) + sum(weights))
     through = _small(consumed) * (1 + a_state)
-    a_weight = 1 + a_state
+    a_weight = 1 + a_state + any(map(_writes_gradients, optimizers))
     one_by_one = all(moves_one_by_one(each) for each in optimizers if each not in taking)
     if sum(weights) * (1 + a_state) > WHOLE and one_by_one:
         return int(through), int(max(max(weights), sum(weights) / PIECES) * a_weight) + RESERVE
