@@ -499,6 +499,11 @@ def test_the_doctor_tells_what_is_here():
         assert word in said
 
 
+def test_the_doctor_is_well_without_a_place_to_speak(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("doctor") == 0
+
+
 def test_the_doctor_tells_what_is_missing_and_what_brings_it(monkeypatch):
     monkeypatch.setattr(
         "wholebatch.cli.doctor._installed", {"torch": "2.1.0", "numpy": "2.0", "safetensors": "0.8"}.get

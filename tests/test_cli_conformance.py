@@ -84,7 +84,8 @@ def test_a_scene_that_wholebatch_does_not_pass_is_a_failure(capsys, monkeypatch)
         (["--scene", "qq"], "There is no scene 'qq'.\nhint: There are T1-ragged-counts"),
         (["--scene", "t3"], "did you mean 'T3'?"),
         (["--scene", "T3-tial"], "did you mean 'T3-tail'?"),
-        (["--out", "no/such/folder/f.json", "--scene", "T1"], "there is no folder"),
+        (["--out", "no/such/folder/f.json", "--scene", "T1"], "where no file can be written"),
+        (["--out", ".", "--scene", "T1"], "where no file can be written"),
     ],
 )
 def test_a_name_that_does_not_exist_is_wrong_input(arguments, found, capsys):

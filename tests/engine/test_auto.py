@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import re
 
 import pytest
 import torch
@@ -141,6 +142,15 @@ def test_a_budget_that_holds_no_row_is_an_error_before_anything_is_trained():
     assert "checkpoint_blocks" in error.value.hint
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert accumulator.open_window is None
+
+
+def test_the_budget_that_is_asked_for_is_enough():
+    """A share of a budget stays free, so that what training takes is less than what is needed for it."""
+    batch = torch.randn(64, 16)
+    with pytest.raises(wb.OutOfMemoryError) as error:
+        accumulator_of(network(), memory="1200kB").step(batch)
+    enough = re.search(r"give ([0-9.,]+ [KM]iB) or more", error.value.hint)[1]
+    assert accumulator_of(network(), memory=enough).step(batch).applied
 
 
 def test_activations_of_one_row_may_be_too_much():

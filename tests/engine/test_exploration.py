@@ -368,6 +368,11 @@ def test_nonsense_is_refused_with_a_hint(options, said, monkeypatch):
     assert "hint:" in str(caught.value)
 
 
+def test_local_steps_need_a_loss():
+    with pytest.raises(wb.LossError, match="loss_fn is a NoneType"):
+        explorer(line(), None)
+
+
 def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(wb.OptimizerError, match="not the model's"):
         wb.AccumulatedGradientNormalization(

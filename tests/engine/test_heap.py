@@ -6,10 +6,13 @@ import sys
 
 import pytest
 
+from wholebatch.engine import heap
+
 FAULTS = """
 import resource
 import torch
 from torch import nn
+from wholebatch.engine import heap
 import wholebatch as wb
 
 torch.set_num_threads(1)
@@ -42,3 +45,9 @@ def faults(memory: str | None) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide otherwise")
 def test_freed_memory_is_kept_for_the_next_micro_batch_unless_there_is_a_budget() -> None:
     assert 10 * faults(None) < faults("8GiB")
+
+
+def test_where_there_is_no_room_nothing_is_kept(monkeypatch):
+    """The block only makes later ones cheaper: its lack is no reason to end."""
+    monkeypatch.setattr(heap, "_LARGE_BLOCK", 1 << 60)
+    heap.keep_freed_blocks.__wrapped__()

@@ -128,6 +128,10 @@ def test_it_can_be_cut():
         ({"chunk": "all"}, "chunk='all'"),
         ({"chunk": 2.5}, "chunk=2.5"),
         ({"bias": torch.zeros(CLASSES + 1)}, "bias"),
+        ({"bias": torch.zeros(CLASSES, dtype=torch.bfloat16)}, "bias torch.bfloat16"),
+        ({"weight": nn.Linear(WIDTH, CLASSES)}, "weight is a Linear"),
+        ({"labels": [0, 1]}, "labels is a list"),
+        ({"ignore_index": None}, "ignore_index=None"),
     ],
 )
 def test_what_does_not_fit_is_named(change, found):
@@ -157,3 +161,10 @@ def test_any_label_may_mark_what_is_not_learned(ignored):
     found = linear_cross_entropy(hidden, weight, labels, bias=bias, ignore_index=ignored)
     logits = functional.linear(hidden, weight, bias).flatten(0, -2)
     torch.testing.assert_close(found, functional.cross_entropy(logits, labels.flatten(), ignore_index=ignored))
+
+
+def test_a_single_position_is_learned():
+    hidden, weight, _, labels = problem()
+    one = hidden.flatten(0, -2)[0]
+    label = labels.flatten().clamp(min=0)[0]
+    assert torch.allclose(linear_cross_entropy(one, weight, label), nn.functional.cross_entropy(weight @ one, label))

@@ -484,3 +484,65 @@ def test_the_measurement_sees_gradients_that_are_kept():
     plain, gradient = peak_of(torch.optim.AdamW)
     kept, _ = peak_of(KeepsGradients)
     assert plain - kept < 0.5 * gradient
+
+
+def planned_and_taken(make, dtype, *, updates=3):
+    """What a plan says of one of these models, and what the last of some updates takes, all in all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(96, 96) for _ in range(24))).to(dtype)
+    optimizer = make(model)
+
+    def loss_fn(model, x):
+        return model(x).square().mean()
+
+    rows = torch.randn(8, 96, dtype=dtype)
+    plan = wb.plan(model, optimizer, loss_fn, rows, logical_batch=8, memory="1GiB", micro_batch=wb.Rows(2), timed=False)
+    accumulator = wb.Accumulator(model, optimizer, loss_fn, micro_batch=wb.Rows(2), memory="1GiB", check=None)
+    for _ in range(updates):
+        optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+        states = [value for each in optimizers for state in each.state.values() for value in state.values()]
+        before = sum(each.nbytes for each in [*model.parameters(), *states])
+        with memory.tensor_peak() as peak:
+            accumulator.step(rows)
+    assert not any("could not be stepped" in reason for reason in plan.reasons)
+    return plan.peak_bytes, before + peak.peak_bytes
+
+
+class Gathers(torch.optim.Optimizer):
+    """Keeps the sum of what it takes in as its state."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def begin_window(self):
+        for state in self.state.values():
+            state["sum"].zero_()
+
+    def consume(self, parameter, gradient):
+        state = self.state[parameter]
+        state["sum"] = state["sum"].add_(gradient) if state else gradient
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for parameter, state in self.state.items():
+                parameter.sub_(state["sum"].to(parameter.dtype), alpha=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: wb.AdamA(model.parameters()),
+        lambda model: [wb.AdamA(model[:12].parameters()), torch.optim.AdamW(model[12:].parameters())],
+    ],
+    ids=["AdamA", "beside another"],
+)
+def test_a_plan_knows_that_gradients_are_taken_in(make, dtype):
+    """Its moments are as wide as they are, and no gradient lives from one micro-batch to the next."""
+    planned, taken = planned_and_taken(make, dtype)
+    assert planned == pytest.approx(taken, rel=0.01)
+
+
+def test_a_plan_counts_what_an_optimizer_keeps_of_what_it_takes_in():
+    planned, taken = planned_and_taken(lambda model: Gathers(model.parameters()), torch.float32)
+    assert planned == pytest.approx(taken, rel=0.01)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import wholebatch as wb
 from wholebatch.engine import memory
 from wholebatch.engine.fit import optimizing
 
@@ -109,3 +110,21 @@ def test_a_state_that_is_there_in_part_is_not_told_from_a_few():
     model[1].weight.grad = torch.ones_like(model[1].weight)
     optimizer.step()
     assert optimizing._few_numbers(optimizer, CPU) is None
+
+
+def test_the_copies_of_a_step_that_writes_gradients_hold_these_too():
+    """As with Nesterov's momentum; a budget that one of the largest weight's was not counted in would be passed."""
+    model = nn.Sequential(nn.Linear(512, 700), nn.ReLU(), nn.Linear(700, 512))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    options = {"micro_batch": wb.Rows(4), "memory": "1GiB"}
+    plan = wb.plan(model, optimizer, squares, torch.randn(4, 512), logical_batch=8, timed=False, **options)
+    accumulator = wb.Accumulator(model, optimizer, squares, check=None, **options)
+    for _ in range(3):
+        with memory.tensor_peak() as peak:
+            accumulator.step(torch.ones(8, 512))
+    held = 2 * sum(each.nbytes for each in model.parameters())  # weights and momentum
+    assert plan.peak_bytes == pytest.approx(held + peak.peak_bytes, rel=0.01)
+
+
+def squares(model, x):
+    return model(x).square().mean()

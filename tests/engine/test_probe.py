@@ -545,6 +545,8 @@ def test_a_profile_that_is_under_way_is_left_alone():
         ({"logical_batch": 0}, wb.ConfigError, "logical_batch=0"),
         ({"logical_batch": "512"}, wb.ConfigError, "logical_batch='512'"),
         ({"micro_batch": 8}, wb.ConfigError, "micro_batch=8"),
+        ({"collate": 3}, wb.ConfigError, "collate is a int"),
+        ({"length": 3}, wb.SplitError, "length is a int"),
         ({"rows": torch.zeros(0, 16)}, wb.SplitError, "no rows"),
         ({"loss_fn": None}, wb.LossError, "NoneType"),
         ({"precision": "fp8"}, wb.WeightError, "fp8"),

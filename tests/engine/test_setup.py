@@ -44,6 +44,11 @@ WRONG = {
         "StepLR belongs to another optimizer",
         "passed along",
     ),
+    "a class of schedules": (
+        lambda: (MODEL, sgd_of(MODEL), lr_scheduler.ExponentialLR),
+        "is the class ExponentialLR itself",
+        "ExponentialLR(optimizer, ...)",
+    ),
     "one schedule of another optimizer": (
         lambda: (MODEL, (o := sgd_of(MODEL)), [lr_scheduler.StepLR(o, 1), lr_scheduler.ConstantLR(sgd_of(MODEL))]),
         "ConstantLR belongs to another optimizer",

@@ -365,3 +365,51 @@ def test_a_real_shortage_is_survived_with_the_same_update():
     retries, micro_batches = map(int, ended.stdout.split())
     assert retries >= 1
     assert micro_batches == 2**retries
+
+
+class RunsOut(torch.optim.lr_scheduler.ExponentialLR):
+    """A schedule for which there is no memory once, after its third step."""
+
+    def step(self, *args):
+        super().step(*args)
+        if self.last_epoch == 3:
+            raise MemoryError("no memory for a schedule")
+
+
+@pytest.mark.parametrize("way", ["step", "updates", "window"])
+def test_memory_that_runs_out_after_the_weights_have_moved_moves_them_once(way):
+    """Where a schedule is stepped there is no way back, and a window made again would be a second update."""
+    found = []
+    for schedule in (RunsOut, torch.optim.lr_scheduler.ExponentialLR):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        accumulator = wb.Accumulator(
+            model,
+            optimizer,
+            lambda model, x: model(x).square().mean(),
+            micro_batch=wb.Rows(2),
+            lr_scheduler=schedule(optimizer, 0.5),
+            check=None,
+        )
+        rows = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)).split(4)
+
+        def train(accumulator=accumulator, model=model, rows=rows):
+            if way == "updates":
+                list(accumulator.updates([part for each in rows for part in each.split(2)], micro_batches=2))
+            for each in rows if way != "updates" else ():
+                if way == "step":
+                    accumulator.step(each)
+                else:
+                    with accumulator.window() as window:
+                        window.backward(model(each).square().mean(), targets=4)
+
+        if schedule is RunsOut:
+            with pytest.raises(wb.OutOfMemoryError, match=r"after the weights had moved") as error:
+                train()
+            assert "made" in error.value.hint
+        else:
+            train()
+        found.append([*model.parameters(), torch.tensor(optimizer.param_groups[0]["lr"])])
+        assert accumulator.step(rows[0]).number == 4
+    assert all(map(torch.equal, *found))

@@ -81,6 +81,10 @@ def test_the_outcome_is_what_happened(with_report):
     assert summary.line in summary.report.read_text().replace("&#x27;", "'").replace("&nbsp;", " ")
 
 
+def test_rows_that_a_plan_looks_at_are_in_no_micro_batch():
+    assert run(micro_batch="2 rows", memory=100_000).rows_at_once == 2
+
+
 @pytest.mark.parametrize(
     "micro_batch", ["1 row", "5 rows", "16 rows", "1 token", "30 tokens", "auto"], ids=lambda said: said
 )

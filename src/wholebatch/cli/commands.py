@@ -161,4 +161,4 @@ def doctor(debug: Debug = False) -> None:
     with edge(debug=debug):
         from wholebatch.cli.doctor import examine
 
-        sys.stdout.write(examine())
+        print(examine(), end="")

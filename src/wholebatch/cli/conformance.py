@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wholebatch.cli.edge import DONE, FAILED, edge, say
+from wholebatch.cli.edge import DONE, FAILED, check_file, edge, say
 from wholebatch.cli.flags import Debug
-from wholebatch.core.errors import ConfigError
 
 
 def conformance(
@@ -44,8 +43,7 @@ def conformance(
         from wholebatch.evidence.conformance.choosing import choose_scenes, choose_systems
 
         systems, scenes = choose_systems(system), choose_scenes(scene)
-        if out is not None and not out.absolute().parent.is_dir():  # the run takes minutes, so it is said before
-            raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}.", hint="make it first.")
+        check_file("--out", out)  # the run takes minutes, so it is said before
         results = suite.run(systems, scenes, tell=say)
         for name, install in results["not_installed"].items():
             say(f"{name} is not installed: {install}")

@@ -27,6 +27,14 @@ def usable(need: Need, budget: int) -> int:
     return math.floor(budget * (1 - (GUESSED if loose else KNOWN))) - (min(SLACK, budget // 10) if scratch else 0)
 
 
+def least_budget(need: Need, rows: int) -> int:
+    """Return the smallest budget, to three digits, in which so many rows may be planned for. Unit: bytes."""
+    peak = budget = need.peak(rows)
+    while usable(need, budget) < peak:
+        budget += peak - usable(need, budget)
+    return math.ceil(budget * 1.005)  # a size is said in three digits
+
+
 def _top(need: Need) -> tuple[int, int]:
     return need.passes.rows[1], need.passes.lengths[-1]
 

@@ -183,6 +183,11 @@ def _check_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None
 
 
 def _check_scheduler(scheduler: Any, optimizers: Sequence[Optimizer]) -> None:
+    if isinstance(scheduler, type):
+        raise OptimizerError(
+            f"The scheduler is the class {scheduler.__name__} itself.",
+            hint=f"make one of the optimizer: {scheduler.__name__}(optimizer, ...).",
+        )
     if not callable(getattr(scheduler, "step", None)):
         raise OptimizerError(
             f"The scheduler is a {type(scheduler).__name__}, which has no step().",

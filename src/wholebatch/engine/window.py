@@ -24,6 +24,10 @@ _MAKE_IT_AGAIN = (
     "the window was rolled back, so that weights, gradients, buffers and random state are as before; open it again and "
     "give it smaller micro-batches. accumulator.step(batch) and accumulator.updates(loader) do so by themselves."
 )
+_MADE_ONCE = (
+    "the update was made and is not made again, but a schedule (lr_scheduler) may not have been stepped: look at the "
+    "learning rate before you go on, or go on from the last checkpoint."
+)
 
 
 class Window:
@@ -156,19 +160,22 @@ class Window:
             LossError: No parameter that an optimizer steps received a gradient.
             RankError: Another rank failed, rolled its window back, or is gone.
             WeightError: Targets that were counted on the device turn out to be negative or not a number.
-            OutOfMemoryError: Memory ran out; the window was rolled back.
+            OutOfMemoryError: Memory ran out; the window was rolled back, unless it says that the weights had moved.
         """
         self._state.require_open("close")
         try:
             self._update = self._close()
         except BaseException as error:
+            moved = self._state.phase is Phase.CLOSED
             if self.is_open:
                 self.rollback()
-            if not self.steps_again or not isinstance(error, Exception):
+            if not (self.steps_again or moved) or not isinstance(error, Exception):
                 raise
             said = memory.said_of_shortage(error)
         else:
             return self._update
+        if moved:
+            raise OutOfMemoryError(f"Memory ran out after the weights had moved ({said}).", hint=_MADE_ONCE)
         raise OutOfMemoryError(f"Memory ran out at the end of a window ({said}).", hint=_MAKE_IT_AGAIN)
 
     def rollback(self) -> None:

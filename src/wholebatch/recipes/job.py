@@ -24,6 +24,7 @@ from wholebatch.engine import memory
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.device import input_device
 from wholebatch.engine.reasons import Reasons
+from wholebatch.engine.rehearsal import is_rehearsal
 from wholebatch.evidence.comparison import compare
 from wholebatch.evidence.report import REPORT_NAME, write_report
 from wholebatch.evidence.runlog import LOG_NAME
@@ -320,7 +321,9 @@ class _Run:
         self._write({"event": "evidence", **(found or {**dict.fromkeys(_EVIDENCE), "why": why})})
 
     def _collate(self, rows: list[Any]) -> Any:
-        """Collate, and keep count of the most that was in memory at once."""
+        """Collate, and keep count of the most that a micro-batch held."""
+        if is_rehearsal():
+            return self.recipe.collate(rows)
         self.summary.rows_at_once = max(self.summary.rows_at_once, len(rows))
         if self.recipe.length is not None:
             tokens = len(rows) * max(map(self.recipe.length, rows))

@@ -12,7 +12,7 @@ class Option(NamedTuple):
 
     Example:
         >>> OPTIONS["seed"].help
-        'Of weights, order and dropout: a whole number of at least 0.'
+        'Of weights, order and dropout: a whole number from 0 to 4294967295.'
     """
 
     what: str
@@ -66,7 +66,7 @@ OPTIONS: dict[str, Option] = {
         "How often ranks gather weights and reduce gradients that fully_shard has spread",
         "'once' a window (the default), or with 'each' pass, which holds less and sends more",
     ),
-    "seed": Option("Of weights, order and dropout", "a whole number of at least 0"),
+    "seed": Option("Of weights, order and dropout", "a whole number from 0 to 4294967295"),
     "out": Option(
         "Where log and report go", "a folder, in which an earlier run is replaced; left out, a new one in runs/"
     ),

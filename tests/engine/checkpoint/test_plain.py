@@ -84,6 +84,13 @@ def test_kinds_come_back():
     assert [type(each) for each in back.values()][:3] == [Counter, OrderedDict, set]
 
 
+def test_sets_of_sets_and_keys_that_are_sets_come_back():
+    state = [{frozenset({1, 2}), frozenset({3})}, {frozenset({1}): 2}, {(1, frozenset({2})): 3}, frozenset()]
+    back = put_together(*taken_apart(state))
+    assert back == state
+    assert type(back[3]) is frozenset
+
+
 def test_a_tensor_that_is_there_twice_is_written_once():
     weight = torch.ones(3)
     text, tensors = taken_apart({"a": weight, "b": weight, "c": weight[1:]})
@@ -112,7 +119,9 @@ def test_names_that_look_like_paths_do_not_meet():
     assert back["a"]["b"] == 0
 
 
-@pytest.mark.parametrize("what", [object(), torch.ones(2, 2).to_mkldnn(), np.array([object()]), print])
+@pytest.mark.parametrize(
+    "what", [object(), torch.ones(2, 2).to_mkldnn(), np.array([object()]), np.zeros(2, dtype="f4,i4"), print]
+)
 def test_what_only_pickle_could_keep_is_named(what):
     with pytest.raises(wb.ConfigError, match=r"extra\.it is a "):
         taken_apart({"extra": {"it": what}})

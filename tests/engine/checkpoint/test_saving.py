@@ -282,12 +282,25 @@ def weights_alone(path):
     save_file({"weight": torch.ones(2)}, path)
 
 
+def without_a_state(path):
+    wb.save(path, make()[1])
+    save_file(load_file(path), path, metadata={**metadata_of(path), "state": "["})
+
+
+def with_less_than_a_state(path):
+    wb.save(path, make()[1])
+    save_file(load_file(path), path, metadata={**metadata_of(path), "state": '{"accumulator": {"$tensor": "x"}}'})
+
+
 @pytest.mark.parametrize(
     ("written", "said"),
     [
         (lambda _: None, "There is no file"),
         (text_file, "cannot be read"),
         (weights_alone, "was not written by wb.save"),
+        (without_a_state, "cannot be read"),
+        (with_less_than_a_state, "holds no state of a run"),
+        (Path.mkdir, "is a folder"),
     ],
 )
 def test_what_is_no_such_file_is_refused(tmp_path, written, said):
@@ -387,6 +400,29 @@ def test_what_cannot_be_saved_says_so(tmp_path):
     with pytest.raises(wb.WindowError, match="A window is open"):
         wb.load(path, accumulator)
     window.rollback()
+
+
+@pytest.mark.parametrize("path", ["", None, 3, "a\0b", "a" * 255, "/dev/null"])
+def test_what_is_no_path_of_a_file_is_refused(path, tmp_path, monkeypatch):
+    """A device would be replaced by a file, if the user may do that; and nothing is left lying about."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(wb.ConfigError):
+        wb.save(path, make()[1])
+    with pytest.raises(wb.ConfigError):
+        wb.save(tmp_path, make()[1])
+    assert Path("/dev/null").is_char_device()
+    assert [*tmp_path.iterdir(), *tmp_path.parent.glob(".*.part")] == []
+
+
+@OLD
+def test_a_loader_that_does_not_take_over_a_position_leaves_the_accumulator_as_it_was(tmp_path):
+    _, accumulator = make()
+    wb.save(tmp_path / "run", accumulator, StatefulDataLoader(list(range(8)), shuffle=True))
+    accumulator.step(X)
+    before = copy.deepcopy(accumulator.state_dict())
+    with pytest.raises(wb.ConfigError, match="does not take over the position"):
+        wb.load(tmp_path / "run", accumulator, StatefulDataLoader([1, 2]))
+    assert same(accumulator.state_dict(), before)
 
 
 @OLD

@@ -77,18 +77,19 @@ def taken_apart(state: Any) -> tuple[Any, dict[str, Tensor]]:
             case tuple():
                 return {"$tuple": [apart(each, f"{path}/{place}") for place, each in enumerate(value)]}
             case set() | frozenset():
-                return {"$set": [apart(each, f"{path}/{place}") for place, each in enumerate(value)]}
+                kind = "$frozenset" if isinstance(value, frozenset) else "$set"
+                return {kind: [apart(each, f"{path}/{place}") for place, each in enumerate(value)]}
             case dict():
                 return _of_mapping(value, path, apart)
         if type(value).__module__.partition(".")[0] == "numpy":
-            if hasattr(value, "shape") and value.shape and not value.dtype.hasobject:
+            if hasattr(value, "shape") and value.shape and not value.dtype.hasobject and value.dtype.names is None:
                 as_bytes = torch.frombuffer(bytearray(value.tobytes() or b"\0"), dtype=torch.uint8)
                 return {
                     "$array": keep(as_bytes, path.strip("/")),
                     "dtype": str(value.dtype),
                     "shape": list(value.shape),
                 }
-            if hasattr(value, "item") and not value.dtype.hasobject:
+            if hasattr(value, "item") and not value.dtype.hasobject and value.dtype.names is None:
                 return apart(value.item(), path)
         raise ConfigError(
             f"{path.strip('/').replace('/', '.') or 'The state'} is a {type(value).__name__}, which only pickle could "
@@ -135,6 +136,8 @@ def put_together(text: Any, tensors: dict[str, Tensor]) -> Any:
                 return tuple(map(together, content))
             case "$set":
                 return set(map(together, content))
+            case "$frozenset":
+                return frozenset(map(together, content))
         return _KINDS[mark[1:]]([(together(key), together(each)) for key, each in content])
 
     return together(text)

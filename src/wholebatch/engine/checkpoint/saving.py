@@ -5,7 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from wholebatch.core.errors import ConfigError, MissingExtraError, WholeBatchError
 from wholebatch.engine.accumulator import Accumulator
 from wholebatch.engine.checkpoint.plain import put_together, taken_apart
+from wholebatch.engine.checkpoint.state import require
+from wholebatch.engine.memory import kind_in_a_line
 from wholebatch.engine.randomness import RandomState
 from wholebatch.engine.ranks.agreement import agreed
 from wholebatch.engine.ranks.wire import Wire
@@ -70,7 +72,7 @@ def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
     _require_accumulator(accumulator)
     save_file = _safetensors().torch.save_file
     wire = accumulator._setup.group.wire
-    target = _own(Path(path), wire)
+    target = _own(_path(path), wire)
     beside = _beside(target)
     with agreed(wire):
         position = _position(loader)  # before the random state: a loader that has not begun may draw to begin
@@ -82,7 +84,8 @@ def save(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
             save_file(tensors, beside, metadata={**metadata, "state": json.dumps(text)})
             _to_disk(beside)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):  # of a name that no file can have
+            beside.unlink()
         raise
     with _writing(target):
         beside.replace(target)
@@ -124,17 +127,44 @@ def load(path: str | os.PathLike[str], accumulator: Accumulator, loader: Any = N
     """
     _require_accumulator(accumulator)
     wire = accumulator._setup.group.wire
-    target = _own(Path(path), wire)
+    target = _own(_path(path), wire)
     if wire is not None:
         _settle(target, wire)
     with agreed(wire):
         state = _read(target)
         position = state["loader"]
         _require_a_loader_for(position, loader, target)
+        require(accumulator._windows, accumulator._precision, state["accumulator"])
+    with agreed(wire):
+        if position is not None:
+            _take_position(loader, position, accumulator._setup.device)
     accumulator.load_state_dict(state["accumulator"])
-    if position is not None:
-        _take_position(loader, position, accumulator._setup.device)
     return state["extra"]
+
+
+def _path(said: str | os.PathLike[str]) -> Path:
+    """The path of a file.
+
+    Raises:
+        ConfigError: It is none, or that of a folder or a device.
+    """
+    try:
+        path = Path(said)
+    except TypeError:
+        raise ConfigError(
+            f"The path is a {type(said).__name__}, not that of a file.", hint='pass one such as "run.safetensors".'
+        ) from None
+    if not path.name or path.is_dir():
+        raise ConfigError(
+            f"{str(said)!r} is a folder, and a run is kept in a file.",
+            hint=f'name the file too, such as "{path / "run.safetensors"}".',
+        )
+    if path.is_block_device() or path.is_char_device() or path.is_fifo() or path.is_socket():
+        raise ConfigError(
+            f"{path} is no file of a disk, and a file that is moved there would replace it.",
+            hint='pass a path such as "run.safetensors".',
+        )
+    return path
 
 
 def _own(path: Path, wire: Wire | None) -> Path:
@@ -223,9 +253,17 @@ def _take_position(loader: Any, position: Any, device: torch.device) -> None:
     Asked for its state, a StatefulDataLoader begins at once, and not when the loop asks for the first batch.
     """
     random = RandomState.now(device)
-    loader.load_state_dict(position)
-    loader.state_dict()
-    random.restore()
+    try:
+        loader.load_state_dict(position)
+        loader.state_dict()
+    except Exception as error:
+        raise ConfigError(
+            f"The {type(loader).__name__} does not take over the position that was saved ({kind_in_a_line(error)}).",
+            hint="make the loader as in the run that was saved, with the same data, sampler and number of workers; the "
+            "accumulator is as before.",
+        ) from error
+    finally:
+        random.restore()
 
 
 def _position(loader: Any) -> Any:
@@ -248,6 +286,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            text = json.loads(metadata.get("state", "")) if metadata.get("format") == _FORMAT else None
     except Exception as error:
         raise ConfigError(f"{path} cannot be read: {error}", hint="it is not a file of wb.save, or damaged.") from error
     if metadata.get("format") != _FORMAT:
@@ -255,8 +294,13 @@ def _read(path: Path) -> Mapping[str, Any]:
             f"{path} was not written by wb.save, or by another version of it.",
             hint="a file of weights alone is for the model: model.load_state_dict(safetensors.torch.load_file(path)).",
         )
-    state: Mapping[str, Any] = put_together(json.loads(metadata["state"]), tensors)
-    return state
+    try:
+        state: Mapping[str, Any] = put_together(text, tensors)
+        return {name: state[name] for name in ("accumulator", "loader", "extra")}
+    except Exception as error:
+        raise ConfigError(
+            f"{path} holds no state of a run ({kind_in_a_line(error)}).", hint="it is damaged: go on from another one."
+        ) from error
 
 
 def _to_disk(path: Path) -> None:

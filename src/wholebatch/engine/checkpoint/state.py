@@ -68,7 +68,7 @@ def take_over(windows: Windows, precision: Precision, state: Any) -> None:
     """
     setup = windows.rules.setup
     with agreed(setup.group.wire):
-        _require(windows, precision, state)
+        require(windows, precision, state)
     weights = _Versioned(_as_spread(state["weights"], setup.model.state_dict()))
     weights._metadata = state["versions"]
     setup.model.load_state_dict(weights)
@@ -86,8 +86,8 @@ def take_over(windows: Windows, precision: Precision, state: Any) -> None:
     RandomState.of(state["random"], setup.device).restore()
 
 
-def _require(windows: Windows, precision: Precision, state: Any) -> None:
-    """Refuse a state that does not belong here."""
+def require(windows: Windows, precision: Precision, state: Any) -> None:
+    """Refuse a state that does not belong here; see `take_over`."""
     setup = windows.rules.setup
     if not isinstance(state, Mapping) or not state.keys() >= _PARTS:
         raise ConfigError(

@@ -97,6 +97,8 @@ def stand_in(optimizer: Optimizer, only: Tensor | None = None) -> Optimizer:
             other.__dict__[name] = OrderedDict()
         elif isinstance(value, dict | list | tuple | Tensor):  # what it keeps outside of its state is not to be shared
             other.__dict__[name] = map_leaves(of, value)
+        elif isinstance(value, set | frozenset):
+            other.__dict__[name] = type(value)(map(of, value))
         elif not (value is None or isinstance(value, bool | int | float | str | torch.dtype) or callable(value)):
             raise TypeError(f"{type(optimizer).__name__} keeps a {type(value).__name__}, {name}")
     other.param_groups = [

@@ -12,7 +12,7 @@ from wholebatch.core.batch import LogicalBatch
 from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.core.need import Need, Passes
-from wholebatch.core.sizes import evened, largest_rows, usable
+from wholebatch.core.sizes import evened, largest_rows, least_budget, usable
 from wholebatch.core.trace import Size, Trace
 from wholebatch.core.tree import flatten
 from wholebatch.engine.fit.probe import Probe
@@ -259,6 +259,7 @@ class Fitting:
         """Say that one row is too much, as an error where a budget was given."""
         known = need is not None and need.peak(1) > usable(need, budget)
         takes = say_bytes(need.peak(1)) if need is not None and known else f"more than {say_bytes(budget)}"
+        enough = f"{say_bytes(least_budget(need, 1))} or more" if need is not None and known else takes
         beside = f", of which {say_bytes(need.floor_bytes)} are weights, gradients and optimizer" if need else ""
         if self.budget is None:
             say(
@@ -269,7 +270,7 @@ class Fitting:
             return
         raise OutOfMemoryError(
             f"The budget of {say_bytes(budget)} does not hold one row: training takes {takes}{beside}.",
-            hint=f"give more than {takes.removeprefix('more than ')}, or take less: "
+            hint=f"give {enough}, or take less: "
             'precision="bf16", wb.checkpoint_blocks(model), shorter rows, '
             "or an optimizer with less state; wb.plan shows what each would give. Nothing was trained.",
         )

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wholebatch.engine import memory
 from wholebatch.engine.fit.fakes import stand_in, state_bytes
 from wholebatch.engine.fit.timeline import Timeline
+from wholebatch.engine.steps.consuming import TakesGradients
 
 ELEMENTWISE = frozenset({"Adadelta", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"})
 """Optimizers of PyTorch that look at each number by itself, so that a few numbers tell what all of them take."""
@@ -155,11 +156,28 @@ def _one_by_one(optimizers: Sequence[Optimizer], device: torch.device) -> tuple[
 
 def _step_twice(optimizer: Optimizer, device: torch.device) -> int:
     """Step a stand-in and return what the second step takes for a moment; the first makes the state."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    type(optimizer).step(optimizer)
+    _step(optimizer, _gradients(optimizer))
+    gradients = _gradients(optimizer)
     timeline = Timeline(device)
     with timeline:
-        type(optimizer).step(optimizer)
+        _step(optimizer, gradients)
     return timeline.peak_bytes
+
+
+def _gradients(optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
+    """Zeros, in the dtypes in which a window hands gradients over."""
+    learning = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
+    if isinstance(optimizer, TakesGradients):
+        return {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in learning}
+    return {parameter: torch.zeros_like(parameter) for parameter in learning}
+
+
+def _step(optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
+    if isinstance(optimizer, TakesGradients):
+        optimizer.begin_window()
+        for parameter, gradient in gradients.items():
+            optimizer.consume(parameter, gradient)
+    else:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+    type(optimizer).step(optimizer)

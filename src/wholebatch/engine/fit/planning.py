@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from wholebatch.core.batch import paths
+from wholebatch.core.batch import Layout, paths
 from wholebatch.core.budget import parse_bytes, say_bytes
 from wholebatch.core.errors import ConfigError, LossError, SplitError
 from wholebatch.core.plan import Plan
@@ -120,8 +120,11 @@ def plan(
     """
     if isinstance(micro_batch, Tokens) and length is None:
         length = micro_batch.length
+    if length is not None:
+        Tokens(1, length=length)  # says what is wrong with it
+    layout = Layout(collate, paths(whole), dims)
     budget = parse_bytes(memory) if memory is not None else None
-    sample = Sample(rows, collate, paths(whole), dims, copied=length is not None)
+    sample = Sample(rows, layout.collate, layout.whole, layout.dims, copied=length is not None)
     count = sample.rows.rows
     if count == 0:
         raise SplitError("The sample holds no rows.", hint="pass a few rows like those that will be trained on.")

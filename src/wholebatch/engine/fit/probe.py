@@ -27,6 +27,7 @@ from wholebatch.engine.narrow import SumIn
 from wholebatch.engine.objective import Objective
 from wholebatch.engine.precision import Precision
 from wholebatch.engine.setup import Setup
+from wholebatch.engine.steps.consuming import consumed_by, forgetting
 from wholebatch.engine.sums import GradientSum
 from wholebatch.engine.transaction import Transaction
 
@@ -155,7 +156,7 @@ class Probe:
         best = float("inf")
         with self._untouched():
             batch = self.sample.repeat(row, rows)
-            sums = GradientSum(self.setup.parameters, self.setup.bystanders, self.sum_in)
+            sums = self._sums(self.setup.parameters, self.setup.bystanders)
             sums.start()
             try:
                 for _ in range(times):
@@ -213,7 +214,7 @@ class Probe:
         """Two micro-batches of a window, which is then rolled back."""
         held = set(map(id, parameters))
         bystanders = [each for each in self.setup.model.parameters() if id(each) not in held]
-        sums = GradientSum(parameters, bystanders, self.sum_in)
+        sums = self._sums(parameters, bystanders)
         sums.start()
         arriving = ExitStack()
         if timeline is not None and not sums.narrow:
@@ -246,6 +247,17 @@ class Probe:
         finally:
             arriving.close()
             sums.roll_back()
+
+    def _sums(self, parameters: Sequence[Any], bystanders: Sequence[Any]) -> GradientSum:
+        """Sum gradients as a window does, and let go of those that an optimizer takes in.
+
+        Args:
+            parameters: Those of the setup, or what stands in for them, in the same order.
+            bystanders: As for `GradientSum`.
+        """
+        consumed = consumed_by(self.setup.optimizers)
+        taken = [each for each, real in zip(parameters, self.setup.parameters, strict=True) if real in consumed]
+        return GradientSum(parameters, bystanders, self.sum_in, forgetting(taken) if taken else None)
 
     def _loss(self, micro_batch: Any) -> Tensor:
         assert self.objective.loss_fn is not None

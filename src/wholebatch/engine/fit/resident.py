@@ -9,6 +9,7 @@ from wholebatch.engine.fit.fakes import state_bytes
 from wholebatch.engine.fit.optimizing import step_need
 from wholebatch.engine.narrow import SumIn, own_sums
 from wholebatch.engine.setup import Setup
+from wholebatch.engine.steps.consuming import consumed_by
 from wholebatch.engine.steps.stepping import copy_bytes
 
 
@@ -36,13 +37,15 @@ def beside_passes(setup: Setup, sum_in: SumIn, reasons: list[str]) -> tuple[dict
     buffers = 2 * _bytes(model.buffers(), device)  # a window keeps a copy
     if device.type == "cpu":  # and one of the random state, besides its loss
         buffers += torch.get_rng_state().numel() + 4
-    learning = [each for each in model.parameters() if each.requires_grad]
+    consumed = consumed_by(setup.optimizers)
+    learning = [each for each in model.parameters() if each.requires_grad and each not in consumed]
     gradients = _bytes(learning, device)
-    sums = sum(own.bytes_each * each.numel() for each, own in own_sums(setup.parameters, sum_in).items())
+    summed = own_sums([each for each in setup.parameters if each not in consumed], sum_in)
+    sums = sum(own.bytes_each * each.numel() for each, own in summed.items())
     largest = max((each.numel() * each.element_size() for each in learning), default=0)
     state, temporary = step_need(setup.optimizers, device, gradients, reasons)
-    copied = copy_bytes(setup.optimizers, state)
-    resident = {"weights": weights, "buffers": buffers, "optimizer state": state}
+    through, copied = copy_bytes(setup.optimizers, state)
+    resident = {"weights": weights, "buffers": buffers + through, "optimizer state": state}
     return resident, max(gradients + temporary + copied, sums + largest if sums else 0)
 
 

@@ -56,6 +56,7 @@ def linear_cross_entropy(
     Source:
         Chunked heads as in "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009.
     """
+    _check_kinds(hidden, weight, labels, bias)
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1:] != weight.shape[1:]:
         raise LossError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)} do not fit.",
@@ -65,19 +66,41 @@ def linear_cross_entropy(
         raise LossError(
             f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}.", hint="pass one number a class."
         )
+    _check_dtypes(hidden, weight, bias)
     if chunk != "auto" and not isinstance(chunk, int):
         raise LossError(f"chunk={chunk!r} is no number of positions.", hint='pass chunk="auto" or a positive number.')
     positions = labels.numel()
     rows = max(1, positions * weight.shape[1] // weight.shape[0]) if chunk == "auto" else chunk
     if rows < 1:
         raise LossError(f"A chunk of {rows} positions holds nothing.", hint='pass chunk="auto" or a positive number.')
+    if not isinstance(ignore_index, int):
+        raise LossError(f"ignore_index={ignore_index!r} is no label.", hint="pass a whole number, or leave it out.")
     if reduction not in ("mean", "sum"):
         raise LossError(f"reduction={reduction!r} is not one of the choices.", hint='pass "mean" or "sum".')
     kept = labels.flatten()
     _check_labels(kept, len(weight), ignore_index)
     kept = kept.long()
-    loss: Tensor = _Head.apply(hidden.flatten(0, -2), weight, bias, kept, ignore_index, rows)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Head.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, kept, ignore_index, rows)  # type: ignore[no-untyped-call]
     return loss if reduction == "sum" else loss / (kept != ignore_index).sum()
+
+
+def _check_kinds(hidden: object, weight: object, labels: object, bias: object) -> None:
+    """Refuse what is no tensor."""
+    named = {"hidden": hidden, "weight": weight, "labels": labels} | ({"bias": bias} if bias is not None else {})
+    for name, each in named.items():
+        if not isinstance(each, Tensor):
+            raise LossError(
+                f"{name} is a {type(each).__name__}, not a tensor.",
+                hint="pass tensors; of a layer its parameters: weight=head.weight, bias=head.bias.",
+            )
+
+
+def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse dtypes that are not multiplied with one another."""
+    dtypes = {"hidden": hidden.dtype, "weight": weight.dtype} | ({"bias": bias.dtype} if bias is not None else {})
+    if len(set(dtypes.values())) > 1 and not torch.is_autocast_enabled(hidden.device.type):
+        said = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise LossError(f"The head cannot multiply {said}.", hint="bring them to one dtype, or run it under autocast.")
 
 
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from wholebatch.core.batch import count_rows
-from wholebatch.core.errors import ConfigError, OptimizerError, WindowError
+from wholebatch.core.errors import ConfigError, LossError, OptimizerError, WindowError
 from wholebatch.core.weights import Reduction
 from wholebatch.engine import memory
 from wholebatch.engine.device import input_device, move
@@ -83,6 +83,7 @@ class AccumulatedGradientNormalization:
 
     Raises:
         OptimizerError: Model and optimizer do not belong together, or a wrapper averages gradients already.
+        LossError: `loss_fn` cannot be called.
         ConfigError: There is no local step, or the ranks do not know of each other.
 
     Example:
@@ -125,6 +126,11 @@ class AccumulatedGradientNormalization:
             raise ConfigError(
                 "The asynchronous variant takes no process group: every rank that torch.distributed.rpc knows adds.",
                 hint="leave process_group out, or take synchronous=True.",
+            )
+        if not callable(loss_fn):
+            raise LossError(
+                f"loss_fn is a {type(loss_fn).__name__}, which cannot be called.",
+                hint="pass a function of the model and a batch: each local step runs it.",
             )
         check_belonging(model, (optimizer,))
         self._parameters = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]

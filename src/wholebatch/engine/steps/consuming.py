@@ -4,7 +4,7 @@ Such an optimizer has two methods more than others. Then no gradient lives longe
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,11 @@ def takers(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     """Return the optimizers that take gradients in as they arrive."""
     # As isinstance(each, TakesGradients), which takes thirty times as long.
     return [each for each in optimizers if hasattr(each, "begin_window") and hasattr(each, "consume")]
+
+
+def consumed_by(optimizers: Sequence[Optimizer]) -> set[nn.Parameter]:
+    """Return the parameters whose gradients are taken in as they arrive."""
+    return {parameter for each in takers(optimizers) for group in each.param_groups for parameter in group["params"]}
 
 
 def check_clip_norm(optimizers: Sequence[Optimizer], clip_norm: float | None) -> None:
@@ -143,3 +148,21 @@ class Consumption:
         norm = norm_of(gradient)
         before = self._norms.get(norm.device)
         self._norms[norm.device] = norm if before is None else torch.hypot(before, norm.to(before.dtype))
+
+
+class _Nobody:
+    """Takes gradients in and keeps nothing."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.param_groups = [{"params": parameters}]
+
+    def begin_window(self) -> None:
+        pass
+
+    def consume(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        pass
+
+
+def forgetting(parameters: Sequence[nn.Parameter]) -> Consumption:
+    """Return what lets gradients go as they arrive: for a look at a window whose optimizer takes these in."""
+    return Consumption(cast(list[Optimizer], [_Nobody(parameters)]))

@@ -236,22 +236,33 @@ class Stepping:
         return False  # only here is the error, and with it the tensors of its traceback, gone
 
 
-def copy_bytes(optimizers: Sequence[Optimizer], state_bytes: int) -> int:
-    """Return what the copies from which a step is undone take at most where memory is counted. Unit: bytes.
+def copy_bytes(optimizers: Sequence[Optimizer], state_bytes: int) -> tuple[int, int]:
+    """Return what copies take at most where memory is counted: all through a window, and in its step. Unit: bytes.
 
     Args:
-        optimizers: What steps.
+        optimizers: What steps. Those that take gradients in are undone from copies that a window makes as it begins.
         state_bytes: What they will keep.
     """
+    taking = takers(optimizers)
+    consumed, weights = _weights(taking), _weights([each for each in optimizers if each not in taking])
+    a_state = state_bytes / max(1, sum(consumed) + sum(weights))
+    through = _small(consumed) * (1 + a_state)
+    a_weight = 1 + a_state + any(map(_writes_gradients, optimizers))
+    one_by_one = all(moves_one_by_one(each) for each in optimizers if each not in taking)
+    if sum(weights) * (1 + a_state) > WHOLE and one_by_one:
+        return int(through), int(max(max(weights), sum(weights) / PIECES) * a_weight) + RESERVE
+    return int(through), int(_small(weights) * a_weight)
+
+
+def _weights(optimizers: Sequence[Optimizer]) -> list[int]:
+    """The sizes of the weights that learn. Unit: bytes."""
     parameters = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
-    weights = [nbytes_of(parameter) for parameter in parameters if parameter.requires_grad]
-    if takers(optimizers) or not weights:
-        return 0
-    a_weight = 1 + state_bytes / sum(weights)
-    moved = sum(weights) * a_weight
-    if moved > WHOLE and all(map(moves_one_by_one, optimizers)):
-        return int(max(max(weights) * a_weight, moved / PIECES)) + RESERVE
-    return int(sum(each for each in weights if each <= SMALL) * a_weight)
+    return [nbytes_of(parameter) for parameter in parameters if parameter.requires_grad]
+
+
+def _small(weights: Sequence[int]) -> int:
+    """What those take that are copied beside themselves. Unit: bytes."""
+    return sum(each for each in weights if each <= SMALL)
 
 
 def _undo_of(pieces: Sequence[Piece], room: Beside | Away, other: Beside | Away | None = None) -> Undo:
