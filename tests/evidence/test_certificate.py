@@ -380,15 +380,15 @@ class Jittered(nn.Module):
         return self.layer(jittered(x)) + self.token
 
 
-class Skipping(Jittered):
+class Weighing(Jittered):
     def reset_parameters(self):
         self.token.data.normal_()
 
     def forward(self, x):
-        return self.layer(x) if random.random() < 0.5 else self.token.expand(len(x), -1)  # and this
+        return random.random() * self.layer(x) + self.token  # and this
 
 
-@pytest.mark.parametrize(("kind", "line"), [(Jittered, "# this draws"), (Skipping, "# and this")])
+@pytest.mark.parametrize(("kind", "line"), [(Jittered, "# this draws"), (Weighing, "# and this")])
 def test_the_line_that_draws_is_one_that_runs(kind, line):
     torch.manual_seed(0)
     found = wb.verify(kind().double(), mean_square, regression(24, torch.float64))
