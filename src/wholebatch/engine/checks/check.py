@@ -219,7 +219,7 @@ class _Evaluating(float):
 
 def _explain(error: Exception) -> None:
     """Raise a clearer error for those that say that rows are looked at together."""
-    if "Expected more than 1 value per channel" in str(error) and "that meet" not in str(error):
+    if "Expected more than 1 value per channel" in str(error):
         raise BatchNormError(
             "Batch norm that is no layer of this model (a function, or a second model in training mode) computes over "
             "the rows that it is given, and a single row has no variance.",

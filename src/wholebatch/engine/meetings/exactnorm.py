@@ -215,8 +215,8 @@ def _merge(values: Sequence[Tensor], beside: Sequence[Any], _order: Order) -> Te
     total = total_of(counts)
     if not isinstance(total, Tensor) and total <= 1:
         raise ValueError(
-            "Expected more than 1 value per channel when training, "
-            f"got {total} of all rows that meet; input size {shape}"
+            "Exact batch norm needs more than 1 value per channel in training mode, "
+            f"and all rows that meet have {total} (input size {shape})."
         )
     return merge(counts, values)
 
