@@ -1,6 +1,7 @@
 """What do ranks share that go their own ways for a while? Accumulated gradient normalization."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -153,7 +154,8 @@ class AccumulatedGradientNormalization:
         if center is None:
             center = Reduced(process_group) if synchronous else _served(timeout)
         self._center = center
-        self._pull(self._center.start(vectors(self._parameters)))
+        with self._parting_from_errors():
+            self._pull(self._center.start(vectors(self._parameters)))
 
     def step(self, batch: Any) -> LocalStep:
         """Make one step of this rank, and after each `local_steps` of them add what they found to the center.
@@ -195,7 +197,8 @@ class AccumulatedGradientNormalization:
     def close(self) -> None:
         """Finish, and take down what was set up between the ranks. Also done at the end of a ``with`` block."""
         if not self._closed:
-            self.finish()
+            with self._parting_from_errors():
+                self.finish()
             self._end()
 
     def __enter__(self) -> "AccumulatedGradientNormalization":
@@ -208,6 +211,15 @@ class AccumulatedGradientNormalization:
             self.close()
         elif isinstance(error, Exception) and not self._closed:  # Ctrl-C waits for nobody
             self._end(memory.in_a_line(error))
+
+    @contextmanager
+    def _parting_from_errors(self) -> Iterator[None]:
+        """Let an error here leave nothing set up between the ranks."""
+        try:
+            yield
+        except Exception as error:
+            self._end(memory.in_a_line(error))
+            raise
 
     def _end(self, failure: str | None = None) -> None:
         self._closed = True

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.distributed import rpc
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.futures import Future
 
 from wholebatch.core.errors import ConfigError
@@ -20,6 +22,9 @@ Answer: TypeAlias = tuple[Vectors, int] | str
 
 _FAREWELL_SECONDS = 30
 """How long a rank that has failed waits for the others to hear of it."""
+
+_GLANCE_SECONDS = 0.01
+"""How long the rank that is called waits before it looks again whether the others have left."""
 
 
 class Held:
@@ -39,7 +44,6 @@ class Held:
         self._lock = threading.Lock()
         self._finished: list[Future[Any]] = []
         self._failure: str | None = None
-        self._there = threading.Semaphore(0)
         self.commits = 0
 
     def commit(self, found: Vectors | None) -> "Answer":
@@ -66,17 +70,6 @@ class Held:
         with self._lock:
             self._failure = self._failure or why
         self._answer()
-
-    def leave(self) -> None:
-        """Say that a rank asks no more."""
-        self._there.release()
-
-    def await_leaving(self, patience: float) -> None:
-        """Wait until all ranks but this one ask no more, but not for longer than so many seconds."""
-        until = time.monotonic() + patience
-        for _ in range(self._ranks - 1):
-            if not self._there.acquire(timeout=max(0.0, until - time.monotonic())):
-                return
 
     def _answer(self) -> None:
         with self._lock:
@@ -121,10 +114,6 @@ def _fail(number: int, why: str) -> "Future[None]":
     return _held(number).then(lambda held: held.value().fail(why))
 
 
-def _leave(number: int) -> None:
-    _held(number).value().leave()
-
-
 class Served(Center):
     """One rank holds the center, and the others reach it through `torch.distributed.rpc`, each when it is ready.
 
@@ -141,7 +130,7 @@ class Served(Center):
         self._timeout = timeout
         self._number = Served._made  # ranks make their centers in the same order
         Served._made += 1
-        self._owns = join(timeout)
+        self._book = join(timeout)
         self._ranks = len(_workers())
         self._devices: Sequence[torch.device] = ()
         self._seen = 0
@@ -170,22 +159,24 @@ class Served(Center):
             said = f"rank {rpc.get_worker_info().id} has failed ({failure})"
             with suppress(RuntimeError):  # that of this rank is on its way already
                 rpc.rpc_sync(0, _fail, args=(self._number, said), timeout=patience)
-        if self._owns:
-            self._owns = False
-            self._part(patience)
+        if self._book is not None:
+            self._part(PrefixStore(f"center {self._number}", self._book), patience)
+            self._book = None
         with _HELD_LOCK:
             _HELD.pop(self._number, None)
 
-    def _part(self, patience: float) -> None:
-        """Take down what `join` set up; the rank that is called goes last.
+    def _part(self, book: Store, patience: float) -> None:
+        """Take down what `join` set up; the rank that is called goes last, when nobody waits for an answer any more.
 
         The graceful shutdown of `torch.distributed.rpc` now and then waits without end for a rank that has ended.
         """
         if rpc.get_worker_info().id != 0:
-            with suppress(RuntimeError):  # the answer may be overtaken by the end
-                rpc.rpc_sync(0, _leave, args=(self._number,), timeout=patience)
-        elif _held(self._number).done():
-            _held(self._number).value().await_leaving(patience)
+            with suppress(RuntimeError):  # that rank may have ended without a word
+                book.add("left", 1)
+        else:
+            until = time.monotonic() + patience
+            while book.add("left", 0) < self._ranks - 1 and time.monotonic() < until:
+                time.sleep(_GLANCE_SECONDS)
         rpc.shutdown(graceful=False)
 
     def _to_devices(self, center: Vectors) -> Vectors:
@@ -198,8 +189,8 @@ def _read(answer: Answer) -> tuple[Vectors, int]:
     return answer
 
 
-def join(timeout: float) -> bool:
-    """Join the ranks that call each other, and return whether that was left to do.
+def join(timeout: float) -> Store | None:
+    """Join the ranks that call each other, and return where they met; None where that was done before.
 
     Args:
         timeout: How long to wait for the others. Unit: seconds.
@@ -212,7 +203,7 @@ def join(timeout: float) -> bool:
     except RuntimeError:
         pass
     else:
-        return False
+        return None
     rank, ranks = place_among_ranks()
     try:
         with warnings.catch_warnings():  # PyTorch warns of what it does itself, where there is a process group
@@ -220,13 +211,14 @@ def join(timeout: float) -> bool:
             options = rpc.TensorPipeRpcBackendOptions(rpc_timeout=timeout)
             name = f"wholebatch{rank}"
             rpc.init_rpc(name, rank=rank, world_size=ranks, rpc_backend_options=options)  # type: ignore[no-untyped-call]
+        book: Store = next(rendezvous("env://", rank, ranks))[0]
     except ValueError as error:
         raise ConfigError(
             f"The ranks do not know where to meet: {error}",
             hint="start them with torchrun, set MASTER_ADDR and MASTER_PORT, or call torch.distributed.rpc.init_rpc() "
             "before.",
         ) from error
-    return True
+    return book
 
 
 def _workers() -> Any:
