@@ -121,7 +121,7 @@ def spawn(*arguments, **options):
 def finished(*arguments):
     """Run the command in a process of its own; return its exit code, stdout and stderr."""
     process = spawn(*arguments)
-    out, talk = process.communicate(timeout=120)
+    out, talk = process.communicate(timeout=240)
     return process.returncode, out, talk
 
 
@@ -147,7 +147,7 @@ def test_a_job_of_ones_own_runs_end_to_end(folder):
     assert (start["recipe"], start["seed"], start["micro_batch"]) == ("my_file.py:recipe", 4, "5 rows")
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -159,7 +159,7 @@ def test_ctrl_c_ends_a_run_cleanly(folder):
     process = spawn("train", "my_file.py:Slow", "--epochs", "1000", "--out", "run")
     wait_for(lambda: len(events("run")) > 4, process)
     process.send_signal(signal.SIGINT)
-    out, talk = process.communicate(timeout=60)
+    out, talk = process.communicate(timeout=240)
     assert process.returncode == 130, talk
     finish = events("run")[-1]
     assert (finish["event"], finish["status"]) == ("finish", "interrupted")

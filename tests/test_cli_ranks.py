@@ -215,7 +215,7 @@ def test_ctrl_c_ends_all_ranks_cleanly(folder):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, talk = process.communicate(timeout=60)
+    out, talk = process.communicate(timeout=240)
     assert process.returncode == 130, talk
     finish = events("run")[-1]
     assert (finish["event"], finish["status"]) == ("finish", "interrupted")

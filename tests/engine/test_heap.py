@@ -37,7 +37,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def faults(memory: str | None) -> int:
     """Return how many pages the kernel has to give to a child process in ten updates."""
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS.format(memory=memory)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", FAULTS.format(memory=memory)], capture_output=True, text=True, check=True, timeout=300
     )
     return int(done.stdout)
 

@@ -147,7 +147,7 @@ def alone(source, folder):
     nowhere = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "HOME": str(folder)}
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{source}"],
-        cwd=folder, env=environment | nowhere, capture_output=True, text=True, timeout=120, check=False,
+        cwd=folder, env=environment | nowhere, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -236,7 +236,7 @@ def records(file):
             held = b""
 
 
-def written(folder, seconds=20):
+def written(folder, seconds=120):
     """Return the records of the only run in a folder, and its exit codes.
 
     A process beside ours writes them, so that the last may take a moment after the run is finished.

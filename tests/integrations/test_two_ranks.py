@@ -10,7 +10,7 @@ pytest.importorskip("accelerate")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return ranks.launch("integrations.lightning_scenes", 2, tmp_path_factory.mktemp("two"), seconds=240)
+    return ranks.launch("integrations.lightning_scenes", 2, tmp_path_factory.mktemp("two"), seconds=480)
 
 
 def test_every_scene_over_ranks_passes(found):
