@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -14,6 +15,9 @@ from wholebatch.engine.meetings import company
 # Keras has one backend in a process, and writes down in its folder which.
 os.environ["KERAS_BACKEND"] = "torch"
 os.environ.setdefault("KERAS_HOME", tempfile.mkdtemp(prefix="wholebatch-keras-"))
+
+# Tests that run in the background of a shell are not told of Ctrl-C, nor are their children; some send it themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("patient", parent=settings(), deadline=None)
 settings.load_profile("patient")
