@@ -649,6 +649,56 @@ def mean_over_nothing_in_step(place: Place) -> dict[str, Any]:
     return {"off": trial.off, "skipped": skipped}
 
 
+@SCENES("in step: targets that the loss counts")
+def counted_by_the_loss_in_step(place: Place) -> dict[str, Any]:
+    """Rows of one rank turn out to hold no target when the forward pass has sent something already."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        errors = (model(batch["x"]) - batch["y"]).square().mean(dim=1) * batch["counts"]
+        return errors.sum(), int(batch["counts"].sum())
+
+    def of_none(model: nn.Module, batch: Any) -> Any:
+        counted = loss_fn(model, batch)
+        return counted if counted[1] else None
+
+    def count(batch: Any) -> int:
+        return int(batch["counts"].sum())
+
+    batch = {**MLP.batch(12, torch.float64), "counts": torch.ones(12, dtype=torch.float64)}
+    batch["counts"][torch.tensor([2, 3, 8, 9, 10, 11])] = 0
+    rows = range(8) if place.rank == 0 else range(8, 12)
+    mine = part_of(MLP, batch, rows)
+    found = {}
+    for known in (True, False):
+        trial = Trial(MLP, "each", loss_fn=loss_fn)
+        trial.accumulator._setup.group._traffic.can_go_back &= known  # or as with an older PyTorch
+        trial.accumulator.step(mine)
+        spans = [mine, {name: each[2:4] for name, each in mine.items()}] if place.rank else [mine]
+        list(trial.accumulator.updates(spans, micro_batches=len(spans)))
+        for _ in range(2):
+            reference.update(trial.judge, trial.judge_optimizer, loss_fn, batch, targets=count, reduction="sum")
+        found[f"off, {known=}"] = trial.off
+    said, moved = [], []
+    for first in (0, 1):  # target of the first row, which stands in for passes of weight zero
+        mine["counts"][0 if place.rank else slice(None)] = first if place.rank else 1
+        trial = Trial(MLP, "each", loss_fn=of_none)
+        said.append(raised(lambda trial=trial: trial.accumulator.step(mine))[1])
+        moved.append(trial.moved)
+    return found | {"said": said, "moved": moved}
+
+
+@SCENES("in step: weights outside of their layer")
+def weights_outside_in_step(place: Place) -> dict[str, Any]:
+    """A penalty of the weights would reach this rank's shares alone, and count there by this rank's targets."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, int, Tensor]:
+        return MLP.loss_fn(model, batch) * len(batch["x"]), len(batch["x"]), model[0].weight.square().sum()
+
+    trial = Trial(MLP, "each", loss_fn=loss_fn)
+    mine = part_of(MLP, MLP.batch(8, torch.float64), range(6) if place.rank else range(6, 8))
+    return {"said": raised(lambda: trial.accumulator.step(mine)), "moved": trial.moved}
+
+
 @SCENES("in step: no way back")
 def no_way_back(place: Place) -> dict[str, Any]:
     """As with an older PyTorch: all ranks fail at once, since nobody could let the others out of a pass."""

@@ -190,6 +190,24 @@ def test_in_step_a_rank_without_targets_stands_in_with_what_has_some(two):
         assert found["off"] <= EXACT
 
 
+def test_in_step_targets_may_turn_out_to_be_none_after_the_forward_pass(two):
+    for found in ranks.result(two, "in step: targets that the loss counts", 2):
+        assert found["off, known=True"] <= EXACT
+        assert found["off, known=False"] <= EXACT
+        stands_in, after_forward = found["said"]
+        assert "returned None for a micro-batch that stands in" in stands_in
+        assert "returned None after the forward pass" in after_forward
+        assert found["moved"] == [0.0, 0.0]
+
+
+def test_in_step_a_penalty_of_the_weights_is_refused(two):
+    for found in ranks.result(two, "in step: weights outside of their layer", 2):
+        error, said = found["said"]
+        assert error == "LossError"
+        assert "The loss uses 0.weight outside of the layer that holds it" in said
+        assert found["moved"] == 0.0
+
+
 def test_in_step_without_a_way_out_of_a_pass_memory_that_runs_out_ends_the_run(two):
     for found in ranks.result(two, "in step: no way back", 2):
         assert found["said"][0][0] == "OutOfMemoryError"

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wholebatch.core.errors import RankError
+from wholebatch.core.errors import LossError
 from wholebatch.core.weights import Count
 from wholebatch.engine.device import move
 from wholebatch.engine.objective import Objective, Part
@@ -105,7 +105,7 @@ class Forward:
     def _of_nothing(self, spare: Any) -> Part:
         part = self.meeting(lambda: spare, None, 1)
         if part is None:
-            raise RankError(
+            raise LossError(
                 "The loss function returned None for a micro-batch that stands in where this rank has fewer than "
                 "others.",
                 hint='with communication="each" every pass has to make a loss.',

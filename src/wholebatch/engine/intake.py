@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wholebatch.core.errors import LossError
 from wholebatch.core.weights import Count
 from wholebatch.core.window import WindowState
 from wholebatch.engine.backward import run_backward
@@ -60,6 +61,7 @@ class Intake:
             rows: The micro-batch's rows, if known. Unit: rows.
         """
         if not learns(part):
+            self._end_pass(part)
             self.state.leave_out(rows=rows)
             return
         if self._company is not None:
@@ -151,6 +153,18 @@ class Intake:
         self.state.micro_batches, self.state.rows = state["micro-batches"], state["rows"]
         self.state.targets = targets.to(device) if isinstance(targets, Tensor) else targets
         self.weighing.load_state_dict(state["weighed"], device)
+
+    def _end_pass(self, part: Part | None) -> None:
+        """Let no other rank wait in a pass that turned out to count for nothing."""
+        begun = self._setup.group.in_pass
+        if part is None and begun:
+            raise LossError(
+                'With communication="each" the other ranks wait for a backward pass, and the loss function returned '
+                "None after the forward pass.",
+                hint="return the loss and no targets, as in (loss_sum, 0), or None before the model is called.",
+            )
+        if part is not None and begun is not False and part.loss.requires_grad:
+            self.add_nothing(part)
 
     def _backward(self, losses: Sequence[Tensor], roots: Sequence[Tensor]) -> None:
         self._sums.open_backward()

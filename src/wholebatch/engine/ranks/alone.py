@@ -33,7 +33,7 @@ class One:
     ranks = 1
     wire = None
     has_met = False
-    in_step, rehearses, passes, spare = False, False, 0, None
+    in_step, in_pass, rehearses, passes, spare = False, False, False, 0, None
     reference: float | None = None
 
     def __init__(self, *, alone: bool = True) -> None:

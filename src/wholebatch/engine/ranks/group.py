@@ -28,6 +28,7 @@ class Group(Protocol):
         spare: A small micro-batch, for those of weight zero.
         rehearses: Whether this rank has yet to find out what a pass sends.
         in_step: Whether all ranks have to make equally many passes.
+        in_pass: Whether a pass has begun in which other ranks wait for this one; None where that is not known.
         reference: What losses are divided by in the next window, where that has to be the same on all ranks. Unit:
             targets.
         streams: Where the micro-batches that ranks read side by side come to their end.
@@ -39,6 +40,10 @@ class Group(Protocol):
     def wire(self) -> Wire | None: ...
 
     in_step: bool
+
+    @property
+    def in_pass(self) -> bool | None: ...
+
     passes: int
     spare: Any
     reference: float | None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wholebatch.core.errors import MeetingError, OutOfMemoryError, RankError
+from wholebatch.core.errors import LossError, MeetingError, OutOfMemoryError, RankError
 from wholebatch.core.split import Size
 from wholebatch.core.weights import gradient_factor
 from wholebatch.core.window import WindowState
@@ -119,6 +119,7 @@ class InStep:
         self.passes = 0
         self._present.clear()
         self._awaited, self._passing = True, False
+        self._traffic.begin()
 
     def end(self) -> None:
         pass
@@ -147,7 +148,6 @@ class InStep:
                 known = sorted((each for each in given if each[0] is not None), key=lambda each: not each[1])
                 self.spare, self._learns = known[0]
         self._passing = True
-        self._traffic.begin()
 
     @property
     def rehearses(self) -> bool:
@@ -160,6 +160,11 @@ class InStep:
         with self._traffic.rehearsing():
             yield
         self._present.clear()
+
+    @property
+    def in_pass(self) -> bool | None:
+        """Whether a pass has begun in which other ranks wait for this one; None where that is not known."""
+        return self._traffic.in_pass
 
     def _exchange(self, passes: int, *, lacking: bool, failed: str | None = None) -> tuple[int, bool]:
         """Say how many passes this rank has to make, or why it makes none; return what holds for all.
@@ -290,12 +295,17 @@ class InStep:
         return left
 
     def _watch(self) -> None:
-        """Note from now on which weights receive a gradient on this rank. Gathers one layer after the other."""
+        """Note from now on which weights receive a gradient on this rank. Gathers one layer after the other.
+
+        One that comes to a share past the layer is refused: no other rank would get its part of it.
+        """
+        names = {shard: name for name, shard in self._sharded[0].named_parameters()}
         for module in self._sharded:
             shards = dict(module.named_parameters())
             module.unshard()
             for name, leaf in dict(module.named_parameters()).items():
                 if leaf is not shards[name] and leaf.requires_grad:
+                    shards[name].register_hook(lambda _, name=names[shards[name]]: _refuse_gradient(name))
                     leaf.register_post_accumulate_grad_hook(lambda _, shard=shards[name]: self._present.add(shard))
             module.reshard()
 
@@ -306,6 +316,14 @@ class InStep:
 
 
 _OF_THE_NETWORK = ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")
+
+
+def _refuse_gradient(name: str) -> None:
+    raise LossError(
+        f"The loss uses {name} outside of the layer that holds it, where a rank has no more than its share of it.",
+        hint="leave weight decay to the optimizer, add such terms up inside the layer's forward(), or pass "
+        'communication="once".',
+    )
 
 
 def _no_way_back(said: str, finer: Size) -> OutOfMemoryError:

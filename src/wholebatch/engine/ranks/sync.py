@@ -60,7 +60,7 @@ class Many:
         measures: bool = False,
     ) -> None:
         self.ranks = wire.ranks
-        self.in_step, self.rehearses, self.passes, self.spare = False, False, 0, None
+        self.in_step, self.in_pass, self.rehearses, self.passes, self.spare = False, False, False, 0, None
         self.reference: float | None = None
         self.streams = Streams(several=True)
         self.wire = wire

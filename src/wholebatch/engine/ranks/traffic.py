@@ -82,6 +82,11 @@ class Traffic:
         """Whether it is known what a pass sends."""
         return bool(self._pass)
 
+    @property
+    def in_pass(self) -> bool | None:
+        """Whether a pass has sent something, and will send more; None where it is not known what one sends."""
+        return self._sent % len(self._pass) > 0 if self.can_go_back and self._pass else None
+
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
         """The context of a pass that reaches nobody, and in which this rank's shares stand in for those of others."""
