@@ -327,8 +327,9 @@ class Many:
     def _join(self, outcome: Outcome) -> list[Outcome]:
         """Take part in what is left of a window, without a gradient, and exchange what has become of it."""
         self._owed = False
-        if self._reach is not None:
-            self._reach.say_failed()
+        reach, self._reach = self._reach, None  # the next attempt has one of its own, once it comes that far
+        if reach is not None:
+            reach.say_failed()
         elif self._meets:
             self.wire.gather(FAILED)
         self._started.abandon()
