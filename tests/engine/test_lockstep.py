@@ -357,7 +357,7 @@ def penalised(model, batch):
     mine = model(batch["a"])
     everyone = wb.gather(mine)
     loss = torch.logsumexp(mine @ everyone.T, 1).mean()
-    (slope,) = torch.autograd.grad(loss, everyone, create_graph=True)
+    (slope,) = torch.autograd.grad(torch.logsumexp((everyone @ everyone.T).flatten(), 0), everyone, create_graph=True)
     return loss + slope.square().sum()
 
 
@@ -375,13 +375,99 @@ def test_a_loss_of_nothing_but_what_met_is_replayed(loss):
 
 @pytest.mark.parametrize("drops", [0.0, 0.5])
 def test_code_that_differentiates_by_what_met_makes_the_update_of_joined_graphs(drops):
-    """It is run once more with the same draws; the penalty itself depends on the cut."""
+    """It is run once more with the same draws."""
     animal = Animal(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(drops), nn.Linear(8, 4)), pairs_of_six, penalised)
     batch = pairs_of_six(ROWS, torch.float64)
     replayed, joined = (
         change(animal, stepped(animal, wb.Rows(4), lockstep=each), [batch]) for each in ("replay", "joined")
     )
     assert relative_error(replayed, joined) <= FP64
+    if not drops:
+        assert error_of(animal, stepped(animal, wb.Rows(4), lockstep="replay")) <= FP64
+
+
+def slope_of(what, by="x"):
+    """A penalty on what some rows give, which begins after the first batch has been looked at."""
+
+    def loss_fn(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        h = model[0](x)
+        everyone = wb.gather(h)
+        said = model[1](torch.tanh(h - everyone.mean(0)))
+        loss = F.mse_loss(said, batch["y"])
+        if not batch["late"].any():
+            return loss
+        given = {"own": said, "gathered": wb.gather(said), "weighed": wb.gather(said)[wb.own_rows(said)]}[what]
+        (slope,) = torch.autograd.grad(given.square().sum(), everyone if by == "all" else x, create_graph=True)
+        return loss + slope.square().sum(1).mean()
+
+    return loss_fn
+
+
+def with_late(rows, dtype, late=True):
+    return {**regression(rows, dtype), "late": torch.full((rows,), late)}
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("lockstep", ["auto", "joined"])
+@pytest.mark.parametrize(("what", "by"), [("own", "x"), ("own", "all"), ("weighed", "x")])
+def test_a_gradient_inside_the_loss_of_one_micro_batch_is_refused_whenever_it_begins(what, by, lockstep):
+    """What the others give is missing, whether own rows lead to it directly or by a meeting alone."""
+    animal = Animal(two_layers, with_late, slope_of(what, by))
+    model = animal.model()
+    optimizer = sgd(model.parameters())
+    accumulator = wb.Accumulator(model, optimizer, animal.loss_fn, micro_batch=wb.Rows(4), lockstep=lockstep)
+    accumulator.step(with_late(ROWS, torch.float64, late=False))
+    with (
+        assert_leaves_no_trace(model, optimizer),
+        pytest.raises(wb.MeetingError, match="A gradient is taken inside the loss") as error,
+    ):
+        accumulator.step(with_late(ROWS, torch.float64))
+    assert "wb.gather(y).sum()" in error.value.hint
+
+
+@pytest.mark.parametrize("lockstep", ["auto", "joined"])
+def test_a_gradient_inside_the_loss_of_all_rows_is_exact_whenever_it_begins(lockstep):
+    animal = Animal(two_layers, with_late, slope_of("gathered"))
+    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep)) <= FP64
+
+
+def test_a_penalty_through_exact_batch_norm_that_begins_late_is_refused():
+    def penalised(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        said = model(x)
+        loss = F.mse_loss(said, batch["y"])
+        if not batch["late"].any():
+            return loss
+        (slope,) = torch.autograd.grad(said.sum(), x, create_graph=True)
+        return loss + slope.square().sum(1).mean()
+
+    layers = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)
+    model = wb.exact_batch_norm(nn.Sequential(*layers)).double()
+    optimizer = sgd(model.parameters())
+    accumulator = wb.Accumulator(model, optimizer, penalised, micro_batch=wb.Rows(4))
+    accumulator.step(with_late(ROWS, torch.float64, late=False))
+    with assert_leaves_no_trace(model, optimizer), pytest.raises(wb.MeetingError, match="exact batch norm"):
+        accumulator.step(with_late(ROWS, torch.float64))
+
+
+def test_a_replay_that_would_miss_a_gradient_inside_the_loss_says_so():
+    """Nothing leads from what a micro-batch gets in the first pass to what it brought."""
+
+    def penalised(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        h = model[0](x)
+        (slope,) = torch.autograd.grad((h - wb.gather(h).mean(0)).square().sum(), x, create_graph=True)
+        return F.mse_loss(model(batch["x"]), batch["y"]) + slope.square().sum(1).mean()
+
+    model = two_layers().double()
+    options = {"micro_batch": wb.Rows(4), "lockstep": "replay", "check": None}
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), penalised, **options)
+    with pytest.raises(wb.MeetingError, match=r"replay.*a gradient is taken inside the loss"):
+        accumulator.step(regression(ROWS, torch.float64))
 
 
 HELPERS = """

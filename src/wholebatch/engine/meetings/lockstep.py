@@ -13,6 +13,7 @@ from wholebatch.engine.fit.cutting import Place
 from wholebatch.engine.meetings.company import Again, recomputing_with
 from wholebatch.engine.meetings.exactnorm import exact_layers
 from wholebatch.engine.meetings.far import RankFailedError
+from wholebatch.engine.meetings.inner import Inner
 from wholebatch.engine.meetings.joined import run_joined
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.replay import Run, run_replayed
@@ -173,7 +174,12 @@ class Lockstep:
 
         try:
             parts, minutes = run_joined(
-                runs, reach, device=self._device, before=take_turn, kept=list(self._model.parameters())
+                runs,
+                reach,
+                device=self._device,
+                before=take_turn,
+                kept=list(self._model.parameters()),
+                inner=Inner(),
             )
         finally:
             taps.put_back()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wholebatch.engine.meetings.call import Call, without_value
+from wholebatch.engine.meetings.company import Again
 from wholebatch.engine.meetings.draws import Passage
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
@@ -44,14 +45,21 @@ class Meeting:
             calls[0].once(self.result, brought.beside)
         self.minutes.take(self.calls, self.result, lambda _: self.result, passage)
 
-    def answers(self, calls: Sequence[Call]) -> list[Any]:
-        """Return what each micro-batch gets in the first pass: a leaf of its own, where gradients are wanted."""
+    def answers(self, calls: Sequence[Call], kept: int | None) -> list[Any]:
+        """Return what each micro-batch gets in the first pass: a leaf of its own, where gradients are wanted.
+
+        Args:
+            calls: What each brings.
+            kept: The micro-batch whose weights learn.
+        """
         if not isinstance(self.result, Tensor):
             return [self.result] * len(calls)
         found = [self.result.detach() for _ in calls]
         for number, call in enumerate(calls):
             if self._differentiable and call.with_graph:
                 self._given[number] = found[number].requires_grad_()
+                if number != kept and call.value.requires_grad:  # of something else than weights, which are frozen
+                    found[number] = _Inner.apply(call.value.view_as(call.value), found[number], str(call))  # type: ignore[no-untyped-call]
         return found
 
     def leaf_of(self, number: int) -> Tensor | None:
@@ -111,6 +119,21 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *_gradients: Tensor) -> tuple[None, None]:
         return None, None
+
+
+class _Inner(torch.autograd.Function):
+    """What a micro-batch got in the first pass. It does not lead to what was brought: asked for that, it ends there."""
+
+    @staticmethod
+    def forward(ctx: Any, _value: Tensor, leaf: Tensor, where: str) -> Tensor:
+        ctx.where = where
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        if torch._C._will_engine_execute_node(ctx.next_functions[0][0]):
+            raise Again(f"a gradient is taken inside the loss, through what meets at {ctx.where}", joined=True)
+        return None, gradients[0], None
 
 
 def _without_graph(call: Call) -> Call:

@@ -146,7 +146,7 @@ def _first_pass(
             )
         meetings.append(Meeting(calls, reach, passages[-1]))
         passages.append(Passage(stream))
-        answers = meetings[-1].answers(calls)
+        answers = meetings[-1].answers(calls, None if kept is None else kept.number)
         if kept is not None:
             kept.meet(calls[kept.number], meetings[-1].leaf_of(kept.number))
         return answers
