@@ -470,6 +470,84 @@ def test_a_replay_that_would_miss_a_gradient_inside_the_loss_says_so():
         accumulator.step(regression(ROWS, torch.float64))
 
 
+def with_other_weights(model, batch):
+    """As in meta-learning: the model runs with weights that were made of its own."""
+
+    def through(x):
+        weights = {name: weight * 1.5 for name, weight in model.named_parameters()}
+        return torch.func.functional_call(model, weights, (x,))
+
+    return F.mse_loss(through(batch["x"]), batch["y"])
+
+
+class LooksAround(nn.Module):
+    """Meets between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.before(x)
+        return self.after(torch.tanh(h - wb.gather(h).mean(0)))
+
+
+def normed():
+    return wb.exact_batch_norm(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
+
+
+@pytest.mark.parametrize("build", [LooksAround, normed])
+@pytest.mark.parametrize("lockstep", ["auto", "replay", "joined"])
+def test_micro_batches_that_meet_while_a_model_runs_with_other_weights(lockstep, build):
+    """Each finds its own again, and at the end the model has those that it had."""
+    animal = Animal(build, regression, with_other_weights)
+    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep)) <= FP64
+    model = animal.model()
+    weights = list(model.parameters())
+    wb.Accumulator(model, sgd(weights), with_other_weights, micro_batch=wb.Rows(4), lockstep=lockstep).step(
+        regression(ROWS, torch.float64)
+    )
+    assert all(now is before for now, before in zip(model.parameters(), weights, strict=True))
+
+
+def test_an_error_while_a_model_runs_with_other_weights_leaves_those_that_it_had():
+    model = normed().double()
+    weights, passes = list(model.parameters()), []
+    model[2].register_forward_hook(lambda *_: passes.append(1) if len(passes) < 2 else [].pop())
+    accumulator = wb.Accumulator(model, sgd(weights), with_other_weights, micro_batch=wb.Rows(4), check=None)
+    with pytest.raises(IndexError):
+        accumulator.step(regression(ROWS, torch.float64))
+    assert all(now is before for now, before in zip(model.parameters(), weights, strict=True))
+
+
+def test_weights_of_16_bits_stay_too_while_a_model_runs_with_others():
+    model = normed().bfloat16()
+    weights = list(model.parameters())
+    accumulator = wb.Accumulator(model, sgd(weights), with_other_weights, micro_batch=wb.Rows(4), check=None)
+    assert accumulator.step(regression(ROWS, torch.bfloat16)).applied
+    assert all(now is before for now, before in zip(model.parameters(), weights, strict=True))
+
+
+@pytest.mark.parametrize("lockstep", ["auto", "joined"])
+def test_a_meeting_inside_of_torch_func_is_refused(lockstep):
+    """What is brought there belongs to a transformation of one micro-batch alone."""
+
+    def penalised(model, batch):
+        slope = torch.func.grad(lambda x: model(x).sum())(batch["x"])
+        return F.mse_loss(model(batch["x"]), batch["y"]) + slope.square().sum(1).mean()
+
+    model = LooksAround().double()
+    optimizer = sgd(model.parameters())
+    options = {"micro_batch": wb.Rows(4), "lockstep": lockstep, "check": None}
+    accumulator = wb.Accumulator(model, optimizer, penalised, **options)
+    with (
+        assert_leaves_no_trace(model, optimizer),
+        pytest.raises(wb.MeetingError, match=r"inside of torch\.func") as error,
+    ):
+        accumulator.step(regression(ROWS, torch.float64))
+    assert "torch.autograd.grad" in error.value.hint
+
+
 HELPERS = """
 import os, threading, torch
 from torch import nn

@@ -149,7 +149,7 @@ class Probe:
         places = {row: place for place, row in enumerate(whole)}
         near = Near([[places[row] for row in part] for part in parts], len(parts))
         runs = [partial(self._forward, part) for part in parts]
-        found, minutes = run_joined(runs, near, device=self._device)
+        found, minutes = run_joined(runs, near, model=self.model, device=self._device)
         learned = [part for part in found if part is not None]
         if not learned:
             return None

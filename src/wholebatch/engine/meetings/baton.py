@@ -145,6 +145,12 @@ class _MicroBatch:
     def meet(self, call: Call) -> Any:
         if self.is_ending:
             raise _Ended
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise MeetingError(
+                f"Micro-batches cannot meet inside of torch.func (grad, vmap, jvp and others): {call}.",
+                hint="meet before or after what is transformed; take a gradient through a meeting with "
+                "torch.autograd.grad(wb.gather(y).sum(), x, create_graph=True).",
+            )
         self.call = call
         del call
         self._hand_back()

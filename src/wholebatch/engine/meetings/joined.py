@@ -4,18 +4,19 @@ Each meeting is one computation on what all micro-batches bring, in ordinary dif
 become one, and a single backward pass runs it in the right order.
 """
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.meetings.baton import in_lockstep
 from wholebatch.engine.meetings.call import Call
 from wholebatch.engine.meetings.draws import Passage, Stream
+from wholebatch.engine.meetings.exchanged import Exchanged
 from wholebatch.engine.meetings.inner import Inner, refused
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
@@ -25,9 +26,9 @@ def run_joined(
     runs: Sequence[Callable[[], Any]],
     reach: Reach,
     *,
+    model: nn.Module,
     device: torch.device,
     before: Callable[[int], None] = lambda _: None,
-    kept: Iterable[Tensor] = (),
     inner: Inner | None = None,
 ) -> tuple[list[Any], Minutes]:
     """Run micro-batches whose graphs become one.
@@ -35,10 +36,10 @@ def run_joined(
     Args:
         runs: The forward pass of each micro-batch.
         reach: Those that meet.
-        device: Where the model is.
+        model: What they run. On an accelerator its weights stay there; what else is saved for the backward pass waits
+            in the host's memory, unless the user's own hooks take care of it.
+        device: Where it is.
         before: Called with the number of a micro-batch before it goes on.
-        kept: What stays on an accelerator, such as weights; else what is saved for the backward pass waits in the
-            host's memory, unless the user's own hooks take care of it.
         inner: Looks at gradients that a forward pass takes by itself.
 
     Returns:
@@ -48,12 +49,12 @@ def run_joined(
         MeetingError: A forward pass takes a gradient through the graph of all, and lets it go, or `inner` refuses it.
     """
     if device.type in _OFFLOADING:
-        weights = {each.untyped_storage().data_ptr() for each in kept}
+        weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
         runs = [partial(_offloading, run, weights, device) for run in runs]
     elif device.type == "cpu":
         keep_freed_blocks()
     results: list[Any] = [None] * len(runs)
-    minutes = Minutes(reach.ranks)
+    minutes, exchanged = Minutes(reach.ranks), Exchanged(model)
     stream = Stream(device)
     passages = [Passage(stream), Passage(stream)]  # the meeting that they come from, and the one that they go to
 
@@ -73,7 +74,12 @@ def run_joined(
 
     def go_on(number: int) -> None:
         before(number)
+        exchanged.go_on(number)
         passages[0].go_on()
+
+    def come(number: int) -> None:
+        exchanged.come(number)
+        passages[1].come()
 
     try:
         in_lockstep(
@@ -84,7 +90,7 @@ def run_joined(
             before=go_on,
             meet=meet,
             finish=results.__setitem__,
-            after=lambda _: passages[1].come(),
+            after=come,
         )
     except RuntimeError as error:
         if "through the graph a second time" not in str(error):

@@ -176,9 +176,9 @@ class Lockstep:
             parts, minutes = run_joined(
                 runs,
                 reach,
+                model=self._model,
                 device=self._device,
                 before=take_turn,
-                kept=list(self._model.parameters()),
                 inner=Inner(),
             )
         finally:

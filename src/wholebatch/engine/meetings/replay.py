@@ -27,6 +27,7 @@ from wholebatch.engine.meetings.baton import in_lockstep
 from wholebatch.engine.meetings.call import Call, known_rows
 from wholebatch.engine.meetings.company import Again, among, recomputing_with
 from wholebatch.engine.meetings.draws import Passage, Stream
+from wholebatch.engine.meetings.exchanged import Exchanged
 from wholebatch.engine.meetings.kept import Brought, Kept, Weights
 from wholebatch.engine.meetings.moments import Moments
 from wholebatch.engine.meetings.outcome import Meeting
@@ -80,7 +81,7 @@ def run_replayed(
     weights = Weights(model)
     with weights.frozen(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
-        meetings, kept = _first_pass(weighing, runs, reach, moments, weights, device, before)
+        meetings, kept = _first_pass(weighing, runs, reach, moments, weights, Exchanged(model), device, before)
     window.intake.weighing.divide_like(weighing)
     moments.keep(len(runs), len(meetings))
     after = Transaction(model, device)
@@ -110,6 +111,7 @@ def _first_pass(
     reach: Reach,
     moments: Moments,
     weights: Weights,
+    exchanged: Exchanged,
     device: torch.device,
     before: Callable[[int], None],
 ) -> tuple[list[Meeting], Kept | None]:
@@ -126,6 +128,7 @@ def _first_pass(
     def go(number: int) -> None:
         nonlocal kept
         before(number)
+        exchanged.go_on(number)
         if kept is None and number == len(runs) - 1 and reach.ranks == 1:
             kept = Kept(number)
         if kept is not None and number == kept.number and kept.is_open:
@@ -135,6 +138,10 @@ def _first_pass(
         moments.keep(number, len(meetings))
         if meetings:
             meetings[-1].passage.go_on()
+
+    def come(number: int) -> None:
+        exchanged.come(number)
+        passages[-1].come()
 
     def meet(calls: Sequence[Call]) -> list[Any]:
         for each in meetings:
@@ -191,7 +198,7 @@ def _first_pass(
             before=go,
             meet=meet,
             finish=finish,
-            after=lambda _: passages[-1].come(),
+            after=come,
         )
     except RuntimeError as error:
         # The user's code asks for a gradient of its own, which frozen weights do not have.
