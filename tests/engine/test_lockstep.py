@@ -470,6 +470,60 @@ def test_a_replay_that_would_miss_a_gradient_inside_the_loss_says_so():
         accumulator.step(regression(ROWS, torch.float64))
 
 
+def gathered_as_numbers(model, batch):
+    """What needs no gradient may leave PyTorch, as where rows are clustered or matched outside of it."""
+    x = model(batch["x"])
+    everyone = wb.gather(x.detach()).numpy()
+    above = torch.from_numpy(everyone[:, 0] > everyone[:, 0].mean())[wb.own_rows(x)]
+    scale = float(wb.sum_over_batch(x.detach().square().sum()))
+    return F.binary_cross_entropy_with_logits(x[:, 0], above.double()) * scale
+
+
+def summed_without_gradient(model, batch):
+    """Statistics of statistics, as a target that does not learn."""
+    x = model(batch["x"])
+    rows = wb.sum_over_batch(len(x))
+    centred = x - wb.sum_over_batch(x.detach().sum(0)) / rows
+    variance = wb.sum_over_batch(centred.detach().square().sum(0)) / rows
+    return (centred / variance.sqrt()).tanh().square().mean()
+
+
+def learning_in_some(model, batch, learns=lambda y: y[:, 0] > 0):
+    """A part that only some rows have, so that some micro-batches bring nothing that learns."""
+    x, some = model(batch["x"]), learns(batch["y"])
+    brought = x[some].square().sum(0) if bool(some.any()) else torch.zeros(x.shape[1], dtype=x.dtype)
+    return (x * wb.sum_over_batch(brought)).tanh().mean()
+
+
+@pytest.mark.parametrize("loss", [gathered_as_numbers, summed_without_gradient])
+@pytest.mark.parametrize("lockstep", ["auto", "replay", "joined"])
+def test_what_meets_without_a_gradient_comes_back_without_one(lockstep, loss):
+    animal = Animal(two_layers, regression, loss)
+    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep)) <= FP64
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_replay_where_only_some_micro_batches_bring_something_that_learns(rows, last):
+    """The last one, whose weights learn in the first pass, does not speak for those that differ from it."""
+
+    def with_signs(count, dtype):
+        batch = regression(count, dtype)
+        batch["y"][:, 0] = batch["y"][:, 0].abs()
+        batch["y"][-5:, 0] *= -1
+        if last:
+            batch["y"][:, 0] *= -1
+        return batch
+
+    animal = Animal(two_layers, with_signs, learning_in_some)
+    assert error_of(animal, stepped(animal, wb.Rows(rows), lockstep="replay")) <= FP64
+    model = animal.model()
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), learning_in_some, micro_batch=wb.Rows(rows))
+    for _ in range(2):
+        accumulator.step(with_signs(ROWS, torch.float64))
+    assert any('lockstep="auto" replays' in reason for reason in accumulator.reasons)
+
+
 def with_other_weights(model, batch):
     """As in meta-learning: the model runs with weights that were made of its own."""
 

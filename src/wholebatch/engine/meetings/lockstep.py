@@ -48,6 +48,7 @@ class Lockstep:
         self._group = group
         self._found = False
         self._joined: str | None = None
+        self._learning: set[tuple[object, ...]] = set()
 
     @property
     def meets(self) -> bool:
@@ -146,6 +147,7 @@ class Lockstep:
                     device=self._device,
                     transaction=transaction,
                     before=before,
+                    learning=self._learning,
                 )
                 if met and self._execution == "auto":
                     say(f'The micro-batches meet at {met[0]}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)

@@ -17,20 +17,27 @@ from wholebatch.engine.meetings.recomputing import Minutes
 class Meeting:
     """What all micro-batches brought, what it came to, and the gradient that enters there.
 
+    Args:
+        calls: What each brought.
+        reach: Those that meet.
+        passage: Where the random stream stood.
+        is_constant: Whether nobody's gradient enters there.
+
     Attributes:
         is_tracked: Whether the second pass gets the result with a graph, through which nothing flows.
     """
 
     is_tracked = False
 
-    def __init__(self, calls: Sequence[Call], reach: Reach, passage: Passage) -> None:
+    def __init__(self, calls: Sequence[Call], reach: Reach, passage: Passage, *, is_constant: bool) -> None:
         self.passage = passage
+        self.is_constant = is_constant
         self.calls = [_without_graph(call) for call in calls]
         self.key = calls[0].key
         self.alike = calls[0].kind, id(calls[0].of)
         self.minutes = Minutes(reach.ranks)
         self._leaves = [call.value for call in self.calls]
-        differentiable = _is_differentiable(self._leaves[0])
+        differentiable = not is_constant and _is_differentiable(self._leaves[0])
         if differentiable:
             self._leaves = [leaf.requires_grad_() for leaf in self._leaves]
         brought = reach.hear(self.calls, self._leaves, graph=False)
