@@ -524,6 +524,34 @@ def test_a_replay_where_only_some_micro_batches_bring_something_that_learns(rows
     assert any('lockstep="auto" replays' in reason for reason in accumulator.reasons)
 
 
+def test_what_met_that_meets_again_as_it_is_needs_its_gradient():
+    def summed_twice(model, batch):
+        x = model(batch["x"])
+        return (x * wb.sum_over_batch(wb.sum_over_batch(x.sum(0)))).tanh().mean()
+
+    found = []
+    for lockstep in (
+        "auto",
+        "joined",
+    ):  # the sum of sums counts the micro-batches, so that only these two can be compared
+        animal = Animal(two_layers, regression, summed_twice)
+        found.append(change(animal, stepped(animal, wb.Rows(4), lockstep=lockstep), [regression(ROWS, torch.float64)]))
+    assert relative_error(*found) <= FP64
+
+
+def test_a_second_tower_that_nobody_trains_is_no_reason_to_join():
+    """Its weights require gradients, since nobody has said that they do not learn."""
+    tower = nn.Linear(3, 3).double()
+
+    def two_towers(model, batch):
+        left, right = model(batch["x"]), tower(batch["y"])
+        mine = wb.own_rows(left)
+        return F.cross_entropy(left @ wb.gather(right).T, mine) + F.cross_entropy(right @ wb.gather(left).T, mine)
+
+    animal = Animal(two_layers, regression, two_towers)
+    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep="replay")) <= FP64
+
+
 def with_other_weights(model, batch):
     """As in meta-learning: the model runs with weights that were made of its own."""
 

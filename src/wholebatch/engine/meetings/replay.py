@@ -28,7 +28,7 @@ from wholebatch.engine.meetings.call import Call, known_rows
 from wholebatch.engine.meetings.company import Again, among, recomputing_with
 from wholebatch.engine.meetings.draws import Passage, Stream
 from wholebatch.engine.meetings.exchanged import Exchanged
-from wholebatch.engine.meetings.kept import Brought, Kept, Weights
+from wholebatch.engine.meetings.kept import Brought, Kept, Weights, leads_to
 from wholebatch.engine.meetings.moments import Moments
 from wholebatch.engine.meetings.outcome import Meeting
 from wholebatch.engine.meetings.reach import Reach
@@ -169,7 +169,10 @@ def _first_pass(
     def needs_what_met(number: int, call: Call) -> bool:
         if kept is not None and number == kept.number:
             return kept.needs_what_met(call.value)
-        return isinstance(call.value, Tensor) and call.value.requires_grad
+        if not isinstance(call.value, Tensor) or not call.value.requires_grad:
+            return False
+        found = [each.leaf_of(number) for each in meetings]  # what requires a gradient may be something of the user's
+        return leads_to(call.value, [leaf for leaf in found if leaf is not None])
 
     def finish(number: int, part: Part | None) -> None:
         losses, roots = weighing.weigh(part) if learns(part) else ([], [])
