@@ -18,6 +18,7 @@ from wholebatch.engine.meetings.call import Call
 from wholebatch.engine.meetings.draws import Passage, Stream
 from wholebatch.engine.meetings.exchanged import Exchanged
 from wholebatch.engine.meetings.inner import Inner, refused
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
 
@@ -28,6 +29,7 @@ def run_joined(
     *,
     model: nn.Module,
     device: torch.device,
+    moving: Moving,
     before: Callable[[int], None] = lambda _: None,
     inner: Inner | None = None,
 ) -> tuple[list[Any], Minutes]:
@@ -39,6 +41,7 @@ def run_joined(
         model: What they run. On an accelerator its weights stay there; what else is saved for the backward pass waits
             in the host's memory, unless the user's own hooks take care of it.
         device: Where it is.
+        moving: Takes what meetings do once.
         before: Called with the number of a micro-batch before it goes on.
         inner: Looks at gradients that a forward pass takes by itself.
 
@@ -63,8 +66,7 @@ def run_joined(
         with torch.enable_grad():
             brought = reach.hear(calls, [call.value for call in calls], graph=True)
             result = calls[0].combine(brought.values, brought.beside, reach.order)
-        if calls[0].once is not None:
-            calls[0].once(result, brought.beside)
+        moving.once(calls[0], result, brought.beside)
         if inner is not None:
             inner.watch(calls[0], result)
         share = _sharing(result)

@@ -15,6 +15,7 @@ from wholebatch.engine.meetings.exactnorm import exact_layers
 from wholebatch.engine.meetings.far import RankFailedError
 from wholebatch.engine.meetings.inner import Inner
 from wholebatch.engine.meetings.joined import run_joined
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.replay import Run, run_replayed
 from wholebatch.engine.meetings.taps import Taps
@@ -113,7 +114,9 @@ class Lockstep:
         )
         failed = False
         try:
-            self._run(window, transaction, runs, rows, reach, weighing, place, before, joined, say)
+            moving = Moving(self._model)
+            self._run(window, transaction, runs, rows, reach, weighing, place, before, joined, moving, say)
+            moving.end()
         except RankFailedError:
             failed = True
         if failed:
@@ -130,6 +133,7 @@ class Lockstep:
         place: Place,
         before: Callable[[int], None],
         joined: str | None,
+        moving: Moving,
         say: Say,
     ) -> None:
         try:
@@ -148,11 +152,12 @@ class Lockstep:
                     transaction=transaction,
                     before=before,
                     learning=self._learning,
+                    moving=moving,
                 )
                 if met and self._execution == "auto":
                     say(f'The micro-batches meet at {met[0]}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)
                 return
-            self._join(window, runs, rows, reach, before)
+            self._join(window, runs, rows, reach, before, moving)
             place.rows = None
             if self._execution == "auto":
                 say(f'lockstep="auto" joins the graphs of all micro-batches: {joined}.', logging.INFO)
@@ -167,6 +172,7 @@ class Lockstep:
         rows: Sequence[int | None],
         reach: Reach,
         before: Callable[[int], None],
+        moving: Moving,
     ) -> None:
         taps = Taps(self._model, window.sums.narrow, window.sums.receive)
 
@@ -180,6 +186,7 @@ class Lockstep:
                 reach,
                 model=self._model,
                 device=self._device,
+                moving=moving,
                 before=take_turn,
                 inner=Inner(),
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 from wholebatch.engine.meetings.call import Call, without_value
 from wholebatch.engine.meetings.company import Again
 from wholebatch.engine.meetings.draws import Passage
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
 
@@ -21,6 +22,7 @@ class Meeting:
         calls: What each brought.
         reach: Those that meet.
         passage: Where the random stream stood.
+        moving: Takes what it does once.
         is_constant: Whether nobody's gradient enters there.
 
     Attributes:
@@ -29,7 +31,9 @@ class Meeting:
 
     is_tracked = False
 
-    def __init__(self, calls: Sequence[Call], reach: Reach, passage: Passage, *, is_constant: bool) -> None:
+    def __init__(
+        self, calls: Sequence[Call], reach: Reach, passage: Passage, moving: Moving, *, is_constant: bool
+    ) -> None:
         self.passage = passage
         self.is_constant = is_constant
         self.calls = [_without_graph(call) for call in calls]
@@ -48,8 +52,7 @@ class Meeting:
         self._given: dict[int, Tensor] = {}
         self._gradient: Tensor | None = None
         self._entering: Sequence[Tensor | None] = ()
-        if calls[0].once is not None:
-            calls[0].once(self.result, brought.beside)
+        moving.once(calls[0], self.result, brought.beside)
         self.minutes.take(self.calls, self.result, lambda _: self.result, passage)
 
     def answers(self, calls: Sequence[Call], kept: int | None) -> list[Any]:

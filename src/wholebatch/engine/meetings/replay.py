@@ -30,6 +30,7 @@ from wholebatch.engine.meetings.draws import Passage, Stream
 from wholebatch.engine.meetings.exchanged import Exchanged
 from wholebatch.engine.meetings.kept import Brought, Kept, Weights, leads_to
 from wholebatch.engine.meetings.moments import Moments
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.outcome import Meeting
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
@@ -57,6 +58,7 @@ def run_replayed(
     transaction: Transaction,
     before: Callable[[int], None],
     learning: set[tuple[object, ...]],
+    moving: Moving,
 ) -> list[str]:
     """Add micro-batches to a window, each from a replay of what a pass in lockstep has shown.
 
@@ -71,6 +73,7 @@ def run_replayed(
         transaction: Has the buffers as they are now.
         before: Called with the number of a micro-batch before it goes on.
         learning: Takes the meetings to which only some micro-batches bring something that learns, as keys of calls.
+        moving: Takes what meetings do once.
 
     Returns:
         Where they met.
@@ -84,7 +87,7 @@ def run_replayed(
     with weights.frozen(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         meetings, kept = _first_pass(
-            weighing, runs, reach, moments, weights, Exchanged(model), device, before, learning
+            weighing, runs, reach, moments, weights, Exchanged(model), device, before, learning, moving
         )
     window.intake.weighing.divide_like(weighing)
     moments.keep(len(runs), len(meetings))
@@ -119,6 +122,7 @@ def _first_pass(
     device: torch.device,
     before: Callable[[int], None],
     learning: set[tuple[object, ...]],
+    moving: Moving,
 ) -> tuple[list[Meeting], Kept | None]:
     """Run all micro-batches in lockstep, with frozen weights but for the last one.
 
@@ -159,7 +163,7 @@ def _first_pass(
         # The one whose weights learn tells for all whether they bring something that does.
         tells = kept is not None and kept.is_open and calls[0].key not in learning
         is_constant = tells and not any(map(_takes_gradient, calls))
-        meetings.append(Meeting(calls, reach, passages[-1], is_constant=is_constant))
+        meetings.append(Meeting(calls, reach, passages[-1], moving, is_constant=is_constant))
         passages.append(Passage(stream))
         answers = meetings[-1].answers(calls, None if kept is None else kept.number)
         if kept is not None:
