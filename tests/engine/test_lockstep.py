@@ -552,6 +552,59 @@ def test_a_second_tower_that_nobody_trains_is_no_reason_to_join():
     assert error_of(animal, stepped(animal, wb.Rows(4), lockstep="replay")) <= FP64
 
 
+class LeavesBehind(nn.Module):
+    """Reads at its end what it has left behind before layers that meet, in some way."""
+
+    def __init__(self, way, normed):
+        super().__init__()
+        self.way, self.normed = way, normed
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.norms = nn.ModuleList(wb.exact_batch_norm(nn.BatchNorm1d(4)) for _ in range(2 if normed else 0))
+        self.extra, self.extras, self.calls = None, {}, 0
+        found = {}
+        self.first.register_forward_hook(lambda *passed: found.update(features=passed[-1]))
+        self.found = lambda: found["features"]
+
+    def forward(self, x):
+        h = self.first(x)
+        self.calls += 1
+        self.extra = h.square().mean(1)
+        self.extras["first"] = h.square().mean(1)
+        self.pieces = [h.square().mean(1)]
+        for norm in self.norms:
+            h = norm(h)
+        if not self.normed:
+            h = h - wb.gather(h).mean(0)
+        said = {
+            "attribute": lambda: self.extra,
+            "dict": lambda: self.extras.pop("first"),
+            "list": lambda: self.pieces[0],
+            "hook": lambda: self.found().square().mean(1),
+        }[self.way]()
+        return self.last(torch.tanh(h)), said
+
+
+def with_what_was_left(model, batch):
+    said, extra = model(batch["x"])
+    return F.mse_loss(said, batch["y"]) + extra.mean()
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("way", ["attribute", "dict", "list", "hook"])
+@pytest.mark.parametrize("lockstep", ["auto", "joined"])
+def test_what_a_micro_batch_leaves_in_a_module_is_its_own(lockstep, way, normed):
+    animal = Animal(lambda: LeavesBehind(way, normed), regression, with_what_was_left)
+    for rows in 1, 4:
+        assert error_of(animal, stepped(animal, wb.Rows(rows), lockstep=lockstep)) <= FP64
+
+
+def test_numbers_that_a_forward_pass_counts_are_counted_for_all_micro_batches():
+    model = LeavesBehind("attribute", normed=True).double()
+    options = {"micro_batch": wb.Rows(4), "check": None}
+    wb.Accumulator(model, sgd(model.parameters()), with_what_was_left, **options).step(regression(ROWS, torch.float64))
+    assert model.calls == 3
+
+
 def with_other_weights(model, batch):
     """As in meta-learning: the model runs with weights that were made of its own."""
 

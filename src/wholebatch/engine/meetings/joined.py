@@ -14,9 +14,9 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.meetings.baton import in_lockstep
+from wholebatch.engine.meetings.belongings import Belongings
 from wholebatch.engine.meetings.call import Call
 from wholebatch.engine.meetings.draws import Passage, Stream
-from wholebatch.engine.meetings.exchanged import Exchanged
 from wholebatch.engine.meetings.inner import Inner, refused
 from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.reach import Reach
@@ -57,7 +57,7 @@ def run_joined(
     elif device.type == "cpu":
         keep_freed_blocks()
     results: list[Any] = [None] * len(runs)
-    minutes, exchanged = Minutes(reach.ranks), Exchanged(model)
+    minutes, belongings = Minutes(reach.ranks), Belongings(model)
     stream = Stream(device)
     passages = [Passage(stream), Passage(stream)]  # the meeting that they come from, and the one that they go to
 
@@ -76,11 +76,11 @@ def run_joined(
 
     def go_on(number: int) -> None:
         before(number)
-        exchanged.go_on(number)
+        belongings.go_on(number)
         passages[0].go_on()
 
     def come(number: int) -> None:
-        exchanged.come(number)
+        belongings.come(number)
         passages[1].come()
 
     try:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.meetings.baton import in_lockstep
+from wholebatch.engine.meetings.belongings import Belongings
 from wholebatch.engine.meetings.call import Call, known_rows
 from wholebatch.engine.meetings.company import Again, among, recomputing_with
 from wholebatch.engine.meetings.draws import Passage, Stream
-from wholebatch.engine.meetings.exchanged import Exchanged
 from wholebatch.engine.meetings.kept import Brought, Kept, Weights, leads_to
 from wholebatch.engine.meetings.moments import Moments
 from wholebatch.engine.meetings.moving import Moving
@@ -87,7 +87,7 @@ def run_replayed(
     with weights.frozen(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         meetings, kept = _first_pass(
-            weighing, runs, reach, moments, weights, Exchanged(model), device, before, learning, moving
+            weighing, runs, reach, moments, weights, Belongings(model), device, before, learning, moving
         )
     window.intake.weighing.divide_like(weighing)
     moments.keep(len(runs), len(meetings))
@@ -118,7 +118,7 @@ def _first_pass(
     reach: Reach,
     moments: Moments,
     weights: Weights,
-    exchanged: Exchanged,
+    belongings: Belongings,
     device: torch.device,
     before: Callable[[int], None],
     learning: set[tuple[object, ...]],
@@ -137,7 +137,7 @@ def _first_pass(
     def go(number: int) -> None:
         nonlocal kept
         before(number)
-        exchanged.go_on(number)
+        belongings.go_on(number)
         if kept is None and number == len(runs) - 1 and reach.ranks == 1:
             kept = Kept(number)
         if kept is not None and number == kept.number and kept.is_open:
@@ -149,7 +149,7 @@ def _first_pass(
             meetings[-1].passage.go_on()
 
     def come(number: int) -> None:
-        exchanged.come(number)
+        belongings.come(number)
         passages[-1].come()
 
     def meet(calls: Sequence[Call]) -> list[Any]:
