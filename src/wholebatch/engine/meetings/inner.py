@@ -22,9 +22,14 @@ from wholebatch.engine.meetings.company import here
 
 
 class Inner:
-    """Looks at the gradients that micro-batches take through what they got from meetings, until `end`."""
+    """Looks at the gradients that micro-batches take through what they got from meetings, until `end`.
 
-    def __init__(self) -> None:
+    Args:
+        ranks: How many processes have micro-batches that meet.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
         self._results: set[Any] = set()
         self._hooks: list[Any] = []
         self._times: Counter[tuple[int, int]] = Counter()
@@ -52,6 +57,13 @@ class Inner:
             MeetingError: It is.
         """
         outputs, inputs = _running()
+        if self._ranks > 1 and any(each.grad_fn not in self._results for each in inputs):
+            raise MeetingError(
+                f"A gradient is taken inside the loss, through {call}, where the micro-batches of {self._ranks} ranks "
+                "meet: what the other ranks give is not here.",
+                hint="train with such a penalty on one rank, or let layers look at each row for itself, as "
+                "wb.convert_batch_norm(model) does, and take the gradient before rows are gathered.",
+            )
         if _leads_to(outputs, inputs, self._results):
             raise refused(f"{call}: it would be that of one micro-batch, and the others give something there too")
         micro_batch = place, id(here())

@@ -188,7 +188,7 @@ class Lockstep:
                 device=self._device,
                 moving=moving,
                 before=take_turn,
-                inner=Inner(),
+                inner=Inner(reach.ranks),
             )
         finally:
             taps.put_back()
