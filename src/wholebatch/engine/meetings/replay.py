@@ -33,7 +33,7 @@ from wholebatch.engine.meetings.moments import Moments
 from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.outcome import Meeting
 from wholebatch.engine.meetings.reach import Reach
-from wholebatch.engine.meetings.recomputing import Minutes
+from wholebatch.engine.meetings.recomputing import Minutes, changed_in_place
 from wholebatch.engine.objective import Part, learns, require_graph
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.weighing import Weighing
@@ -216,6 +216,8 @@ def _first_pass(
             after=come,
         )
     except RuntimeError as error:
+        if meetings and "leaf Variable that requires grad" in str(error):
+            raise changed_in_place(f"What a meeting returned, the last of them at {meetings[-1].calls[0]},") from error
         # The user's code asks for a gradient of its own, which frozen weights do not have.
         if not _asks_for_graph(error):
             raise
