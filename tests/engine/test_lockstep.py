@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -681,6 +682,28 @@ def test_a_meeting_inside_of_torch_func_is_refused(lockstep):
     ):
         accumulator.step(regression(ROWS, torch.float64))
     assert "torch.autograd.grad" in error.value.hint
+
+
+@pytest.mark.parametrize("lockstep", ["auto", "joined"])
+def test_a_gradient_inside_the_loss_of_what_is_recomputed_is_refused(lockstep):
+    """What is recomputed for it would wait for the others, and they for its end."""
+
+    def penalised(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        said = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        (slope,) = torch.autograd.grad(wb.gather(said).sum(), x, create_graph=True)
+        return F.mse_loss(said, batch["y"]) + slope.square().sum(1).mean()
+
+    model = LooksAround().double()
+    optimizer = sgd(model.parameters())
+    options = {"micro_batch": wb.Rows(4), "lockstep": lockstep, "check": None}
+    accumulator = wb.Accumulator(model, optimizer, penalised, **options)
+    with (
+        assert_leaves_no_trace(model, optimizer),
+        pytest.raises(wb.MeetingError, match="what is recomputed for it would meet") as error,
+    ):
+        accumulator.step(regression(ROWS, torch.float64))
+    assert "activation checkpointing" in error.value.hint
 
 
 HELPERS = """
