@@ -599,6 +599,52 @@ def test_what_a_micro_batch_leaves_in_a_module_is_its_own(lockstep, way, normed)
         assert error_of(animal, stepped(animal, wb.Rows(rows), lockstep=lockstep)) <= FP64
 
 
+class WatchesItself(nn.Module):
+    """A hook that is a method: what it keeps in an attribute is its micro-batch's own, a buffer is that of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.kept = {}
+        self.register_buffer("mean", torch.zeros(4))
+        self.first.register_forward_hook(self.keep)
+
+        def another(_module, _inputs, output):
+            return late if output is None else None  # noqa: F821 - a variable that is gone
+
+        self.first.register_forward_hook(another)
+        late = None
+        del late
+
+    def keep(self, _module, _inputs, output):
+        self.kept["features"] = output
+
+    def forward(self, x):
+        h = self.first(x)
+        mean = wb.sum_over_batch(h.sum(0)) / wb.sum_over_batch(len(h))
+        if 0 in wb.own_rows(x):
+            self.mean = torch.lerp(self.mean, mean.detach(), 0.1)
+        everyone = wb.gather(x)
+        return self.last(torch.tanh(h - mean)), self.kept["features"] * everyone.mean()
+
+
+@pytest.mark.parametrize("lockstep", ["auto", "joined"])
+def test_what_a_hook_that_is_a_method_keeps_and_a_buffer_that_is_all_of_theirs(lockstep):
+    def loss_fn(model, batch):
+        said, kept = model(batch["x"])
+        return F.mse_loss(said, batch["y"]) + kept.square().mean()
+
+    animal = Animal(WatchesItself, regression, loss_fn)
+    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep)) <= FP64
+    means = []
+    for rows in ROWS, 4:
+        model = animal.model()
+        options = {"micro_batch": wb.Rows(rows), "lockstep": lockstep, "check": None}
+        wb.Accumulator(model, sgd(model.parameters()), loss_fn, **options).step(regression(ROWS, torch.float64))
+        means.append(model.mean)
+    torch.testing.assert_close(*means, rtol=1e-12, atol=1e-12)
+
+
 def test_numbers_that_a_forward_pass_counts_are_counted_for_all_micro_batches():
     model = LeavesBehind("attribute", normed=True).double()
     options = {"micro_batch": wb.Rows(4), "check": None}

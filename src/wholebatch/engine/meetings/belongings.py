@@ -7,6 +7,7 @@ the way, each would find what the others have left.
 
 import inspect
 from collections.abc import Iterable, Iterator
+from types import CellType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from wholebatch.engine.device import modules
 
 _OF_MODULES = frozenset(nn.Module().__dict__)
 _MISSING = object()
+_EMPTY = CellType()
 
 
 class _Left(NamedTuple):
@@ -86,10 +88,11 @@ def _filled_by_hooks(module: nn.Module) -> Iterable[Any]:
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         function: Any = getattr(hook, "func", hook)  # of a partial function
         if inspect.ismethod(function):
-            seen = list(getattr(function.__self__, "__dict__", {}).values())
+            held = getattr(function.__self__, "__dict__", {})
+            seen = [value for name, value in held.items() if name not in _OF_MODULES]
         elif inspect.isfunction(function):
-            variables = inspect.getclosurevars(function)
-            seen = [*variables.nonlocals.values(), *variables.globals.values()]
+            seen = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
+            seen += [function.__globals__.get(name) for name in function.__code__.co_names]
         else:
             continue
         yield from (each for each in seen if type(each) is dict)
