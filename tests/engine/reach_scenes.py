@@ -384,3 +384,27 @@ def own_window(place: Place) -> dict[str, Any]:
             window.backward(both.animal.loss_fn(both.model, both.mine), len(both.mine["a"]))
 
     return {"said": raised(by_hand)}
+
+
+@SCENES("penalty")
+def penalty(place: Place) -> dict[str, Any]:
+    """A gradient inside the loss, through layers that look at the rows of all ranks; then an update without it."""
+    late = [True]
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        x = batch["a"].clone().requires_grad_()
+        said = model(x)
+        loss = F.mse_loss(said, batch["b"])
+        if not late:
+            return loss
+        (slope,) = torch.autograd.grad(wb.gather(said).sum(), x, create_graph=True)
+        return loss + slope.square().sum(1).mean()
+
+    both = Both(COUPLED["MLP"], place, exact=True, loss_fn=loss_fn)
+    before = flat(both.model.parameters())
+    said = raised(lambda: both.accumulator.step(both.mine))
+    moved = relative_error(flat(both.model.parameters()), before)
+    late.clear()
+    both.accumulator.step(both.mine)
+    both.judge_update()
+    return {"said": said, "moved": moved, "then": both.off()}

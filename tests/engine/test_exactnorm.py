@@ -463,3 +463,31 @@ def test_a_refusal_names_it():
 def test_what_is_no_module_is_refused(change):
     with pytest.raises(wb.BatchNormError, match="this is a list"):
         change([nn.BatchNorm1d(3)])
+
+
+@pytest.mark.parametrize("lockstep", ["auto", "replay", "joined"])
+def test_running_statistics_of_another_model_in_the_loss_move_once_an_update(lockstep):
+    """The check on the first batch, a failed attempt and a second pass leave them alone."""
+    maker = wb.exact_batch_norm(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))).double()
+    whole = copy.deepcopy(maker)
+    critic = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    fails = [True]
+
+    def loss_fn(critic, noise):
+        with torch.no_grad():
+            made = maker(noise)
+        said = critic(made)
+        if fails:
+            raise ArithmeticError
+        return F.softplus(said).mean()
+
+    accumulator = wb.Accumulator(critic, sgd(critic.parameters()), loss_fn, micro_batch=wb.Rows(4), lockstep=lockstep)
+    noise = numbers(11, 3)
+    with pytest.raises(ArithmeticError):
+        accumulator.step(noise)
+    fails.clear()
+    for _ in range(2):
+        accumulator.step(noise)
+        whole(noise)
+    for now, then in zip(maker.buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(now, then, rtol=1e-12, atol=1e-12)

@@ -191,6 +191,18 @@ def test_what_all_read_is_not_to_be_changed_in_place(lockstep):
         accumulator.step(pairs(ROWS, torch.float64))
 
 
+@BOTH
+def test_what_all_read_with_a_gradient_is_not_to_be_changed_in_place_either(lockstep):
+    def loss_fn(model, batch):
+        x = model(batch["a"])
+        return F.cross_entropy(x @ wb.gather(x).mul_(2).T, wb.own_rows(x))
+
+    accumulator, model = accumulator_of(loss_fn, lockstep=lockstep)
+    with assert_leaves_no_trace(model), pytest.raises(wb.MeetingError, match="was changed in place") as error:
+        accumulator.step(pairs(ROWS, torch.float64))
+    assert "x.clone()" in error.value.hint
+
+
 def test_what_was_brought_is_not_to_be_changed_in_place_in_a_replay():
     def loss_fn(model, batch):
         x = model.encoder(batch["a"])

@@ -97,3 +97,12 @@ def test_in_a_window_of_ones_own_ranks_cannot_meet(two):
         error, said = found["said"]
         assert error in ("MeetingError", "RankError")
         assert "2 ranks" in said or "MeetingError" in said
+
+
+def test_a_gradient_inside_the_loss_through_what_other_ranks_brought_is_refused(two):
+    for found in ranks.result(two, "penalty", 2):
+        error, said = found["said"]
+        assert error == "MeetingError"
+        assert "2 ranks" in said
+        assert found["moved"] == 0
+        assert_exact(found["then"])

@@ -15,6 +15,7 @@ from wholebatch.engine.meetings.call import Call, Site
 from wholebatch.engine.meetings.company import Again
 from wholebatch.engine.meetings.far import Far, RankFailedError
 from wholebatch.engine.meetings.joined import run_joined
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.reach import Near
 
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def test_gradients_come_back_to_the_rank_that_brought_the_rows(idle):
         reach.open()
         if own:
             runs = [lambda part=part: loss_of(x[list(part)], mine[list(part)]) for part in own]
-            losses, _ = run_joined(runs, reach, device=CPU)
+            losses, _ = run_joined(runs, reach, model=model, device=CPU, moving=Moving(model))
             values, gradients = reach.roots()
             torch.autograd.backward([*losses, *values], [*(torch.ones_like(loss) for loss in losses), *gradients])
             reach.close()

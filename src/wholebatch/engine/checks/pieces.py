@@ -27,6 +27,7 @@ from wholebatch.engine.holding import Holding
 from wholebatch.engine.meetings.company import among, recomputing_with
 from wholebatch.engine.meetings.exactnorm import exact_layers
 from wholebatch.engine.meetings.joined import run_joined
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.reach import Near
 from wholebatch.engine.meetings.singly import Alone
 from wholebatch.engine.objective import Objective, Part
@@ -129,7 +130,7 @@ class Probe:
 
     def run(self, indices: Indices) -> Piece | None:
         """Return what some rows give, or None where there is nothing to learn from them."""
-        alone = Alone()
+        alone = Alone(moving=Moving(self.model))
         with among(alone):
             part = self._forward(indices)
         self.meets = self.meets or bool(alone.met)
@@ -149,7 +150,7 @@ class Probe:
         places = {row: place for place, row in enumerate(whole)}
         near = Near([[places[row] for row in part] for part in parts], len(parts))
         runs = [partial(self._forward, part) for part in parts]
-        found, minutes = run_joined(runs, near, device=self._device)
+        found, minutes = run_joined(runs, near, model=self.model, device=self._device, moving=Moving(self.model))
         learned = [part for part in found if part is not None]
         if not learned:
             return None

@@ -19,7 +19,7 @@ from torch.utils import _python_dispatch as dispatch
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.meetings.call import Call, known_rows, without_value
-from wholebatch.engine.meetings.company import sit_down
+from wholebatch.engine.meetings.company import is_recomputing, sit_down
 
 STACKS = 2 << 30
 """Address space of all threads' stacks together, where that leaves each what it needs. Unit: bytes."""
@@ -145,6 +145,17 @@ class _MicroBatch:
     def meet(self, call: Call) -> Any:
         if self.is_ending:
             raise _Ended
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise MeetingError(
+                f"Micro-batches cannot meet inside of torch.func (grad, vmap, jvp and others): {call}.",
+                hint="meet before or after what is transformed; take a gradient through a meeting with "
+                "torch.autograd.grad(wb.gather(y).sum(), x, create_graph=True).",
+            )
+        if is_recomputing():  # the others would wait for this backward pass, and it for them
+            raise MeetingError(
+                f"A gradient is taken inside the loss, and what is recomputed for it would meet the others: {call}.",
+                hint="let that part of the model run without activation checkpointing where a gradient is taken of it.",
+            )
         self.call = call
         del call
         self._hand_back()

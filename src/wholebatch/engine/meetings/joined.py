@@ -4,19 +4,21 @@ Each meeting is one computation on what all micro-batches bring, in ordinary dif
 become one, and a single backward pass runs it in the right order.
 """
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
-from wholebatch.core.errors import MeetingError
 from wholebatch.engine.heap import keep_freed_blocks
 from wholebatch.engine.meetings.baton import in_lockstep
+from wholebatch.engine.meetings.belongings import Belongings
 from wholebatch.engine.meetings.call import Call
 from wholebatch.engine.meetings.draws import Passage, Stream
+from wholebatch.engine.meetings.inner import Inner, refused
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
 
@@ -25,33 +27,37 @@ def run_joined(
     runs: Sequence[Callable[[], Any]],
     reach: Reach,
     *,
+    model: nn.Module,
     device: torch.device,
+    moving: Moving,
     before: Callable[[int], None] = lambda _: None,
-    kept: Iterable[Tensor] = (),
+    inner: Inner | None = None,
 ) -> tuple[list[Any], Minutes]:
     """Run micro-batches whose graphs become one.
 
     Args:
         runs: The forward pass of each micro-batch.
         reach: Those that meet.
-        device: Where the model is.
+        model: What they run. On an accelerator its weights stay there; what else is saved for the backward pass waits
+            in the host's memory, unless the user's own hooks take care of it.
+        device: Where it is.
+        moving: Takes what meetings do once.
         before: Called with the number of a micro-batch before it goes on.
-        kept: What stays on an accelerator, such as weights; else what is saved for the backward pass waits in the
-            host's memory, unless the user's own hooks take care of it.
+        inner: Looks at gradients that a forward pass takes by itself.
 
     Returns:
         What each forward pass returned, and the company for the backward pass, in which parts may be recomputed.
 
     Raises:
-        MeetingError: A forward pass takes a gradient through the graph of all, and lets it go.
+        MeetingError: A forward pass takes a gradient through the graph of all, and lets it go, or `inner` refuses it.
     """
     if device.type in _OFFLOADING:
-        weights = {each.untyped_storage().data_ptr() for each in kept}
+        weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
         runs = [partial(_offloading, run, weights, device) for run in runs]
     elif device.type == "cpu":
         keep_freed_blocks()
     results: list[Any] = [None] * len(runs)
-    minutes = Minutes(reach.ranks)
+    minutes, belongings = Minutes(reach.ranks), Belongings(model)
     stream = Stream(device)
     passages = [Passage(stream), Passage(stream)]  # the meeting that they come from, and the one that they go to
 
@@ -60,8 +66,9 @@ def run_joined(
         with torch.enable_grad():
             brought = reach.hear(calls, [call.value for call in calls], graph=True)
             result = calls[0].combine(brought.values, brought.beside, reach.order)
-        if calls[0].once is not None:
-            calls[0].once(result, brought.beside)
+        moving.once(calls[0], result, brought.beside)
+        if inner is not None:
+            inner.watch(calls[0], result)
         share = _sharing(result)
         minutes.take(calls, result, share, passages[1])
         passages[:] = passages[1], Passage(stream)
@@ -69,31 +76,40 @@ def run_joined(
 
     def go_on(number: int) -> None:
         before(number)
+        belongings.go_on(number)
         passages[0].go_on()
+
+    def come(number: int) -> None:
+        belongings.come(number)
+        passages[1].come()
 
     try:
         in_lockstep(
-            runs,
+            [partial(_in_one_thread, run) for run in runs],
             reach.rows,
             ranks=reach.ranks,
             device=device,
             before=go_on,
             meet=meet,
             finish=results.__setitem__,
-            after=lambda _: passages[1].come(),
+            after=come,
         )
     except RuntimeError as error:
         if "through the graph a second time" not in str(error):
             raise
-        raise MeetingError(
-            "A gradient is taken inside the loss, through what looks at the whole logical batch: it would be that of "
-            "one micro-batch, and use up the graph of all.",
-            hint="take it of what all rows give, and keep the graph: torch.autograd.grad(wb.gather(y).sum(), x, "
-            "create_graph=True); or let layers look at each row for itself, as wb.convert_batch_norm(model) does.",
-        ) from error
+        raise refused("what looks at the whole logical batch, and uses up the graph of all") from error
+    finally:
+        if inner is not None:
+            inner.end()
     minutes.require_unchanged()
     reach.end()
     return results, minutes
+
+
+def _in_one_thread(run: Callable[[], Any]) -> Any:
+    """Run a forward pass whose own backward passes run in its thread, where it is known whose they are."""
+    with torch.autograd.set_multithreading_enabled(False):
+        return run()
 
 
 def _sharing(result: Any) -> Callable[[Call], Any]:

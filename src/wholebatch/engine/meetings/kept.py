@@ -97,7 +97,7 @@ class Kept:
 
     def needs_what_met(self, value: Any) -> bool:
         """Return whether something was made of what it got from a meeting."""
-        return isinstance(value, Tensor) and bool(_on_the_way([value], self._leaves))
+        return leads_to(value, self._leaves)
 
     def end(self, part: Part | None, losses: Iterable[Tensor]) -> bool:
         """Note what it adds, and return whether its graph is kept.
@@ -142,6 +142,11 @@ class Brought:
                 "would enter at another one.",
                 hint='bring a copy, wb.gather(x.clone()), or pass lockstep="joined".',
             )
+
+
+def leads_to(value: Any, leaves: Collection[Tensor]) -> bool:
+    """Return whether something is, or was made of, one of some leaves of a graph."""
+    return any(value is leaf for leaf in leaves) or (isinstance(value, Tensor) and bool(_on_the_way([value], leaves)))
 
 
 def _on_the_way(tensors: Iterable[Tensor], leaves: Collection[Tensor]) -> list[_Node]:

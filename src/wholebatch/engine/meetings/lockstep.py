@@ -13,7 +13,9 @@ from wholebatch.engine.fit.cutting import Place
 from wholebatch.engine.meetings.company import Again, recomputing_with
 from wholebatch.engine.meetings.exactnorm import exact_layers
 from wholebatch.engine.meetings.far import RankFailedError
+from wholebatch.engine.meetings.inner import Inner
 from wholebatch.engine.meetings.joined import run_joined
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.replay import Run, run_replayed
 from wholebatch.engine.meetings.taps import Taps
@@ -47,6 +49,7 @@ class Lockstep:
         self._group = group
         self._found = False
         self._joined: str | None = None
+        self._learning: set[tuple[object, ...]] = set()
 
     @property
     def meets(self) -> bool:
@@ -111,7 +114,9 @@ class Lockstep:
         )
         failed = False
         try:
-            self._run(window, transaction, runs, rows, reach, weighing, place, before, joined, say)
+            moving = Moving(self._model)
+            self._run(window, transaction, runs, rows, reach, weighing, place, before, joined, moving, say)
+            moving.end()
         except RankFailedError:
             failed = True
         if failed:
@@ -128,6 +133,7 @@ class Lockstep:
         place: Place,
         before: Callable[[int], None],
         joined: str | None,
+        moving: Moving,
         say: Say,
     ) -> None:
         try:
@@ -145,11 +151,13 @@ class Lockstep:
                     device=self._device,
                     transaction=transaction,
                     before=before,
+                    learning=self._learning,
+                    moving=moving,
                 )
                 if met and self._execution == "auto":
                     say(f'The micro-batches meet at {met[0]}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)
                 return
-            self._join(window, runs, rows, reach, before)
+            self._join(window, runs, rows, reach, before, moving)
             place.rows = None
             if self._execution == "auto":
                 say(f'lockstep="auto" joins the graphs of all micro-batches: {joined}.', logging.INFO)
@@ -164,6 +172,7 @@ class Lockstep:
         rows: Sequence[int | None],
         reach: Reach,
         before: Callable[[int], None],
+        moving: Moving,
     ) -> None:
         taps = Taps(self._model, window.sums.narrow, window.sums.receive)
 
@@ -173,7 +182,13 @@ class Lockstep:
 
         try:
             parts, minutes = run_joined(
-                runs, reach, device=self._device, before=take_turn, kept=list(self._model.parameters())
+                runs,
+                reach,
+                model=self._model,
+                device=self._device,
+                moving=moving,
+                before=take_turn,
+                inner=Inner(reach.ranks),
             )
         finally:
             taps.put_back()

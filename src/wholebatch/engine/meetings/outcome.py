@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from wholebatch.engine.meetings.call import Call, without_value
+from wholebatch.engine.meetings.company import Again
 from wholebatch.engine.meetings.draws import Passage
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.reach import Reach
 from wholebatch.engine.meetings.recomputing import Minutes
 
@@ -16,20 +18,30 @@ from wholebatch.engine.meetings.recomputing import Minutes
 class Meeting:
     """What all micro-batches brought, what it came to, and the gradient that enters there.
 
+    Args:
+        calls: What each brought.
+        reach: Those that meet.
+        passage: Where the random stream stood.
+        moving: Takes what it does once.
+        is_constant: Whether nobody's gradient enters there.
+
     Attributes:
         is_tracked: Whether the second pass gets the result with a graph, through which nothing flows.
     """
 
     is_tracked = False
 
-    def __init__(self, calls: Sequence[Call], reach: Reach, passage: Passage) -> None:
+    def __init__(
+        self, calls: Sequence[Call], reach: Reach, passage: Passage, moving: Moving, *, is_constant: bool
+    ) -> None:
         self.passage = passage
+        self.is_constant = is_constant
         self.calls = [_without_graph(call) for call in calls]
         self.key = calls[0].key
         self.alike = calls[0].kind, id(calls[0].of)
         self.minutes = Minutes(reach.ranks)
         self._leaves = [call.value for call in self.calls]
-        differentiable = _is_differentiable(self._leaves[0])
+        differentiable = not is_constant and _is_differentiable(self._leaves[0])
         if differentiable:
             self._leaves = [leaf.requires_grad_() for leaf in self._leaves]
         brought = reach.hear(self.calls, self._leaves, graph=False)
@@ -40,18 +52,24 @@ class Meeting:
         self._given: dict[int, Tensor] = {}
         self._gradient: Tensor | None = None
         self._entering: Sequence[Tensor | None] = ()
-        if calls[0].once is not None:
-            calls[0].once(self.result, brought.beside)
+        moving.once(calls[0], self.result, brought.beside)
         self.minutes.take(self.calls, self.result, lambda _: self.result, passage)
 
-    def answers(self, calls: Sequence[Call]) -> list[Any]:
-        """Return what each micro-batch gets in the first pass: a leaf of its own, where gradients are wanted."""
+    def answers(self, calls: Sequence[Call], kept: int | None) -> list[Any]:
+        """Return what each micro-batch gets in the first pass: a leaf of its own, where gradients are wanted.
+
+        Args:
+            calls: What each brings.
+            kept: The micro-batch whose weights learn.
+        """
         if not isinstance(self.result, Tensor):
             return [self.result] * len(calls)
         found = [self.result.detach() for _ in calls]
         for number, call in enumerate(calls):
             if self._differentiable and call.with_graph:
                 self._given[number] = found[number].requires_grad_()
+                if number != kept and call.value.requires_grad:  # of something else than weights, which are frozen
+                    found[number] = _Inner.apply(call.value.view_as(call.value), found[number], str(call))  # type: ignore[no-untyped-call]
         return found
 
     def leaf_of(self, number: int) -> Tensor | None:
@@ -111,6 +129,21 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *_gradients: Tensor) -> tuple[None, None]:
         return None, None
+
+
+class _Inner(torch.autograd.Function):
+    """What a micro-batch got in the first pass. It does not lead to what was brought: asked for that, it ends there."""
+
+    @staticmethod
+    def forward(ctx: Any, _value: Tensor, leaf: Tensor, where: str) -> Tensor:
+        ctx.where = where
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        if torch._C._will_engine_execute_node(ctx.next_functions[0][0]):
+            raise Again(f"a gradient is taken inside the loss, through what meets at {ctx.where}", joined=True)
+        return None, gradients[0], None
 
 
 def _without_graph(call: Call) -> Call:

@@ -71,10 +71,7 @@ class Minutes:
         """
         for call, result, version in self._results:
             if result._version != version:
-                raise MeetingError(
-                    f"What {call} returned was changed in place, and every micro-batch reads it.",
-                    hint="change a copy of it: x.clone(), or an operation that returns a new tensor.",
-                )
+                raise changed_in_place(f"What {call} returned")
 
     def meet(self, call: Call) -> Any:
         meetings = self._held.get((call.kind, id(call.of)), [])
@@ -113,3 +110,11 @@ class Minutes:
             "which micro-batch it is.",
             hint="call it outside of the checkpointed function and pass the places in.",
         )
+
+
+def changed_in_place(what: str) -> MeetingError:
+    """Return the error that somebody has changed what all micro-batches share."""
+    return MeetingError(
+        f"{what} was changed in place, and every micro-batch reads it.",
+        hint="change a copy of it: x.clone(), or an operation that returns a new tensor.",
+    )

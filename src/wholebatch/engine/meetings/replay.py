@@ -24,14 +24,16 @@ from torch import Tensor, nn
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.meetings.baton import in_lockstep
+from wholebatch.engine.meetings.belongings import Belongings
 from wholebatch.engine.meetings.call import Call, known_rows
 from wholebatch.engine.meetings.company import Again, among, recomputing_with
 from wholebatch.engine.meetings.draws import Passage, Stream
-from wholebatch.engine.meetings.kept import Brought, Kept, Weights
+from wholebatch.engine.meetings.kept import Brought, Kept, Weights, leads_to
 from wholebatch.engine.meetings.moments import Moments
+from wholebatch.engine.meetings.moving import Moving
 from wholebatch.engine.meetings.outcome import Meeting
 from wholebatch.engine.meetings.reach import Reach
-from wholebatch.engine.meetings.recomputing import Minutes
+from wholebatch.engine.meetings.recomputing import Minutes, changed_in_place
 from wholebatch.engine.objective import Part, learns, require_graph
 from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.weighing import Weighing
@@ -55,6 +57,8 @@ def run_replayed(
     device: torch.device,
     transaction: Transaction,
     before: Callable[[int], None],
+    learning: set[tuple[object, ...]],
+    moving: Moving,
 ) -> list[str]:
     """Add micro-batches to a window, each from a replay of what a pass in lockstep has shown.
 
@@ -68,19 +72,23 @@ def run_replayed(
         device: Where it is.
         transaction: Has the buffers as they are now.
         before: Called with the number of a micro-batch before it goes on.
+        learning: Takes the meetings to which only some micro-batches bring something that learns, as keys of calls.
+        moving: Takes what meetings do once.
 
     Returns:
         Where they met.
 
     Raises:
-        Again: A meeting depends on an earlier one, so that the graphs have to be joined.
+        Again: A meeting depends on an earlier one, so that the graphs have to be joined; or one is new in `learning`.
         MeetingError: The second pass did not meet where the first one did.
     """
     moments = Moments(model, device, transaction)
     weights = Weights(model)
     with weights.frozen(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
-        meetings, kept = _first_pass(weighing, runs, reach, moments, weights, device, before)
+        meetings, kept = _first_pass(
+            weighing, runs, reach, moments, weights, Belongings(model), device, before, learning, moving
+        )
     window.intake.weighing.divide_like(weighing)
     moments.keep(len(runs), len(meetings))
     after = Transaction(model, device)
@@ -96,7 +104,7 @@ def run_replayed(
         _add_kept(window, kept, meetings, rows[kept.number])
     for number, run in enumerate(twice):
         before(number)
-        part, replay = _second_pass(run, meetings, moments, number, reach)
+        part, replay = _second_pass(run, meetings, moments, number, reach, learning)
         with recomputing_with(replay.minutes):
             window.intake.add_together([(part, rows[number])], replay.values, replay.gradients)
         del part, replay
@@ -110,8 +118,11 @@ def _first_pass(
     reach: Reach,
     moments: Moments,
     weights: Weights,
+    belongings: Belongings,
     device: torch.device,
     before: Callable[[int], None],
+    learning: set[tuple[object, ...]],
+    moving: Moving,
 ) -> tuple[list[Meeting], Kept | None]:
     """Run all micro-batches in lockstep, with frozen weights but for the last one.
 
@@ -126,6 +137,7 @@ def _first_pass(
     def go(number: int) -> None:
         nonlocal kept
         before(number)
+        belongings.go_on(number)
         if kept is None and number == len(runs) - 1 and reach.ranks == 1:
             kept = Kept(number)
         if kept is not None and number == kept.number and kept.is_open:
@@ -136,6 +148,10 @@ def _first_pass(
         if meetings:
             meetings[-1].passage.go_on()
 
+    def come(number: int) -> None:
+        belongings.come(number)
+        passages[-1].come()
+
     def meet(calls: Sequence[Call]) -> list[Any]:
         for each in meetings:
             each.minutes.require_unchanged()
@@ -144,9 +160,12 @@ def _first_pass(
                 f"what meets at {calls[0]} needs the gradient of what met before, at {meetings[-1].calls[0]}",
                 joined=True,
             )
-        meetings.append(Meeting(calls, reach, passages[-1]))
+        # The one whose weights learn tells for all whether they bring something that does.
+        tells = kept is not None and kept.is_open and calls[0].key not in learning
+        is_constant = tells and not any(map(_takes_gradient, calls))
+        meetings.append(Meeting(calls, reach, passages[-1], moving, is_constant=is_constant))
         passages.append(Passage(stream))
-        answers = meetings[-1].answers(calls)
+        answers = meetings[-1].answers(calls, None if kept is None else kept.number)
         if kept is not None:
             kept.meet(calls[kept.number], meetings[-1].leaf_of(kept.number))
         return answers
@@ -154,7 +173,10 @@ def _first_pass(
     def needs_what_met(number: int, call: Call) -> bool:
         if kept is not None and number == kept.number:
             return kept.needs_what_met(call.value)
-        return isinstance(call.value, Tensor) and call.value.requires_grad
+        if not isinstance(call.value, Tensor) or not call.value.requires_grad:
+            return False
+        found = [each.leaf_of(number) for each in meetings]  # what requires a gradient may be something of the user's
+        return leads_to(call.value, [leaf for leaf in found if leaf is not None])
 
     def finish(number: int, part: Part | None) -> None:
         losses, roots = weighing.weigh(part) if learns(part) else ([], [])
@@ -191,9 +213,11 @@ def _first_pass(
             before=go,
             meet=meet,
             finish=finish,
-            after=lambda _: passages[-1].come(),
+            after=come,
         )
     except RuntimeError as error:
+        if meetings and "leaf Variable that requires grad" in str(error):
+            raise changed_in_place(f"What a meeting returned, the last of them at {meetings[-1].calls[0]},") from error
         # The user's code asks for a gradient of its own, which frozen weights do not have.
         if not _asks_for_graph(error):
             raise
@@ -227,7 +251,12 @@ def _add_kept(window: Window, kept: Kept, meetings: Sequence[Meeting], rows: int
 
 
 def _second_pass(
-    run: Run, meetings: Sequence[Meeting], moments: Moments, number: int, reach: Reach
+    run: Run,
+    meetings: Sequence[Meeting],
+    moments: Moments,
+    number: int,
+    reach: Reach,
+    learning: set[tuple[object, ...]],
 ) -> tuple[Part | None, "_Replay"]:
     """Run a micro-batch a second time, and return what it adds and where gradients enter besides.
 
@@ -235,7 +264,7 @@ def _second_pass(
     differentiates by it itself, or hangs a hook on it, is run again and gets it with a graph.
     """
     while True:
-        replay = _Replay(meetings, moments, number, reach)
+        replay = _Replay(meetings, moments, number, reach, learning)
         moments.restore(number, 0)
         try:
             with among(replay):
@@ -262,8 +291,16 @@ def _asks_for_graph(error: RuntimeError) -> bool:
 class _Replay:
     """The company of a micro-batch in the second pass: everybody has been here before."""
 
-    def __init__(self, meetings: Sequence[Meeting], moments: Moments, number: int, reach: Reach) -> None:
+    def __init__(
+        self,
+        meetings: Sequence[Meeting],
+        moments: Moments,
+        number: int,
+        reach: Reach,
+        learning: set[tuple[object, ...]],
+    ) -> None:
         self._meetings = meetings
+        self._learning = learning
         self._moments = moments
         self._number = number
         self._rows = reach.rows[number]
@@ -277,10 +314,13 @@ class _Replay:
         meeting = self._meetings[self._place] if self._place < len(self._meetings) else None
         if meeting is None or meeting.key != call.key:
             raise self._other(f"meets at {call}", f"at {meeting.calls[0]}" if meeting is not None else "nowhere more")
+        if meeting.is_constant and _takes_gradient(call):
+            self._learning.add(call.key)
+            raise Again(f"Some micro-batches bring something that learns to {call}, and others do not")
         self._place += 1
         self._moments.restore(self._number, self._place)
         gradient = meeting.entering(self._number)
-        if gradient is not None and call.with_graph and call.value.requires_grad:
+        if gradient is not None and _takes_gradient(call):
             self._brought.append(Brought(call.value))
             self.gradients.append(gradient)
         passage = meeting.passage.of(self._number)
@@ -309,6 +349,10 @@ class _Replay:
             hint="a forward pass is run twice, with the same random numbers and buffers; let it depend on nothing else "
             'that changes, or pass lockstep="joined", which runs it once.',
         )
+
+
+def _takes_gradient(call: Call) -> bool:
+    return call.with_graph and isinstance(call.value, Tensor) and call.value.requires_grad
 
 
 def _given(leaf: Tensor, _call: Call) -> Tensor:

@@ -11,6 +11,7 @@ from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
 from wholebatch.engine.meetings.call import Call, Order
 from wholebatch.engine.meetings.company import Again, is_recomputing, recomputing_with
+from wholebatch.engine.meetings.moving import Moving
 
 
 @dataclass(slots=True)
@@ -18,15 +19,21 @@ class Alone:
     """Nobody else: the rows that are here are all. It is noted where somebody would have met.
 
     It is also the company of what a backward pass computes anew, where nothing happens once more.
+
+    Args:
+        moving: Takes what a meeting does once; None: it is done.
     """
 
     met: list[Call] = field(default_factory=list)
     ranks: int = 1
+    moving: Moving | None = None
 
     def meet(self, call: Call) -> Any:
         self.met.append(call)
         result = call.combine([call.value], [call.beside], Order(None))
-        if call.once is not None and not is_recomputing():
+        if self.moving is not None and not is_recomputing():
+            self.moving.once(call, result, [call.beside])
+        elif call.once is not None and not is_recomputing():
             call.once(result, [call.beside])
         return result
 
