@@ -247,6 +247,7 @@ class GradientSum:
                 for name, value in own.items():
                     setattr(self._own[parameter], name, _here(value, parameter))
         self._holding.found = list(map(_gradient_here, state["found"], self.parameters))
+        self._holding.lose_track()
 
     def commit(self) -> None:
         """End with an update: the gradients are used up."""

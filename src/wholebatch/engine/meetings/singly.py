@@ -13,7 +13,7 @@ from wholebatch.engine.meetings.call import Call, Order
 from wholebatch.engine.meetings.company import Again, is_recomputing, recomputing_with
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Alone:
     """Nobody else: the rows that are here are all. It is noted where somebody would have met.
 
@@ -34,7 +34,7 @@ class Alone:
         return None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Scout:
     """The first of several micro-batches that run as if they were alone: it ends where they would have to meet."""
 
@@ -55,7 +55,7 @@ class Scout:
             raise Again(self._why)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class OneByOne:
     """A window whose micro-batches come one by one, so that only a single one is its whole batch.
 
