@@ -12,6 +12,7 @@ from wholebatch.core.weights import Count
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.checks.check import FirstCheck
+from wholebatch.engine.collated import Collated
 from wholebatch.engine.fit.cutting import Place, Shortage
 from wholebatch.engine.forward import Forward
 from wholebatch.engine.meetings.company import Again
@@ -41,6 +42,7 @@ class Making:
         self._lockstep = lockstep
         self._first_check = first_check
         self._say = say
+        self._collated = Collated()
 
     def attempt(self, rows: LogicalBatch, cut: Sequence[Indices], padding: float | None) -> Update | Shortage:
         """Return the update of a logical batch in one cut, or what is known of a shortage of memory that undid it."""
@@ -78,6 +80,8 @@ class Making:
         elif not rows.collates or rows.kept is not None:
             counts = [objective.count(rows.take(part), len(part)) for part in cut]
         takes = [partial(rows.take, part) for part in cut]
+        if rows.collates and objective.targets is None and (len(cut) > 1 or ranks > 1):
+            takes = [partial(self._collated.take, take, len(part)) for take, part in zip(takes, cut, strict=True)]
         spares = (rows.take([row]) for part in cut for row in part)
         return self._made(takes, list(map(len, cut)), counts, cut, spares, place, padding=padding)
 
@@ -141,8 +145,11 @@ class Making:
     def _fill(self, fill: Callable[[Window], None], company: Scout | None, **opened: Any) -> Update | None:
         """Return the update of a window that is filled, or None where it has to be made again, knowing more."""
         window = self._windows.open(row_by_row=True, company=company, **opened)
+        self._collated.begin()
         try:
             fill(window)
+            if not self._forward.objective.counts:
+                self._collated.require_all()
             if company is not None:
                 company.require_alone()
             return window.close()

@@ -127,7 +127,8 @@ class Window:
 
         Raises:
             WindowError: The window has ended, or somebody else changed the gradients in the meantime.
-            LossError: The loss is not a scalar tensor with a graph. The window stays open.
+            LossError: The loss is not a scalar tensor with a graph (the window stays open); its graph is used up, or a
+                term that acts once a window came with some micro-batches only (the window was rolled back).
             WeightError: The targets are missing, negative or not a number. The window stays open.
             BatchNormError: This is the second micro-batch and the model computes over the rows of a part.
             OutOfMemoryError: Memory ran out; the window was rolled back.
