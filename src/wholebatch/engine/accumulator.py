@@ -21,6 +21,7 @@ from wholebatch.engine import memory
 from wholebatch.engine.arguments import check_arguments, require_a_size
 from wholebatch.engine.checkpoint.state import state_of, take_over
 from wholebatch.engine.checks.check import FirstCheck
+from wholebatch.engine.copies import NotCopied
 from wholebatch.engine.fit.cutting import Cutting, Place
 from wholebatch.engine.fit.fitting import Fitting
 from wholebatch.engine.fit.splitting import Splitting
@@ -47,7 +48,7 @@ from wholebatch.engine.transaction import Transaction
 from wholebatch.engine.window import Window
 
 
-class Accumulator:
+class Accumulator(NotCopied):
     """Trains a model as if every logical batch fit into memory as a whole.
 
     Three ways in: `step` takes a logical batch and cuts it, `updates` takes a loader that already yields

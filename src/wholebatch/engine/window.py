@@ -12,6 +12,7 @@ from wholebatch.core.weights import Count
 from wholebatch.core.window import Phase
 from wholebatch.engine import memory
 from wholebatch.engine.closing import move, why_skipped
+from wholebatch.engine.copies import NotCopied
 from wholebatch.engine.intake import Intake
 from wholebatch.engine.meetings.singly import OneByOne
 from wholebatch.engine.objective import Part, part_of
@@ -30,7 +31,7 @@ _MADE_ONCE = (
 )
 
 
-class Window:
+class Window(NotCopied):
     """The micro-batches of one logical batch, from the first backward pass to the update.
 
     Made by `Accumulator.window`. It may also be used in a ``with`` statement, which closes it at the end of the
