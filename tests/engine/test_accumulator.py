@@ -297,6 +297,7 @@ def test_a_cut_that_was_asked_for_needs_no_reason():
         ({"clip_norm": 0}, "clip_norm=0", "above 0"),
         ({"clip_norm": math.nan}, "clip_norm=nan", "above 0"),
         ({"clip_norm": "1"}, "clip_norm='1'", "above 0"),
+        ({"clip_norm": True}, "clip_norm=True", "above 0"),
         ({"clip_norm": torch.ones(2)}, "clip_norm=", "above 0"),
         ({"before_step": 3}, "before_step is a int", "without arguments"),
         ({"whole": 3}, "whole=3 names no tensors", "whole="),
