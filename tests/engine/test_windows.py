@@ -1,5 +1,6 @@
 """One window on tensors: what it waits for, what it keeps, its order of use, and what it says of bad losses."""
 
+import contextlib
 import gc
 import math
 import types
@@ -153,6 +154,54 @@ def test_nothing_of_a_micro_batch_is_alive_when_the_next_one_begins(way, kind):
     finally:
         gc.enable()
     assert found == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("way", ["step", "updates", "add"])
+def test_nothing_of_a_micro_batch_is_alive_after_its_loss_has_raised(way):
+    """What was raised and the frames that it came through do not keep each other until a collector comes by."""
+    kept = []
+
+    def loss_fn(model, batch):
+        output = model(batch["x"])
+        kept.append(weakref.ref(output))
+        if len(kept) > 1:
+            raise LookupError("a bad sample")
+        return mse_loss(output, batch["y"])
+
+    model = mlp().double()
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), loss_fn, micro_batch=wb.Rows(2), check=None)
+    gc.disable()
+    try:
+        with contextlib.suppress(LookupError):
+            if way == "step":
+                accumulator.step(regression(8, torch.float64))
+            elif way == "updates":
+                list(accumulator.updates([regression(2, torch.float64)] * 4, micro_batches=4))
+            else:
+                accumulator.add(regression(2, torch.float64))
+                accumulator.add(regression(2, torch.float64))
+        assert [ref() is None for ref in kept] == [True, True]
+        if accumulator.open_window is not None:
+            accumulator.open_window.rollback()
+        lost = weakref.ref(accumulator)
+        del accumulator
+        assert lost() is None
+    finally:
+        gc.enable()
+
+
+def test_a_meeting_in_a_window_of_ones_own_keeps_nothing_of_its_micro_batch():
+    model, _, window = one_window()
+    output = model(numbers(4, 5))
+    kept = weakref.ref(output)
+    window.backward(wb.gather(output).square().mean(), targets=4)
+    gc.disable()
+    try:
+        del output
+        assert kept() is None
+    finally:
+        gc.enable()
+    assert window.close().applied
 
 
 def test_the_watch_sees_a_loss_that_is_kept():

@@ -9,7 +9,7 @@ from typing import Any
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.meetings.call import Call, Order
+from wholebatch.engine.meetings.call import Call, Order, without_value
 from wholebatch.engine.meetings.company import Again, is_recomputing, recomputing_with
 
 
@@ -69,7 +69,7 @@ class OneByOne:
 
     def meet(self, call: Call) -> Any:
         if call.with_graph:  # else it is an evaluation inside an open window
-            self._met = call
+            self._met = without_value(call)  # or it would keep the forward pass
             self._require_one(1 if is_recomputing() else 0)
         return Alone().meet(call)
 
