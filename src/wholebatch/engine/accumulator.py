@@ -45,6 +45,7 @@ from wholebatch.engine.rules import BatchNorm, OnNonFinite, Rules
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.steps.consuming import check_clip_norm
 from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.versions import Versions
 from wholebatch.engine.window import Window
 
 
@@ -263,6 +264,7 @@ class Accumulator(NotCopied):
         group = self._setup.group
         if self.counts_first or self._windows.rules.sums.consumes:  # the latter need targets before a backward pass
             rows.keep()
+        versions = Versions(rows.given) if not rows.collates else None
         retries = 0
         while True:
             cut, padding = self._cutting.cut(rows, self._reasons) if rows.rows else ([], None)
@@ -270,6 +272,8 @@ class Accumulator(NotCopied):
             if isinstance(made, Update):
                 return replace(made, retries=retries) if retries else made
             memory.free_cached(self._setup.device)
+            if versions is not None:
+                versions.require()
             sizes = made.elsewhere
             if not sizes:
                 self._cutting.take_finer(rows, cut, made, self._reasons)

@@ -20,6 +20,7 @@ from wholebatch.engine.meetings.lockstep import Lockstep
 from wholebatch.engine.meetings.singly import Scout
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.reasons import Say
+from wholebatch.engine.versions import Versions
 from wholebatch.engine.window import Window
 
 
@@ -79,7 +80,9 @@ class Making:
             counts = [len(part) for part in cut]
         elif not rows.collates or rows.kept is not None:
             counts = [objective.count(rows.take(part), len(part)) for part in cut]
-        takes = [partial(rows.take, part) for part in cut]
+        takes: list[Callable[[], Any]] = [partial(rows.take, part) for part in cut]
+        if len(cut) > 1 and not rows.collates:
+            takes = list(map(Versions(rows.given).guarded, takes))
         if rows.collates and objective.targets is None and (len(cut) > 1 or ranks > 1):
             takes = [partial(self._collated.take, take, len(part)) for take, part in zip(takes, cut, strict=True)]
         spares = (rows.take([row]) for part in cut for row in part)
@@ -95,7 +98,9 @@ class Making:
         """
         if self._expect_meeting() > 1 or len(micro_batches) > 1:
             self._require_row_by_row()
-        takes = [partial(_itself, each) for each in micro_batches]
+        takes: list[Callable[[], Any]] = [partial(_itself, each) for each in micro_batches]
+        if len(micro_batches) > 1:
+            takes = [Versions(each).guarded(take) for each, take in zip(micro_batches, takes, strict=True)]
         counts = list(map(self._forward.objective.count, micro_batches, rows))
         return self._made(takes, rows, counts, side_by_side(rows), micro_batches, place)
 

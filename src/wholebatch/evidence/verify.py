@@ -17,6 +17,7 @@ from wholebatch.engine.device import input_device
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.ranks.wrapping import by_itself
 from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.versions import Versions
 from wholebatch.evidence.certificate.blame import blame
 from wholebatch.evidence.certificate.cuts import Cut, three_cuts
 from wholebatch.evidence.certificate.examination import examine
@@ -142,6 +143,7 @@ def verify(
     objective = Objective(loss_fn, targets, reduction)
     probe = Probe(model, objective, rows)
     transaction = Transaction(model, input_device(model))
+    versions = Versions(batch) if collate is None else None
     found = [(parameter, parameter.grad) for parameter in model.parameters()]
     transaction.begin()
     cut_peak: int | None = None
@@ -166,6 +168,8 @@ def verify(
             ok, causes, cuts_found, errors = _judge(judge, accumulated, rows, cuts, by_rows, transaction.roll_back)
         else:
             ok, causes, cuts_found, errors = _judge_step(step, judge, rows, cuts, transaction.roll_back_buffers)
+        if not ok and versions is not None:
+            versions.require()
         causes = blame(causes, model, loss_fn, targets=targets, step=step)
         by_parameter = [max(each) for each in zip(*errors, strict=True)]
     finally:
