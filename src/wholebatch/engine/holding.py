@@ -128,7 +128,7 @@ def _meddled(done: str) -> WindowError:
         f"Inside an open window the gradients were {done} by somebody else.",
         hint="the window owns the gradients until it closes: hand losses to window.backward(), and leave out "
         "loss.backward(), optimizer.zero_grad() and clipping between its micro-batches; it does all three "
-        "(clip_norm=...).",
+        "(clip_norm=...). What trains another model through this one takes a window of its own.",
     )
 
 
