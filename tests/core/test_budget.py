@@ -1,5 +1,6 @@
 """Sizes as people write them."""
 
+import numpy as np
 import pytest
 
 import wholebatch as wb
@@ -13,17 +14,22 @@ from wholebatch.core.budget import parse_bytes, say_bytes
         ("500MB", 500_000_000),
         ("0.5 GiB", 1 << 29),
         (" 1,024 kib ", 1 << 20),
+        ("1,000,000.5 kB", 1_000_000_500),
         ("1_000 bytes", 1000),
         ("12b", 12),
         (".5 TB", 500_000_000_000),
         (4096, 4096),
+        (np.int64(4096), 4096),
     ],
 )
 def test_a_size_is_what_it_says(said, size):
     assert parse_bytes(said) == size
 
 
-@pytest.mark.parametrize("said", ["8", "8 Gi", "eight", "8GiBs", "", "-1GiB", "1.5.2MB", None, 1.5, True, [8]])
+@pytest.mark.parametrize(
+    "said",
+    ["8", "8 Gi", "eight", "8GiBs", "", "-1GiB", "1.5.2MB", "1,5GiB", "1,50GiB", "1,0000B", None, 1.5, True, [8]],
+)
 def test_what_is_no_size_is_refused_with_a_hint(said):
     with pytest.raises(wb.ConfigError, match="memory=") as error:
         parse_bytes(said)

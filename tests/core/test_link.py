@@ -30,7 +30,9 @@ def test_bandwidths(said, bandwidth):
     assert parse_bandwidth(said) == pytest.approx(bandwidth, rel=1e-12)
 
 
-@pytest.mark.parametrize("said", ["25", "25GB", "fast", "", 0, -1, "0GB/s", True, None, math.inf, math.nan, "1 PB/s"])
+@pytest.mark.parametrize(
+    "said", ["25", "25GB", "fast", "", 0, -1, "0GB/s", "2,5GB/s", True, None, math.inf, math.nan, "1 PB/s"]
+)
 def test_what_is_no_bandwidth(said):
     with pytest.raises(ConfigError, match=r"is not a bandwidth\.(.|\n)*bytes"):
         parse_bandwidth(said)

@@ -1,7 +1,9 @@
 """The loop: records, schedules, reasons, what a batch may be, and what is refused before anything changes."""
 
+import copy
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -295,6 +297,7 @@ def test_a_cut_that_was_asked_for_needs_no_reason():
         ({"clip_norm": 0}, "clip_norm=0", "above 0"),
         ({"clip_norm": math.nan}, "clip_norm=nan", "above 0"),
         ({"clip_norm": "1"}, "clip_norm='1'", "above 0"),
+        ({"clip_norm": True}, "clip_norm=True", "above 0"),
         ({"clip_norm": torch.ones(2)}, "clip_norm=", "above 0"),
         ({"before_step": 3}, "before_step is a int", "without arguments"),
         ({"whole": 3}, "whole=3 names no tensors", "whole="),
@@ -356,3 +359,37 @@ def test_the_loss_scale_can_be_read_and_set():
     assert plain.loss_scale is None
     with pytest.raises(wb.ConfigError, match="here is another precision"):
         plain.loss_scale = accumulator.loss_scale
+
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_of_an_accumulator_trains_nothing_and_says_so(copied):
+    """Without the hooks on weights, sums in 16 bits would stagnate, and AdamA would see no gradient."""
+    accumulator, _ = trained()
+    window = accumulator.window()
+    other = COPIES[copied](accumulator)
+    for use in (
+        lambda: other.step(regression(5, torch.float64)),
+        lambda: list(other.updates([], micro_batches=1)),
+        lambda: other.window(),
+        lambda: other.reasons,
+        lambda: COPIES[copied](window).close(),
+    ):
+        with pytest.raises(wb.ConfigError, match="is a copy of another") as error:
+            use()
+        assert "make a wb.Accumulator of the copies" in error.value.hint
+    window.rollback()
+    assert accumulator.step(regression(5, torch.float64)).applied
+    with pytest.raises(AttributeError, match="has no attribute 'stepp'"):
+        accumulator.stepp  # noqa: B018
+
+
+def test_a_model_that_holds_its_accumulator_can_be_copied():
+    """As for a moving average of its weights."""
+    model = nn.Sequential(nn.Linear(5, 3))
+    model.accumulator = wb.Accumulator(model, sgd(model.parameters()), mean_square)
+    average = copy.deepcopy(model)
+    assert torch.equal(average[0].weight, model[0].weight)
+    assert average[0].weight is not model[0].weight

@@ -30,6 +30,8 @@ from properties import (
 )
 from wholebatch.engine.fit.timeline import Timeline
 from wholebatch.engine.meetings import joined
+from wholebatch.engine.meetings.company import among, here, recomputing_with
+from wholebatch.engine.meetings.singly import Alone
 
 FP64 = 1e-12
 ROWS = 11
@@ -846,3 +848,31 @@ def test_on_an_accelerator(lockstep):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     with contextlib.suppress(AttributeError):
         torch.accelerator.synchronize()
+
+
+def test_accumulators_in_several_threads_recompute_in_a_company_of_their_own():
+    """Both are inside of a backward pass at the same time, and what has met holds tensors that are not compared."""
+    sides = [Alone(), Alone()]
+    turns = threading.Barrier(2, timeout=60)
+    found = {}
+
+    def recompute(number):
+        def look(_gradient):
+            turns.wait()
+            found[number] = here()
+            turns.wait()
+
+        weight = torch.ones(2, requires_grad=True)
+        with among(sides[number]):
+            wb.gather(weight * 1.0)
+        with recomputing_with(sides[number]):
+            part = weight * 2
+            part.register_hook(look)
+            part.sum().backward()
+
+    threads = [threading.Thread(target=recompute, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] is sides[number] for number in range(2)] == [True, True]

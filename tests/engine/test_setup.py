@@ -16,6 +16,13 @@ def sgd_of(model):
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
+class ByEpoch:
+    """A schedule of other libraries, which has to be told where it is."""
+
+    def step(self, epoch, metric=None):
+        raise AssertionError("it is not called")
+
+
 MODEL = mlp()
 FROZEN = mlp().requires_grad_(False)
 WRONG = {
@@ -58,6 +65,11 @@ WRONG = {
         lambda: ((lazy := nn.Sequential(nn.LazyLinear(2))), sgd_of(lazy), None),
         "no shape yet: 0.weight, 0.bias",
         "on one batch first",
+    ),
+    "a schedule that has to be told": (
+        lambda: (MODEL, sgd_of(MODEL), ByEpoch()),
+        r"ByEpoch\.step\(\) asks for `epoch`",
+        "update.applied",
     ),
     "no schedule": (lambda: (MODEL, sgd_of(MODEL), 0.1), "scheduler is a float", "torch.optim.lr_scheduler"),
 }

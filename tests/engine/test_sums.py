@@ -166,6 +166,19 @@ def test_frozen_16_bit_weights_may_be_unfrozen_later(accumulate_in):
     assert not torch.equal(flat(model[0].parameters()), frozen)
 
 
+def test_weights_that_become_16_bits_later_are_summed_in_fp32_too():
+    parts = signal_and_noise(True, torch.bfloat16, 256)
+    changes = []
+    for later in (True, False):
+        model = small_model(torch.float32 if later else torch.bfloat16)
+        accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.5), loss_of, check=None)
+        model.bfloat16()
+        (update,) = accumulator.updates(parts, micro_batches=256)
+        changes.append((update.grad_norm, flat(model.parameters())))
+    assert changes[0][0] == changes[1][0]
+    assert torch.equal(changes[0][1], changes[1][1])
+
+
 def test_never_more_than_one_parameter_has_a_16_bit_gradient_beside_the_sum():
     """Gradients are added as they arrive; ``.grad`` stays empty until the update."""
     model = small_model(torch.bfloat16)

@@ -258,6 +258,24 @@ def test_meddling_with_the_gradients_of_an_open_window_is_an_error(meddling, end
     assert accumulator.step(masked(3)).applied
 
 
+@pytest.mark.parametrize("end", ["backward", "close"])
+@pytest.mark.parametrize("of", ["embedding", "mix"])
+def test_a_backward_pass_of_somebody_else_before_the_first_micro_batch_is_an_error(of, end):
+    """T7: it joined the gradient of the window without a word, or was lost in a window of nothing else."""
+    model = text_model()
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), mean_over_labels, targets=num_labels, check=None)
+    before = flat(model.parameters())
+    window = accumulator.window()
+    getattr(model, of).weight.sum().backward()
+    with pytest.raises(wb.WindowError, match="by somebody else") as error:
+        window.close() if end == "close" else window.backward(mean_over_labels(model, masked(1)), 1)
+    assert "window.backward()" in error.value.hint
+    assert not window.is_open
+    assert torch.equal(flat(model.parameters()), before)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert accumulator.step(masked(3)).applied
+
+
 def test_an_optimizer_that_steps_inside_a_window_is_an_error_and_moves_nothing():
     """T7: the window stays open, and becomes the update that it would have been."""
     model, parts = text_model(), [masked(3), masked(1)]

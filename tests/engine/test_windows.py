@@ -1,5 +1,6 @@
 """One window on tensors: what it waits for, what it keeps, its order of use, and what it says of bad losses."""
 
+import contextlib
 import gc
 import math
 import types
@@ -87,7 +88,8 @@ def test_a_window_reads_once_and_after_its_last_backward_pass(reads, loss, optio
     assert reads.count - seen[-1] <= 1 + scaler
 
 
-def test_a_window_on_a_device_that_cannot_be_read_fails_only_at_its_one_read(monkeypatch):
+@pytest.mark.parametrize("once", [False, True])
+def test_a_window_on_a_device_that_cannot_be_read_fails_only_at_its_one_read(monkeypatch, once):
     """Tensors on "meta" have no values: any read inside the window would raise there and then."""
     no_stream = types.SimpleNamespace(get_rng_state=lambda _: None, set_rng_state=None)
     monkeypatch.setattr(torch, "get_device_module", lambda _: no_stream)
@@ -98,8 +100,10 @@ def test_a_window_on_a_device_that_cannot_be_read_fails_only_at_its_one_read(mon
         for _ in range(3):
             batch = {"x": torch.empty(2, 5, device="meta"), "y": torch.empty(2, 3, device="meta")}
             loss, count = mean_square(model, batch), torch.tensor(2, device="meta")
-            window.backward(loss, targets=count)
-            window.backward((loss.detach() + model[2].bias.sum(), count, model[0].weight.norm()))
+            if once:
+                window.backward((loss, count, model[0].weight.norm()))
+            else:
+                window.backward(loss, targets=count)
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             window.close()
         assert not window.is_open
@@ -150,6 +154,54 @@ def test_nothing_of_a_micro_batch_is_alive_when_the_next_one_begins(way, kind):
     finally:
         gc.enable()
     assert found == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("way", ["step", "updates", "add"])
+def test_nothing_of_a_micro_batch_is_alive_after_its_loss_has_raised(way):
+    """What was raised and the frames that it came through do not keep each other until a collector comes by."""
+    kept = []
+
+    def loss_fn(model, batch):
+        output = model(batch["x"])
+        kept.append(weakref.ref(output))
+        if len(kept) > 1:
+            raise LookupError("a bad sample")
+        return mse_loss(output, batch["y"])
+
+    model = mlp().double()
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), loss_fn, micro_batch=wb.Rows(2), check=None)
+    gc.disable()
+    try:
+        with contextlib.suppress(LookupError):
+            if way == "step":
+                accumulator.step(regression(8, torch.float64))
+            elif way == "updates":
+                list(accumulator.updates([regression(2, torch.float64)] * 4, micro_batches=4))
+            else:
+                accumulator.add(regression(2, torch.float64))
+                accumulator.add(regression(2, torch.float64))
+        assert [ref() is None for ref in kept] == [True, True]
+        if accumulator.open_window is not None:
+            accumulator.open_window.rollback()
+        lost = weakref.ref(accumulator)
+        del accumulator
+        assert lost() is None
+    finally:
+        gc.enable()
+
+
+def test_a_meeting_in_a_window_of_ones_own_keeps_nothing_of_its_micro_batch():
+    model, _, window = one_window()
+    output = model(numbers(4, 5))
+    kept = weakref.ref(output)
+    window.backward(wb.gather(output).square().mean(), targets=4)
+    gc.disable()
+    try:
+        del output
+        assert kept() is None
+    finally:
+        gc.enable()
+    assert window.close().applied
 
 
 def test_the_watch_sees_a_loss_that_is_kept():
@@ -315,6 +367,26 @@ def test_a_bad_loss_is_refused_and_its_window_stays_open(bad):
     assert hint in error.value.hint
     assert window.is_open
     assert window.close().targets == 4
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_term_that_acts_once_comes_with_every_micro_batch_or_with_none(first):
+    """It enters by shares of the targets: handed in with one micro-batch of two, half of it would be missing."""
+    model, accumulator, window = one_window()
+    before = [weight.detach().clone() for weight in model.parameters()]
+    batch = regression(4, torch.float64)
+    for number in range(2):
+        once = (model[0].weight.norm(),) if first == (number == 0) else ()
+        part = (mean_square(model, batch) * 4, 4, *once)
+        if number == 0:
+            window.backward(part)
+            continue
+        with pytest.raises(wb.LossError, match="with some of its micro-batches and not with others") as error:
+            window.backward(part)
+    assert "with every micro-batch" in error.value.hint
+    assert not window.is_open
+    assert all(map(torch.equal, model.parameters(), before))
+    assert accumulator.open_window is None
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,25 @@ def test_a_line_that_did_not_fit_leaves_no_trace(tmp_path):
 # A function
 
 
+def test_every_sink_takes_an_update_as_it_is(tmp_path):
+    """A log held it as a text, and the others ended in an AttributeError."""
+    update = Update(number=1, loss=2.5, targets=900, rows=64, micro_batches=4, lr=0.1)
+    seen = []
+    screen = io.StringIO()
+    sinks = (
+        CallbackSink(seen.append),
+        JsonLines(tmp_path / "log.jsonl"),
+        ProgressBar(console=Console(file=screen)),
+    )
+    for sink in sinks:
+        sink.write(update)
+        sink.close()
+    right = {"event": "update", **update.to_dict()}
+    assert seen == [right]
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == right
+    assert "loss 2.5" in screen.getvalue()
+
+
 def test_any_function_is_a_sink():
     seen = []
     sink = CallbackSink(seen.append)

@@ -50,6 +50,39 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("kept", [[1, 0, 0], [0, 1, 1], [0, 0, 1]], ids=str)
+def test_a_masked_mean_that_is_no_number_in_a_part_has_its_cause_named(kept):
+    """The batch is finite as a whole: it is the cut that leaves a part without anything to average over."""
+    batch = regression(12, torch.float64) | {"kept": torch.tensor(kept, dtype=torch.bool).repeat_interleave(4)}
+
+    def masked_mean(model, part):
+        return ((model(part["x"]) - part["y"]) ** 2)[part["kept"]].mean()
+
+    torch.manual_seed(0)
+    found = wb.verify(mlp().double(), masked_mean, batch)
+    assert not found.ok
+    assert [cause.name for cause in found.causes] == ["targets"]
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["ok"] is False
+    assert wb.verify(mlp().double(), masked_mean, batch, targets=lambda part: part["kept"].sum() * 3).ok
+
+
+@pytest.mark.parametrize("with_step", [False, True])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_batch_that_is_not_finite_as_a_whole_is_refused(kind, with_step):
+    def loss_fn(model, part):
+        root = (model(part["x"]) * 0).sum(dim=1).sqrt().mean()  # 0, and its gradient is not a number
+        return mean_square(model, part) + (root if kind == "gradient" else root / 0)
+
+    def step(model, optimizer, micro_batches):
+        for part in micro_batches:
+            (loss_fn(model, part) / len(micro_batches)).backward()
+        optimizer.step()
+
+    with pytest.raises(wb.NonFiniteError, match=f"not finite as a whole: its {kind} is") as error:
+        wb.verify(mlp().double(), loss_fn, regression(6, torch.float64), step=step if with_step else None)
+    assert "divisions" in error.value.hint
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_cause_is_named(wrong, dtype):

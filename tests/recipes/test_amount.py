@@ -28,7 +28,21 @@ def test_what_is_read(said, count, unit):
 
 
 @pytest.mark.parametrize(
-    "said", ["512", 512, "rows", "0 rows", "-3 rows", "1.5 rows", "512 samples", "3 rows, 5 tokens", "", None, True]
+    "said",
+    [
+        "512",
+        512,
+        "rows",
+        "0 rows",
+        "-3 rows",
+        "1.5 rows",
+        "512 samples",
+        "3 rows, 5 tokens",
+        "1,5 rows",
+        "",
+        None,
+        True,
+    ],
 )
 def test_what_is_no_amount(said):
     with pytest.raises(ValueError, match=r"rows or tokens|at least 1"):

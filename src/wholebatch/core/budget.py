@@ -2,6 +2,7 @@
 
 import math
 import re
+from numbers import Integral
 
 from wholebatch.core.errors import ConfigError
 
@@ -16,7 +17,10 @@ _UNITS = {
     "gi": 1024**3,
     "ti": 1024**4,
 }
-_SIZE = re.compile(r"\s*(?P<number>\d[\d_,]*(?:\.\d+)?|\.\d+)\s*(?P<unit>(?:[kmgt]i?)?)b(?:ytes?)?\s*", re.IGNORECASE)
+NUMBER = r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d+)?|\.\d+)"
+"""A number as it is written. A comma stands between thousands and nowhere else, where it may be meant for a point."""
+
+_SIZE = re.compile(rf"\s*{NUMBER}\s*(?P<unit>(?:[kmgt]i?)?)b(?:ytes?)?\s*", re.IGNORECASE)
 
 
 def parse_bytes(said: object, name: str = "memory") -> int:
@@ -37,8 +41,8 @@ def parse_bytes(said: object, name: str = "memory") -> int:
         >>> parse_bytes("8GiB"), parse_bytes("500 MB"), parse_bytes("0.5 gib"), parse_bytes(4096)
         (8589934592, 500000000, 536870912, 4096)
     """
-    if isinstance(said, int) and not isinstance(said, bool):
-        size: float = said
+    if not isinstance(said, bool) and isinstance(said, Integral):
+        size: float = int(said)
     else:
         found = _SIZE.fullmatch(said) if isinstance(said, str) else None
         if found is None:

@@ -4,15 +4,16 @@ import math
 import re
 from dataclasses import dataclass
 
+from wholebatch.core.budget import NUMBER
 from wholebatch.core.errors import ConfigError
 
 _POWERS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BANDWIDTH = re.compile(
-    r"\s*(?P<number>\d[\d_,]*(?:\.\d+)?|\.\d+)\s*(?P<unit>[kmgt]?)(?P<binary>i?)(?P<what>b|byte|bytes|bit|bits)"
+    rf"\s*{NUMBER}\s*(?P<unit>[kmgt]?)(?P<binary>i?)(?P<what>b|byte|bytes|bit|bits)"
     r"\s*(?:/\s*s(?:ec|econd)?|ps)\s*",
     re.IGNORECASE,
 )
-_LATENCY = re.compile(r"\s*(?P<number>\d[\d_,]*(?:\.\d+)?|\.\d+)\s*(?P<unit>us|ms|s)\s*", re.IGNORECASE)
+_LATENCY = re.compile(rf"\s*{NUMBER}\s*(?P<unit>us|ms|s)\s*", re.IGNORECASE)
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 

@@ -21,6 +21,7 @@ from wholebatch.engine import memory
 from wholebatch.engine.arguments import check_arguments, require_a_size
 from wholebatch.engine.checkpoint.state import state_of, take_over
 from wholebatch.engine.checks.check import FirstCheck
+from wholebatch.engine.copies import NotCopied
 from wholebatch.engine.fit.cutting import Cutting, Place
 from wholebatch.engine.fit.fitting import Fitting
 from wholebatch.engine.fit.splitting import Splitting
@@ -44,10 +45,11 @@ from wholebatch.engine.rules import BatchNorm, OnNonFinite, Rules
 from wholebatch.engine.setup import Setup
 from wholebatch.engine.steps.consuming import check_clip_norm
 from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.versions import Versions
 from wholebatch.engine.window import Window
 
 
-class Accumulator:
+class Accumulator(NotCopied):
     """Trains a model as if every logical batch fit into memory as a whole.
 
     Three ways in: `step` takes a logical batch and cuts it, `updates` takes a loader that already yields
@@ -262,6 +264,7 @@ class Accumulator:
         group = self._setup.group
         if self.counts_first or self._windows.rules.sums.consumes:  # the latter need targets before a backward pass
             rows.keep()
+        versions = Versions(rows.given) if not rows.collates else None
         retries = 0
         while True:
             cut, padding = self._cutting.cut(rows, self._reasons) if rows.rows else ([], None)
@@ -269,6 +272,8 @@ class Accumulator:
             if isinstance(made, Update):
                 return replace(made, retries=retries) if retries else made
             memory.free_cached(self._setup.device)
+            if versions is not None:
+                versions.require()
             sizes = made.elsewhere
             if not sizes:
                 self._cutting.take_finer(rows, cut, made, self._reasons)

@@ -66,7 +66,7 @@ def require_a_size(micro_batch: object) -> None:
 
 def _is_positive(number: object) -> bool:
     try:
-        return hasattr(number, "__float__") and float(number) > 0
+        return hasattr(number, "__float__") and not isinstance(number, bool) and float(number) > 0
     except (TypeError, ValueError):  # a tensor of several numbers
         return False
 

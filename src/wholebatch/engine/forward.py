@@ -34,12 +34,12 @@ class Forward:
 
         Args:
             window: Open.
-            micro_batch: As the loss function takes it.
+            micro_batch: As the loss function takes it, or None where there is nothing to learn.
             rows: How many it has, if known. Unit: rows.
             count: Its targets; None: they are counted here. Unit: targets.
         """
         objective, setup = self.objective, self.setup
-        if count is None:
+        if count is None or micro_batch is None:
             count = objective.count(micro_batch, rows)
         if not isinstance(count, Tensor) and count == 0:
             window.add(None, rows=rows)
@@ -124,6 +124,8 @@ class Forward:
             graph: Whether its loss is to be differentiated.
         """
         micro_batch = take()
+        if micro_batch is None:
+            return None
         if count is None:
             count = self.objective.count(micro_batch, rows)
         graph = graph and (isinstance(count, Tensor) or count != 0)

@@ -29,12 +29,14 @@ class Holding:
         self._watched: Tensor | None = None
         self._grad: Tensor | None = None
         self._version = -1
+        self._is_empty = False  # as far as is known: nothing has run since `begin`
 
     def begin(self) -> None:
         """Begin with nothing. Gradients that somebody left behind are set aside, never added."""
         self._take_over()
         self._found = self._take_out()
         self.lose_track()
+        self._is_empty = True
 
     def hold(self) -> None:
         """Make this the window whose gradients are in ``.grad``.
@@ -46,28 +48,27 @@ class Holding:
         if by is None or by() is not self:
             self._take_over()
             return
+        if self._is_empty and any(each.grad is not None for each in self._parameters):
+            raise _meddled("added to")
         if self._watched is None:
             return
         grad = self._watched.grad
         if grad is not self._grad or (grad is not None and grad._version != self._version):
-            done = "set to None" if grad is None else "changed"
-            raise WindowError(
-                f"Inside an open window the gradients were {done} by somebody else.",
-                hint="the window owns the gradients until it closes: leave out optimizer.zero_grad(), "
-                "loss.backward() and clipping between its micro-batches; it does all three (clip_norm=...).",
-            )
+            raise _meddled("set to None" if grad is None else "changed")
 
     def watch(self) -> None:
         """Note how far the gradients have come, at one parameter that has one, if any."""
         if self._watched is None:
             some = (each for each in self._parameters if each.grad is not None)
             self._watched = next(some, self._parameters[-1])
+        self._is_empty = False
         grad = self._grad = self._watched.grad
         self._version = -1 if grad is None else grad._version
 
     def lose_track(self) -> None:
         """Take the gradients as they will stand at the next `watch`."""
         self._watched = self._grad = None
+        self._is_empty = False
 
     def end(self, *, used_up: bool) -> None:
         """Leave ``.grad`` as it was found.
@@ -120,6 +121,15 @@ class _Held(threading.local):
 
 
 _held = _Held()
+
+
+def _meddled(done: str) -> WindowError:
+    return WindowError(
+        f"Inside an open window the gradients were {done} by somebody else.",
+        hint="the window owns the gradients until it closes: hand losses to window.backward(), and leave out "
+        "loss.backward(), optimizer.zero_grad() and clipping between its micro-batches; it does all three "
+        "(clip_norm=...). What trains another model through this one takes a window of its own.",
+    )
 
 
 def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

@@ -16,6 +16,7 @@ from wholebatch.engine.checks.check import FirstCheck
 from wholebatch.engine.fit.cutting import Shortage
 from wholebatch.engine.fit.splitting import Splitting
 from wholebatch.engine.forward import Forward
+from wholebatch.engine.held import Held
 from wholebatch.engine.making import Making
 from wholebatch.engine.meetings.company import Again, leave, sit_down
 from wholebatch.engine.meetings.lockstep import Lockstep
@@ -164,8 +165,8 @@ class Loading:
         # The micro-batches of a window that meet, or of which there is one.
         meets = self._lockstep.meets and (several or ranks.ranks > 1)
         # An optimizer that takes gradients in as they arrive needs the targets of all before the first backward pass.
-        held: list[Any] | None = [] if alone or meets or self._windows.rules.sums.consumes else None
-        unlearned: list[Any] = []  # those without targets, that may have to meet others yet
+        held = Held() if alone or meets or self._windows.rules.sums.consumes else None
+        unlearned = Held()  # those without targets, that may have to meet others yet
         retries = 0
         scout = Scout() if several or ranks.ranks > 1 else None
         window: Window | None = None
@@ -198,7 +199,7 @@ class Loading:
                 if closes and window is not None:
                     self._forward.fill(window)
                 if closes:
-                    update = self._closed(window, unlearned) if window is not None else self._make_of(held or [])
+                    update = self._closed(window, unlearned) if window is not None else self._make_of(held)
                     self._splitting.closed()
                     if not ranks.streams.all_idle:
                         return replace(update, retries=update.retries + retries) if retries else update
@@ -210,8 +211,9 @@ class Loading:
             raise
         return None
 
-    def _make_of(self, held: list[Any]) -> Update:
+    def _make_of(self, all_held: Held | None) -> Update:
         """Make the update of micro-batches that are all there, in parts where they do not fit."""
+        held = all_held.all() if all_held is not None else []
         retries = 0
         rows = [self._layout.count(each) for each in held]
         taken: list[LogicalBatch] = []
@@ -248,7 +250,7 @@ class Loading:
             )
         self._learn(again)
 
-    def _closed(self, window: Window, unlearned: list[Any]) -> Update:
+    def _closed(self, window: Window, unlearned: Held) -> Update:
         """Close a window; where other ranks meet, make it again with them, from what had no targets."""
         empty = window.is_empty
         try:

@@ -12,6 +12,7 @@ from wholebatch.core.weights import Count
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.checks.check import FirstCheck
+from wholebatch.engine.collated import Collated
 from wholebatch.engine.fit.cutting import Place, Shortage
 from wholebatch.engine.forward import Forward
 from wholebatch.engine.meetings.company import Again
@@ -19,6 +20,7 @@ from wholebatch.engine.meetings.lockstep import Lockstep
 from wholebatch.engine.meetings.singly import Scout
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.reasons import Say
+from wholebatch.engine.versions import Versions
 from wholebatch.engine.window import Window
 
 
@@ -41,6 +43,7 @@ class Making:
         self._lockstep = lockstep
         self._first_check = first_check
         self._say = say
+        self._collated = Collated()
 
     def attempt(self, rows: LogicalBatch, cut: Sequence[Indices], padding: float | None) -> Update | Shortage:
         """Return the update of a logical batch in one cut, or what is known of a shortage of memory that undid it."""
@@ -77,7 +80,11 @@ class Making:
             counts = [len(part) for part in cut]
         elif not rows.collates or rows.kept is not None:
             counts = [objective.count(rows.take(part), len(part)) for part in cut]
-        takes = [partial(rows.take, part) for part in cut]
+        takes: list[Callable[[], Any]] = [partial(rows.take, part) for part in cut]
+        if len(cut) > 1 and not rows.collates:
+            takes = list(map(Versions(rows.given).guarded, takes))
+        if rows.collates and objective.targets is None and (len(cut) > 1 or ranks > 1):
+            takes = [partial(self._collated.take, take, len(part)) for take, part in zip(takes, cut, strict=True)]
         spares = (rows.take([row]) for part in cut for row in part)
         return self._made(takes, list(map(len, cut)), counts, cut, spares, place, padding=padding)
 
@@ -91,7 +98,9 @@ class Making:
         """
         if self._expect_meeting() > 1 or len(micro_batches) > 1:
             self._require_row_by_row()
-        takes = [partial(_itself, each) for each in micro_batches]
+        takes: list[Callable[[], Any]] = [partial(_itself, each) for each in micro_batches]
+        if len(micro_batches) > 1:
+            takes = [Versions(each).guarded(take) for each, take in zip(micro_batches, takes, strict=True)]
         counts = list(map(self._forward.objective.count, micro_batches, rows))
         return self._made(takes, rows, counts, side_by_side(rows), micro_batches, place)
 
@@ -141,8 +150,11 @@ class Making:
     def _fill(self, fill: Callable[[Window], None], company: Scout | None, **opened: Any) -> Update | None:
         """Return the update of a window that is filled, or None where it has to be made again, knowing more."""
         window = self._windows.open(row_by_row=True, company=company, **opened)
+        self._collated.begin()
         try:
             fill(window)
+            if not self._forward.objective.counts:
+                self._collated.require_all()
             if company is not None:
                 company.require_alone()
             return window.close()

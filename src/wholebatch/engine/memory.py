@@ -127,7 +127,10 @@ def said_of_shortage(error: Exception) -> str:
         Exception: The error itself, if it speaks of something else, or of a shortage that has been dealt with.
     """
     if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # or it and this frame would keep each other, and what the traceback holds
     return in_a_line(error)
 
 

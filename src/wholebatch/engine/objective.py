@@ -101,6 +101,9 @@ class Objective:
         targets: ``targets(micro_batch)``; None means the rows.
         reduction: What `loss_fn` returns.
 
+    Attributes:
+        counts: Whether the loss function has returned its targets too.
+
     Raises:
         LossError: `loss_fn` cannot be called with a model and a micro-batch.
         WeightError: `targets` cannot be called, or the reduction does not exist.
@@ -121,15 +124,19 @@ class Objective:
         self.loss_fn = loss_fn
         self.targets = targets
         self.reduction = check_reduction(reduction)
+        self.counts = False
 
     def count(self, micro_batch: Any, rows: int | None) -> Count:
         """Return the declared targets of a micro-batch: a plain number wherever that asks no device for it.
 
-        None where nothing is declared and nobody knows the rows: then the loss function has to count.
+        None where nothing is declared and nobody knows the rows: then the loss function has to count. A micro-batch of
+        None has none.
 
         Raises:
             WeightError: They are negative or not a number, or there is no way to count them.
         """
+        if micro_batch is None:
+            return 0
         if self.targets is None:
             if rows is None and _is_list_of_rows(micro_batch):
                 raise _uncounted()
@@ -167,6 +174,7 @@ class Objective:
                 raise _uncounted()
             _check_loss(result, graph)
             return Part(result, self.reduction, count)
+        self.counts = True
         part = part_of(result, targets=count, reduction=self.reduction, graph=graph)
         if self.targets is not None:
             raise WeightError(
@@ -182,7 +190,8 @@ def _is_list_of_rows(micro_batch: Any) -> bool:
 
 def _uncounted() -> WeightError:
     return WeightError(
-        "The tensors of a micro-batch disagree on its rows, so its targets cannot be counted.",
+        "The tensors of a micro-batch disagree on its rows, or it is no dict, list or tuple of tensors, so that its "
+        "targets cannot be counted.",
         hint="pass targets=..., a function that counts what the loss averages over, or return (loss_sum, targets). Of "
         "a list of rows, let the loader collate it (collate_fn=...), or hand it to accumulator.step(rows) as a logical "
         "batch.",

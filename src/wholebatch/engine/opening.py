@@ -145,8 +145,9 @@ class Windows:
     def renew_sums(self) -> GradientSum:
         """Return the running sum of what the optimizers step now."""
         parameters = self.rules.setup.group.leaves(self.rules.setup.parameters)
-        summed = self.rules.sums.parameters
-        if len(parameters) != len(summed) or not all(map(is_, parameters, summed)):  # a parameter group was added
+        sums = self.rules.sums
+        same = len(parameters) == len(sums.parameters) and all(map(is_, parameters, sums.parameters))
+        if not same or [each.dtype for each in parameters] != sums.dtypes:  # a group was added, or model.bfloat16()
             self.rules = replace(self.rules, sums=gradient_sum(self.rules.setup, self._sum_in))
         return self.rules.sums
 

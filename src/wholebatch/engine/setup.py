@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from wholebatch.core.errors import OptimizerError
 from wholebatch.engine.device import input_device
@@ -193,9 +194,28 @@ def _check_scheduler(scheduler: Any, optimizers: Sequence[Optimizer]) -> None:
             f"The scheduler is a {type(scheduler).__name__}, which has no step().",
             hint="pass one of torch.optim.lr_scheduler, or leave lr_scheduler out.",
         )
+    asks = _asked_for(scheduler)
+    if asks is not None:
+        raise OptimizerError(
+            f"{type(scheduler).__name__}.step() asks for `{asks}`, and once an update it is called with nothing.",
+            hint="step it in your own loop, after each applied update (update.applied), and leave lr_scheduler "
+            "out; or pass an object whose step() calls it with what it needs.",
+        )
     steps = getattr(scheduler, "optimizer", None)
     if steps is not None and not any(steps is each for each in optimizers):
         raise OptimizerError(
             f"The {type(scheduler).__name__} belongs to another optimizer, so it would change no learning rate here.",
             hint="make it from the optimizer that is passed along with it.",
         )
+
+
+def _asked_for(scheduler: Any) -> str | None:
+    """What the step of a schedule has to be given, where it does not come by it here."""
+    if isinstance(scheduler, ReduceLROnPlateau):  # is given the loss
+        return None
+    try:
+        asked = inspect.signature(scheduler.step).parameters.values()
+    except (TypeError, ValueError):  # something built in may not say what it takes
+        return None
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return next((each.name for each in asked if each.default is each.empty and each.kind not in free), None)

@@ -33,6 +33,7 @@ class GradientSum:
 
     Attributes:
         parameters: As given.
+        dtypes: Those that they had, by which it is decided how they are summed.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class GradientSum:
         self._consumption = consumption
         self._scale: Tensor | None = None
         self.parameters = list(parameters)
+        self.dtypes = [each.dtype for each in parameters]
         self._holding = Holding(self.parameters, bystanders)
         consumed = set(consumption.parameters if consumption is not None else ())
         self._own = own_sums([each for each in self.parameters if each not in consumed], sum_in)
@@ -247,6 +249,7 @@ class GradientSum:
                 for name, value in own.items():
                     setattr(self._own[parameter], name, _here(value, parameter))
         self._holding.found = list(map(_gradient_here, state["found"], self.parameters))
+        self._holding.lose_track()
 
     def commit(self) -> None:
         """End with an update: the gradients are used up."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wholebatch.core.errors import WeightError
+from wholebatch.core.errors import LossError, WeightError
 from wholebatch.core.weights import Count, gradient_factor, loss_factor
 from wholebatch.engine.objective import Part
 
@@ -78,6 +78,7 @@ class Weighing:
         self._least: Tensor | None = None
         self._root: tuple[float, Tensor] | None = None
         self._noted: list[tuple[Tensor, Count, Count]] = []
+        self._has_once: bool | None = None
         self.spread: Tensor | float = 0.0
         self.parts: Count = 0
 
@@ -119,7 +120,11 @@ class Weighing:
 
         Returns:
             The two arguments of `run_backward`.
+
+        Raises:
+            LossError: A term that acts once a window came with some of its micro-batches and not with others.
         """
+        self._require_alike(part)
         count = part.targets
         if isinstance(count, Tensor):
             count = widen(count)
@@ -207,6 +212,18 @@ class Weighing:
         spread, parts = state["spread"], state["parts"]
         self.spread = spread.to(device, copy=True) if isinstance(spread, Tensor) else spread
         self.parts = parts.to(device, copy=True) if isinstance(parts, Tensor) else parts
+
+    def _require_alike(self, part: Part) -> None:
+        has_once = part.once is not None
+        if self._has_once is None:
+            self._has_once = has_once
+        elif self._has_once != has_once:
+            raise LossError(
+                "A term that acts once a window (loss_sum, targets, once) came with some of its micro-batches and not "
+                "with others. It enters by their shares of the targets, so that it would act less than once.",
+                hint="return it with every micro-batch, as in (loss_sum, targets, penalty(model)); if there is none, "
+                "a tensor of 0.",
+            )
 
     def _require_the_only_one(self) -> None:
         if self._expected > 1 or self._weighed:

@@ -12,6 +12,7 @@ from wholebatch.core.weights import Count
 from wholebatch.core.window import Phase
 from wholebatch.engine import memory
 from wholebatch.engine.closing import move, why_skipped
+from wholebatch.engine.copies import NotCopied
 from wholebatch.engine.intake import Intake
 from wholebatch.engine.meetings.singly import OneByOne
 from wholebatch.engine.objective import Part, part_of
@@ -30,7 +31,7 @@ _MADE_ONCE = (
 )
 
 
-class Window:
+class Window(NotCopied):
     """The micro-batches of one logical batch, from the first backward pass to the update.
 
     Made by `Accumulator.window`. It may also be used in a ``with`` statement, which closes it at the end of the
@@ -127,7 +128,8 @@ class Window:
 
         Raises:
             WindowError: The window has ended, or somebody else changed the gradients in the meantime.
-            LossError: The loss is not a scalar tensor with a graph. The window stays open.
+            LossError: The loss is not a scalar tensor with a graph (the window stays open); its graph is used up, or a
+                term that acts once a window came with some micro-batches only (the window was rolled back).
             WeightError: The targets are missing, negative or not a number. The window stays open.
             BatchNormError: This is the second micro-batch and the model computes over the rows of a part.
             OutOfMemoryError: Memory ran out; the window was rolled back.

@@ -97,7 +97,7 @@ def compare(
     transaction = Transaction(model, device)
     transaction.begin()
     memory.release(device)
-    whole_peak = undivided(model, Objective(loss_fn, targets, reduction), LogicalBatch(batch, collate=collate))
+    whole_peak, _ = undivided(model, Objective(loss_fn, targets, reduction), LogicalBatch(batch, collate=collate))
     shuffled = random.Random(seed).sample(list(batch), len(batch))
     counted = 0.0
     ours, plain = [], []

@@ -17,10 +17,11 @@ from wholebatch.engine.device import input_device
 from wholebatch.engine.objective import LossFn, Objective, TargetsFn
 from wholebatch.engine.ranks.wrapping import by_itself
 from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.versions import Versions
 from wholebatch.evidence.certificate.blame import blame
 from wholebatch.evidence.certificate.cuts import Cut, three_cuts
 from wholebatch.evidence.certificate.examination import examine
-from wholebatch.evidence.certificate.gradients import Accumulated, nothing, undivided
+from wholebatch.evidence.certificate.gradients import Accumulated, nothing, require_finite, undivided
 from wholebatch.evidence.certificate.judge import Judge
 from wholebatch.evidence.certificate.rehearsal import StepFn
 from wholebatch.evidence.certificate.source import definition
@@ -142,25 +143,33 @@ def verify(
     objective = Objective(loss_fn, targets, reduction)
     probe = Probe(model, objective, rows)
     transaction = Transaction(model, input_device(model))
+    versions = Versions(batch) if collate is None else None
     found = [(parameter, parameter.grad) for parameter in model.parameters()]
     transaction.begin()
     cut_peak: int | None = None
+    doubtful = step is not None  # whether the batch has to be looked at: is it finite as a whole?
     try:
         if step is None:
             # Not the random state: other draws show what depends on them.
             form = {"micro_batch": micro_batch, "collate": collate, "whole": whole, "dims": dims}
             accumulated = Accumulated(model, probe.parameters, objective, transaction.roll_back_buffers, **form)
             update, by_rows = accumulated.step(batch)
-            cut_peak = update.peak_bytes
+            cut_peak = update.peak_bytes if update is not None else None
+            doubtful = update is None
         elif not _has_targets(objective, rows):
             raise nothing()
-        peak = undivided(model, objective, rows)
-        judge = Judge(probe, take_gradients(probe.parameters), cuts[0].parts)
+        peak, loss = undivided(model, objective, rows)
+        right = take_gradients(probe.parameters)
+        if doubtful:
+            require_finite(loss, right)
+        judge = Judge(probe, right, cuts[0].parts)
         transaction.roll_back_buffers()
         if step is None:
             ok, causes, cuts_found, errors = _judge(judge, accumulated, rows, cuts, by_rows, transaction.roll_back)
         else:
             ok, causes, cuts_found, errors = _judge_step(step, judge, rows, cuts, transaction.roll_back_buffers)
+        if not ok and versions is not None:
+            versions.require()
         causes = blame(causes, model, loss_fn, targets=targets, step=step)
         by_parameter = [max(each) for each in zip(*errors, strict=True)]
     finally:

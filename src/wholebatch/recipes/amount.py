@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
+_AMOUNT = re.compile(r"\s*(\d{1,3}(?:,\d{3})+|\d[\d_]*)\s*(row|token)s?\s*")
+
 
 @dataclass(frozen=True, slots=True)
 class Amount:
@@ -38,7 +40,7 @@ class Amount:
         """
         if isinstance(said, Amount):
             return said
-        found = re.fullmatch(r"\s*(\d[\d,_]*)\s*(row|token)s?\s*", said) if isinstance(said, str) else None
+        found = _AMOUNT.fullmatch(said) if isinstance(said, str) else None
         if found is None:
             raise ValueError("a number of rows or tokens")
         count = int(re.sub("[,_]", "", found[1]))

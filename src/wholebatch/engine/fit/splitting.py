@@ -23,6 +23,7 @@ from wholebatch.engine.fit.share import Share, no_finer
 from wholebatch.engine.forward import Forward
 from wholebatch.engine.opening import Windows
 from wholebatch.engine.reasons import Say
+from wholebatch.engine.versions import Versions
 from wholebatch.engine.window import Window
 
 
@@ -138,9 +139,11 @@ class Splitting:
         """Run a part, and return what was said where memory ran out; then nothing has happened.
 
         Raises:
+            LossError: It has been written into, and cannot run again.
             OutOfMemoryError: Not even what had fitted did a second time.
         """
         window.retraction.mark()
+        versions = Versions(micro_batch)
         try:
             self._forward.into(window, micro_batch, rows, None)
         except Exception as error:
@@ -148,6 +151,7 @@ class Splitting:
         else:
             return None
         with _all_or_nothing(window):
+            versions.require()
             if not self._windows.rules.setup.group.keep_from_sending():
                 raise OutOfMemoryError(
                     f"Memory ran out ({said}) in the last backward pass of a window, after other ranks had been sent "

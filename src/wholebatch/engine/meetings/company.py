@@ -99,11 +99,12 @@ class Seat:
 class _Here(threading.local):
     def __init__(self) -> None:
         self.seats: list[Seat] = []
+        self.in_backward: list[Company] = []
 
 
 _here = _Here()
 _in_backward: list[Company] = []
-"""Whom a recomputation meets that a backward pass starts, in whichever thread; at most one."""
+"""Whom a recomputation meets that a backward pass starts, in a thread of a device; one for each thread that trains."""
 
 
 def here() -> Company | None:
@@ -113,7 +114,7 @@ def here() -> Company | None:
         seats.pop()
     company = seats[-1].company if seats else None
     if company is None and _in_backward and is_recomputing():
-        return _in_backward[0]
+        return (_here.in_backward or _in_backward)[-1]
     return company  # type: ignore[return-value]
 
 
@@ -151,8 +152,10 @@ def among(company: Company | None) -> Iterator[None]:
 def recomputing_with(company: Company) -> Iterator[None]:
     """Run backward passes in which activation checkpointing may run parts of the model anew, in some company."""
     _in_backward.append(company)
+    _here.in_backward.append(company)
     try:
         with among(None):
             yield
     finally:
+        _here.in_backward.remove(company)
         _in_backward.remove(company)

@@ -9,12 +9,12 @@ from typing import Any
 
 from wholebatch.core.errors import MeetingError
 from wholebatch.core.split import Indices
-from wholebatch.engine.meetings.call import Call, Order
+from wholebatch.engine.meetings.call import Call, Order, without_value
 from wholebatch.engine.meetings.company import Again, is_recomputing, recomputing_with
 from wholebatch.engine.meetings.moving import Moving
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Alone:
     """Nobody else: the rows that are here are all. It is noted where somebody would have met.
 
@@ -41,7 +41,7 @@ class Alone:
         return None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Scout:
     """The first of several micro-batches that run as if they were alone: it ends where they would have to meet."""
 
@@ -62,7 +62,7 @@ class Scout:
             raise Again(self._why)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class OneByOne:
     """A window whose micro-batches come one by one, so that only a single one is its whole batch.
 
@@ -76,7 +76,7 @@ class OneByOne:
 
     def meet(self, call: Call) -> Any:
         if call.with_graph:  # else it is an evaluation inside an open window
-            self._met = call
+            self._met = without_value(call)  # or it would keep the forward pass
             self._require_one(1 if is_recomputing() else 0)
         return Alone().meet(call)
 

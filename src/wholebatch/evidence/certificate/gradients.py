@@ -1,8 +1,10 @@
 """Which gradient does the accumulator step with, and which one does the plain loop have of the undivided batch?"""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -56,15 +58,19 @@ class Accumulated:
             **cut,
         )
 
-    def step(self, batch: Any) -> tuple[Update, list[Tensor]]:
-        """Return the record and the gradient of `Accumulator.step`.
+    def step(self, batch: Any) -> tuple[Update | None, list[Tensor]]:
+        """Return the record and the gradient of `Accumulator.step`; where it is not finite, none and NaN.
 
         Raises:
             WeightError: The batch holds no target.
         """
-        update = self._accumulator.step(batch)
+        try:
+            update = self._accumulator.step(batch)
+        except NonFiniteError:  # of the cut; whether the batch is, is seen when it runs as a whole
+            self._caught = [torch.full((each.numel(),), math.nan) for each in self._parameters]
+            update = None
         self._roll_back()
-        if update.skipped is not None:
+        if update is not None and update.skipped is not None:
             raise nothing(update.skipped)
         return update, self._caught
 
@@ -98,18 +104,33 @@ class Accumulated:
                 window.add(added, rows=len(part))
 
 
-def undivided(model: nn.Module, objective: Objective, rows: LogicalBatch) -> int | None:
-    """Leave the gradient of a batch as a whole in ``.grad``, and return the peak memory of that. Unit: bytes."""
+def undivided(model: nn.Module, objective: Objective, rows: LogicalBatch) -> tuple[int | None, Tensor]:
+    """Leave the gradient of a batch as a whole in ``.grad``, and return the peak memory of that and the loss."""
     device = input_device(model)
     memory.reset_peak(device)
-    reference.gradient(  # type: ignore[no-untyped-call]
+    loss: Tensor = reference.gradient(  # type: ignore[no-untyped-call]
         model,
         objective.loss_fn,
         move(rows.take(range(rows.rows)), device),
         targets=objective.targets or (lambda _batch: rows.rows),
         reduction=objective.reduction,
     )
-    return memory.peak_bytes(device)
+    return memory.peak_bytes(device), loss
+
+
+def require_finite(loss: Tensor, gradients: Sequence[Tensor]) -> None:
+    """Refuse a batch from which nothing can be told.
+
+    Raises:
+        NonFiniteError: Its loss or its gradient is infinite or not a number, as a whole already.
+    """
+    if all(bool(each.isfinite().all()) for each in (loss, *gradients)):
+        return
+    what = f"loss is {loss.item()}" if not bool(loss.isfinite()) else "gradient is infinite or not a number"
+    raise NonFiniteError(
+        f"The batch is not finite as a whole: its {what}.",
+        hint="look at its rows, and at divisions, logarithms and square roots in the loss.",
+    )
 
 
 def nothing(why: str = "no micro-batch held a target") -> WeightError:

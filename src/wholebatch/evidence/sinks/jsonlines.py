@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from wholebatch.core.errors import ConfigError
-from wholebatch.evidence.sinks.seam import SinkError
+from wholebatch.core.record import Update
+from wholebatch.evidence.sinks.seam import SinkError, as_event
 
 
 class JsonLines:
@@ -42,16 +43,17 @@ class JsonLines:
                 hint="name a folder that you may write to and whose disk has space left, as in --out runs/first.",
             ) from error
 
-    def write(self, event: Mapping[str, Any]) -> None:
+    def write(self, event: Mapping[str, Any] | Update) -> None:
         """Append one line.
 
         Args:
-            event: A mapping of strings, numbers, and lists or mappings of them. An array or tensor of one element
-                counts as a number; anything else is written as its text.
+            event: An update, or a mapping of strings, numbers, and lists or mappings of them. An array or tensor of
+                one element counts as a number; anything else is written as its text.
 
         Raises:
             SinkError: The line could not be written, or the log is closed. The log holds the events until then.
         """
+        event = as_event(event)
         if self._file.closed:
             raise SinkError(
                 f"The log {self.path} is closed and takes no {event.get('event')} event.",

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from wholebatch.core.record import Update
 from wholebatch.evidence.sinks.extras import bring
 from wholebatch.evidence.sinks.reading import Reader, Reading, settings_of
-from wholebatch.evidence.sinks.seam import SinkError
+from wholebatch.evidence.sinks.seam import SinkError, as_event
 
 # What its stores take: measurements and settings in one call, characters of a setting or a tag.
 _NUMBERS_AT_ONCE, _SETTINGS_AT_ONCE, _LONGEST = 1000, 100, 5000
@@ -81,7 +82,7 @@ class MLflow:
                 raise self._lost("The run of MLflow cannot be opened", error) from error
         self.run_id: str = run.info.run_id
 
-    def write(self, event: Mapping[str, Any]) -> None:
+    def write(self, event: Mapping[str, Any] | Update) -> None:
         """Log what an event says.
 
         Raises:
@@ -89,6 +90,7 @@ class MLflow:
         """
         if self._client is None:
             raise SinkError("The MLflow sink is closed.", hint="write every event before close().")
+        event = as_event(event)
         kind = event.get("event")
         said = self._reader.read(event) if kind != "start" else Reading(self._reader.update, {}, {})
         stamp = int(time.time() * 1000)

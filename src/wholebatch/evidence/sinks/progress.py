@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from wholebatch.core.errors import MissingExtraError
+from wholebatch.core.record import Update
+from wholebatch.evidence.sinks.seam import as_event
 from wholebatch.evidence.wording import Event, number, one_line, say_bytes, say_rate, say_seconds, text
 
 if TYPE_CHECKING:
@@ -70,8 +72,9 @@ class ProgressBar:
         self._unsaid: str | None = None  # a plain line that was not due yet
         self._live: tuple[Progress, TaskID] | None = None
 
-    def write(self, event: Event) -> None:
+    def write(self, event: Event | Update) -> None:
         """Show one event."""
+        event = as_event(event)
         match event.get("event"):
             case "start":
                 self._began = self._clock()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from wholebatch.core.errors import ConfigError, WholeBatchError
+from wholebatch.core.record import Update
 
 
 class SinkError(WholeBatchError, OSError):
@@ -36,6 +37,16 @@ class Sink(Protocol):
         ...
 
 
+def as_event(event: Mapping[str, Any] | Update) -> Mapping[str, Any]:
+    """Return an event as the mapping that it is; an update is one too.
+
+    Example:
+        >>> as_event(Update(number=1, loss=2.5, targets=900, rows=64, micro_batches=4, lr=0.1))["event"]
+        'update'
+    """
+    return {"event": "update", **event.to_dict()} if isinstance(event, Update) else event
+
+
 class CallbackSink:
     """A sink that hands each event to a function, the seam to whatever else shall see it.
 
@@ -59,9 +70,9 @@ class CallbackSink:
             )
         self._function = function
 
-    def write(self, event: Mapping[str, Any]) -> None:
-        """Call the function with the event."""
-        self._function(event)
+    def write(self, event: Mapping[str, Any] | Update) -> None:
+        """Call the function with the event; an update is handed over as a mapping of its fields."""
+        self._function(as_event(event))
 
     def close(self) -> None:
         """Do nothing: the function belongs to the caller."""

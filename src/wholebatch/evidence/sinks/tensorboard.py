@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wholebatch.core.record import Update
 from wholebatch.evidence.sinks.extras import bring
 from wholebatch.evidence.sinks.reading import Reader, settings_of
-from wholebatch.evidence.sinks.seam import SinkError
+from wholebatch.evidence.sinks.seam import SinkError, as_event
 
 
 class TensorBoard:
@@ -47,7 +48,7 @@ class TensorBoard:
         except OSError as error:
             raise self._lost(error) from error
 
-    def write(self, event: Mapping[str, Any]) -> None:
+    def write(self, event: Mapping[str, Any] | Update) -> None:
         """Add what an event says.
 
         Raises:
@@ -57,6 +58,7 @@ class TensorBoard:
             raise SinkError(
                 f"The TensorBoard sink in {self.folder} is closed.", hint="write every event before close()."
             )
+        event = as_event(event)
         kind = event.get("event")
         try:
             if kind == "start":

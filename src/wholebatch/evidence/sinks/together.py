@@ -8,7 +8,7 @@ from typing import Any
 
 from wholebatch.core.errors import ConfigError, WholeBatchError
 from wholebatch.core.record import Update
-from wholebatch.evidence.sinks.seam import Sink, SinkError
+from wholebatch.evidence.sinks.seam import Sink, SinkError, as_event
 
 _log = logging.getLogger("wholebatch")
 
@@ -55,8 +55,7 @@ class Sinks:
         Args:
             event: A mapping with the key ``"event"``, or an update.
         """
-        if isinstance(event, Update):
-            event = {"event": "update", **event.to_dict()}
+        event = as_event(event)
         kind = event.get("event")
         if kind == "update":
             self._skipped += bool(event.get("skipped"))

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from wholebatch.core.record import Update
 from wholebatch.evidence.sinks.extras import bring
 from wholebatch.evidence.sinks.jsonlines import plain
 from wholebatch.evidence.sinks.reading import Reader
-from wholebatch.evidence.sinks.seam import SinkError
+from wholebatch.evidence.sinks.seam import SinkError, as_event
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -74,7 +75,7 @@ class WeightsAndBiases:
         except Exception as error:  # of many kinds, some of them not public
             raise self._lost("The run of Weights & Biases cannot be made", error) from error
 
-    def write(self, event: Mapping[str, Any]) -> None:
+    def write(self, event: Mapping[str, Any] | Update) -> None:
         """Log what an event says.
 
         Raises:
@@ -82,6 +83,7 @@ class WeightsAndBiases:
         """
         if self._run is None:
             raise SinkError("The Weights & Biases sink is closed.", hint="write every event before close().")
+        event = as_event(event)
         kind = event.get("event")
         said = self._reader.read(event)
         words = {f"{name}_reason" if name == "skipped" else name: word for name, word in said.words.items()}
