@@ -18,7 +18,7 @@ class Transaction:
     """What a model's forward passes change, kept so that it can be undone.
 
     Buffers are copied before every window, into the same copies: a version counter would miss what goes through
-    ``.data``.
+    ``.data``. Where a pass has replaced one, the plain attributes of its module go back with it.
 
     Args:
         model: Whose buffers are kept.
@@ -63,6 +63,10 @@ class Transaction:
         """Return what a buffer held at `begin`, or None if it was not there. To be read, not changed."""
         return self._begun.copy_of(module, name)
 
+    def attributes_of(self, module: nn.Module) -> dict[str, Any]:
+        """Return the plain attributes that a module with buffers had at `begin`."""
+        return self._begun.attributes.get(module, {})
+
     def state_dict(self) -> dict[str, Any]:
         """Return random state and buffers as they were at `begin`."""
         assert self._begun.random is not None
@@ -80,7 +84,7 @@ class Transaction:
         for path, module in self._model.named_modules():
             for name in module._buffers.keys():  # noqa: SIM118
                 copy, saved = self._begun.copy_of(module, name), state["buffers"].get(f"{path}.{name}")
-                if copy is not None and _alike(saved, copy):
+                if copy is not None and alike(saved, copy):
                     copy.copy_(saved)
 
     def roll_back(self) -> None:
@@ -112,12 +116,14 @@ class _Kept:
         modules: Those that had buffers.
         random: The random state; None before the first moment.
         versions: How often each buffer had been written.
+        attributes: What these modules had besides.
     """
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
         self.random: RandomState | None = None
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
+        self.attributes: dict[nn.Module, dict[str, Any]] = {}
         self._copies: dict[int, Tensor] = {}
         self.versions: list[int] = []
 
@@ -144,9 +150,10 @@ class _Kept:
         self.random = RandomState.now(device)
         self.modules = modules
         self._buffers = {module: dict(module._buffers) for module in modules}
+        self.attributes = {module: attributes_of(module) for module in modules}
         there = {id(each): each for held in self._buffers.values() for each in held.values() if each is not None}
         self.versions = list(map(_version, there.values()))
-        if there.keys() == self._copies.keys() and all(map(_alike, there.values(), map(self._copies.get, there))):
+        if there.keys() == self._copies.keys() and all(map(alike, there.values(), map(self._copies.get, there))):
             if there:
                 with torch.no_grad():
                     torch._foreach_copy_([self._copies[key] for key in there], list(there.values()))
@@ -170,6 +177,8 @@ class _Kept:
     def put_back_buffers(self, modules: list[nn.Module]) -> None:
         for module in modules:
             buffers = self._buffers.get(module, {})
+            if not all(self._is_held(buffers.get(name), buffer) for name, buffer in module._buffers.items()):
+                put_back_attributes(module, self.attributes.get(module, {}))
             for name in [name for name in module._buffers.keys() if name not in buffers]:  # noqa: SIM118
                 del module._buffers[name]
             for name, buffer in buffers.items():
@@ -177,15 +186,42 @@ class _Kept:
                     module._buffers[name] = self._copies[id(buffer)]
                     continue
                 if buffer is not None:
+                    copy = self._copies[id(buffer)]
+                    if not alike(buffer, copy):
+                        buffer.data = copy.clone()
                     with torch.no_grad():
-                        buffer.copy_(self._copies[id(buffer)])
+                        buffer.copy_(copy)
                 module._buffers[name] = buffer
+
+    def _is_held(self, then: Tensor | None, now: Tensor | None) -> bool:
+        """Whether a buffer is the tensor that it was, with other values at most."""
+        return then is now and (now is None or alike(now, self._copies[id(now)]))
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """Return what a module keeps as plain attributes beside what every module has.
+
+    A buffer that a forward pass replaces, such as a table of positions that grows with the longest text, comes with
+    others that say what is in it: both have to go back together.
+    """
+    return {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE_HAS}
+
+
+def put_back_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """Make a module's plain attributes what they were; see `attributes_of`."""
+    held = vars(module)
+    for name in [name for name in held if name not in _EVERY_MODULE_HAS and name not in attributes]:
+        del held[name]
+    held.update(attributes)
+
+
+_EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
 
 
 def _version(buffer: Tensor) -> int:
     return -1 if buffer.is_inference() else buffer._version
 
 
-def _alike(buffer: Tensor | None, copy: Tensor | None) -> bool:
+def alike(buffer: Tensor | None, copy: Tensor | None) -> bool:
     """Whether a buffer can be copied into its last copy."""
     return copy is not None and buffer is not None and copy.shape == buffer.shape and copy.dtype is buffer.dtype

@@ -1,6 +1,7 @@
 """What did a micro-batch find when it went on? Random state and buffers, kept so that a second pass finds the same."""
 
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wholebatch.engine.device import modules
 from wholebatch.engine.randomness import RandomState
-from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.transaction import Transaction, alike, attributes_of, put_back_attributes
+
+_Found: TypeAlias = tuple[Tensor | None, dict[str, Any]]
+"""A copy of a buffer, and the plain attributes of its module; they go together where a pass replaces the buffer."""
 
 
 class Moments:
@@ -29,7 +33,7 @@ class Moments:
         self._random: dict[tuple[int, int], RandomState] = {}
         self._last_random: RandomState | None = None
         self._drawn = False
-        self._buffers: dict[tuple[int, int], tuple[Tensor | None, ...]] = {}
+        self._buffers: dict[tuple[int, int], tuple[_Found | None, ...]] = {}
         self._watched = [
             (module, name)
             for module in modules(model)
@@ -39,8 +43,9 @@ class Moments:
         ]
         # The tensors themselves, not their ids: the next tensor may stand where the last one stood.
         self._seen = [(module._buffers[name], _version(module._buffers[name])) for module, name in self._watched]
-        self._copies: tuple[Tensor | None, ...] = (None,) * len(self._watched)
+        self._found: tuple[_Found | None, ...] = (None,) * len(self._watched)
         self._changed: set[int] = set()
+        self._replaced: set[int] = set()
 
     def keep(self, number: int, piece: int) -> None:
         """Keep what a micro-batch finds before a piece of its forward pass.
@@ -54,18 +59,20 @@ class Moments:
             now = _shared(now, last)
             self._drawn = self._drawn or now is not last
         self._last_random = self._random[number, piece] = now
-        copies: list[Tensor | None] | None = None
+        found: list[_Found | None] | None = None
         for place, (module, name) in enumerate(self._watched):
             buffer = _buffer(module, name)
             seen, version = self._seen[place]
             if buffer is not seen or _version(buffer) != version:
                 self._seen[place] = buffer, _version(buffer)
                 self._changed.add(place)
-                copies = list(self._copies) if copies is None else copies
-                copies[place] = None if buffer is None else buffer.detach().clone()
-        if copies is not None:
-            self._copies = tuple(copies)
-        self._buffers[number, piece] = self._copies
+                if buffer is not seen:
+                    self._replaced.add(place)
+                found = list(self._found) if found is None else found
+                found[place] = None if buffer is None else buffer.detach().clone(), attributes_of(module)
+        if found is not None:
+            self._found = tuple(found)
+        self._buffers[number, piece] = self._found
 
     def restore(self, number: int, piece: int) -> None:
         """Let a micro-batch find what it found before."""
@@ -75,10 +82,14 @@ class Moments:
         for place in self._changed:
             module, name = self._watched[place]
             buffer = _buffer(module, name)
-            copy = kept[place]
-            if copy is None:  # it had not changed yet
-                copy = self._transaction.copy_of_buffer(module, name)
-            if buffer is None or copy is None or buffer.shape != copy.shape or buffer.dtype != copy.dtype:
+            found = kept[place]
+            if found is None:  # it had not changed yet
+                found = self._transaction.copy_of_buffer(module, name), self._transaction.attributes_of(module)
+            copy, attributes = found
+            if place in self._replaced:
+                put_back_attributes(module, attributes)
+            # A graph may hold on to what is there.
+            if place in self._replaced or buffer is None or copy is None or not alike(buffer, copy):
                 module._buffers[name] = None if copy is None else copy.clone()
             else:
                 if buffer.requires_grad:  # moved by what a meeting came to, which has a graph in the first pass
