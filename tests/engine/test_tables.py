@@ -45,10 +45,35 @@ class Positions(nn.Module):
         return x * self.table[: x.shape[1], None]
 
 
+class Registers(nn.Module):
+    """The same, without any buffer before the first pass, and with the number in the module around it."""
+
+    class Table(nn.Module):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.inner = self.Table()
+        self.known = 0
+
+    def grow(self, length):
+        self.known = length
+        self.inner.register_buffer("table", (torch.arange(length, dtype=torch.float64) / 7).cos(), persistent=False)
+
+    def forward(self, x):
+        if x.shape[1] > self.known:
+            self.grow(x.shape[1])
+        return x * self.inner.table[: x.shape[1], None]
+
+    @property
+    def table(self):
+        return getattr(self.inner, "table", None)
+
+
 class Block(nn.Module):
     def __init__(self, kept):
         super().__init__()
-        self.positions = Positions(kept)
+        self.positions = Positions(kept) if kept != "registered" else Registers()
         self.layer = nn.Linear(6, 6)
 
     def forward(self, x):
@@ -90,7 +115,7 @@ def right(kept, loss_fn=next_token):
     """The gradient of the undivided batch, with a table that is long enough from the beginning."""
     model = reader(kept)
     for module in model.modules():
-        if isinstance(module, Positions):
+        if isinstance(module, Positions | Registers):
             module.grow(40)
     said = loss_fn(model, pad(TEXTS))
     loss = said[0] / said[1] + sum(said[2:])
@@ -107,7 +132,7 @@ def accumulator_of(model, loss_fn=next_token, **options):
     return wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), loss_fn, collate=pad, **options)
 
 
-KEPT = pytest.mark.parametrize("kept", ["replaced", "data", "none"])
+KEPT = pytest.mark.parametrize("kept", ["replaced", "data", "none", "registered"])
 
 
 @KEPT
@@ -124,7 +149,7 @@ def test_a_table_that_grew_in_a_look_at_the_model_is_as_long_as_it_says(kept, op
 @KEPT
 def test_a_table_that_grew_in_a_skipped_window_goes_back_with_its_number(kept):
     model = reader(kept)
-    tables = [module for module in model.modules() if isinstance(module, Positions)]
+    tables = [module for module in model.modules() if isinstance(module, Positions | Registers)]
     before = [(table.known, table.table) for table in tables]
     lengths = [None if table is None else len(table) for _, table in before]
     accumulator = accumulator_of(model, lambda model, padded: (next_token(model, padded)[0] * torch.nan, 1), check=None)

@@ -1,7 +1,6 @@
 """What did a micro-batch find when it went on? Random state and buffers, kept so that a second pass finds the same."""
 
 from dataclasses import replace
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wholebatch.engine.device import modules
 from wholebatch.engine.randomness import RandomState
-from wholebatch.engine.transaction import Transaction, alike, attributes_of, put_back_attributes
-
-_Found: TypeAlias = tuple[Tensor | None, dict[str, Any]]
-"""A copy of a buffer, and the plain attributes of its module; they go together where a pass replaces the buffer."""
+from wholebatch.engine.transaction import Attributes, Transaction, alike, attributes_of, put_back_attributes
 
 
 class Moments:
@@ -33,19 +29,21 @@ class Moments:
         self._random: dict[tuple[int, int], RandomState] = {}
         self._last_random: RandomState | None = None
         self._drawn = False
-        self._buffers: dict[tuple[int, int], tuple[_Found | None, ...]] = {}
+        self._buffers: dict[tuple[int, int], tuple[Tensor | None, ...]] = {}
+        self._modules = modules(model)
+        self._attributes: dict[tuple[int, int], Attributes] = {}
+        self._replaced: set[int] = set()
         self._watched = [
             (module, name)
-            for module in modules(model)
+            for module in self._modules
             if not (isinstance(module, _BatchNorm) and module.training)
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_inference()
         ]
         # The tensors themselves, not their ids: the next tensor may stand where the last one stood.
         self._seen = [(module._buffers[name], _version(module._buffers[name])) for module, name in self._watched]
-        self._found: tuple[_Found | None, ...] = (None,) * len(self._watched)
+        self._copies: tuple[Tensor | None, ...] = (None,) * len(self._watched)
         self._changed: set[int] = set()
-        self._replaced: set[int] = set()
 
     def keep(self, number: int, piece: int) -> None:
         """Keep what a micro-batch finds before a piece of its forward pass.
@@ -59,7 +57,7 @@ class Moments:
             now = _shared(now, last)
             self._drawn = self._drawn or now is not last
         self._last_random = self._random[number, piece] = now
-        found: list[_Found | None] | None = None
+        copies: list[Tensor | None] | None = None
         for place, (module, name) in enumerate(self._watched):
             buffer = _buffer(module, name)
             seen, version = self._seen[place]
@@ -68,26 +66,27 @@ class Moments:
                 self._changed.add(place)
                 if buffer is not seen:
                     self._replaced.add(place)
-                found = list(self._found) if found is None else found
-                found[place] = None if buffer is None else buffer.detach().clone(), attributes_of(module)
-        if found is not None:
-            self._found = tuple(found)
-        self._buffers[number, piece] = self._found
+                copies = list(self._copies) if copies is None else copies
+                copies[place] = None if buffer is None else buffer.detach().clone()
+        if copies is not None:
+            self._copies = tuple(copies)
+        self._buffers[number, piece] = self._copies
+        if self._replaced:
+            self._attributes[number, piece] = attributes_of(self._modules)
 
     def restore(self, number: int, piece: int) -> None:
         """Let a micro-batch find what it found before."""
         if self._drawn:
             self._random[number, piece].restore()
         kept = self._buffers[number, piece]
+        if self._replaced:
+            put_back_attributes(self._attributes.get((number, piece), self._transaction.attributes))
         for place in self._changed:
             module, name = self._watched[place]
             buffer = _buffer(module, name)
-            found = kept[place]
-            if found is None:  # it had not changed yet
-                found = self._transaction.copy_of_buffer(module, name), self._transaction.attributes_of(module)
-            copy, attributes = found
-            if place in self._replaced:
-                put_back_attributes(module, attributes)
+            copy = kept[place]
+            if copy is None:  # it had not changed yet
+                copy = self._transaction.copy_of_buffer(module, name)
             # A graph may hold on to what is there.
             if place in self._replaced or buffer is None or copy is None or not alike(buffer, copy):
                 module._buffers[name] = None if copy is None else copy.clone()
