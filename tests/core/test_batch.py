@@ -155,6 +155,14 @@ def test_a_length_that_is_no_number_of_tokens_is_refused(length):
     assert "length(row)" in error.value.hint
 
 
+def test_a_list_of_texts_without_collate_is_taken_for_rows_and_told_so():
+    texts = [torch.ones(length) for length in (4, 9, 3, 5, 6, 7, 8, 2, 1, 1)]
+    with pytest.raises(wb.SplitError, match=r"list of 10 tensors, .*: 4, 9, 3, 5, 6, 7, 8, 2 and 2 more") as error:
+        LogicalBatch(texts)
+    assert "collate=..." in error.value.hint
+    assert LogicalBatch(texts, collate=len).rows == 10
+
+
 def test_tensors_that_disagree_on_rows_are_named_with_both_ways_out():
     batch = {"input_ids": torch.ones(32, 4), "labels": torch.ones(32), "image": torch.ones(8, 3)}
     with pytest.raises(wb.SplitError, match="input_ids 32, labels 32, image 8") as error:

@@ -323,6 +323,26 @@ def test_rows_that_a_loader_has_not_collated_are_told_from_a_micro_batch():
     assert "the loader collate it" in error.value.hint
 
 
+@pytest.mark.parametrize("rows", [[torch.ones(3), torch.ones(5)], [[1.0, 2.0], [3.0]]], ids=["tensors", "lists"])
+def test_a_loss_that_joins_rows_and_counts_by_itself_may_be_handed_a_list_of_them(rows):
+    """As a loader with ``collate_fn=list`` yields it; a loss that cannot use them is told."""
+
+    def loss_fn(model, some):
+        x = torch.cat([torch.as_tensor(row, dtype=torch.float64) for row in some])
+        return model(x[:, None].expand(-1, 5)).square().sum(), len(x)
+
+    accumulator, model = trained(loss_fn)
+    right = flat(torch.autograd.grad(torch.div(*loss_fn(model, [*rows, *rows])), list(model.parameters())))
+    before = flat(model.parameters())
+    (update,) = accumulator.updates([rows, rows], micro_batches=2)
+    assert update.targets == 2 * sum(map(len, rows))
+    assert relative_error((before - flat(model.parameters())) / 0.1, right) <= 1e-12
+    accumulator, model = trained(lambda model, some: mse_loss(model(some["x"]), some["y"]))
+    with assert_leaves_no_trace(model), pytest.raises(wb.WeightError, match="disagree on its rows") as error:
+        list(accumulator.updates([rows, rows], micro_batches=2))
+    assert "the loader collate it" in error.value.hint
+
+
 # What is counted, and scaled, beforehand.
 
 

@@ -122,6 +122,20 @@ def test_strongly_varying_lengths_keep_the_budget_with_little_padding(budget, ta
     assert len(accumulator.reasons) <= 3  # planned once, and again for longer rows only
 
 
+@pytest.mark.parametrize(("budget", "said"), [("800kB", "within the 781 KiB"), ("700kB", "more than the 684 KiB")])
+def test_a_cut_by_tokens_is_held_against_the_budget_by_what_its_micro_batches_take(budget, said):
+    """Many short rows are counted as short ones, of which there are more than would fit of the longest."""
+    torch.manual_seed(0)
+    micro_batch = wb.Tokens(3000, length=lambda row: len(row["ids"]))
+    accumulator = accumulator_of(Attention(), micro_batch=micro_batch, memory=budget)
+    rows = drawn(0)
+    accumulator.step(rows)
+    (reason,) = accumulator.reasons
+    assert said in reason
+    took, _ = tensor_bytes(accumulator, lambda: accumulator.step(rows))
+    assert (took <= parse_bytes(budget)) == ("within" in said)
+
+
 def test_long_rows_are_cut_finer_than_short_ones_of_the_same_batch(largest):
     """They take memory by the square of their length: half as long, more than twice as many at once."""
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ from menagerie import (
     sum_over_labels,
     texts,
 )
-from properties import assert_leaves_no_trace, flat, sgd, state_of, undivided
+from properties import assert_leaves_no_trace, flat, relative_error, sgd, state_of, undivided
 from wholebatch.core.batch import LogicalBatch
 from wholebatch.engine.checks.causes import diagnose
 from wholebatch.engine.checks.distance import norm
@@ -314,6 +314,77 @@ def test_micro_batches_whose_rows_nobody_knows_are_not_compared_and_the_reason_i
     accumulator = wb.Accumulator(model, sgd(model.parameters()), mean_square, targets=lambda _: 4)
     list(accumulator.updates([odd, odd], micro_batches=2))
     assert "disagree on how many rows" in accumulator.reasons[0]
+
+
+class Packed(nn.Module):
+    """Texts that stand one after the other: each token attends to its own text and to what comes before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.head = nn.Linear(6, 11)
+
+    def forward(self, tokens, text):
+        seen = (text[:, None] == text) & torch.ones(len(text), len(text), dtype=torch.bool).tril()
+        each = self.embed(tokens)
+        scores = (each @ each.mT).masked_fill(~seen, -torch.inf)
+        return self.head(scores.softmax(dim=1) @ each)
+
+
+def packed(documents):
+    numbers = [torch.full((len(text) - 1,), number) for number, text in enumerate(documents)]
+    return {
+        "tokens": torch.cat([text[:-1] for text in documents]),
+        "text": torch.cat(numbers),
+        "labels": torch.cat([text[1:] for text in documents]),
+    }
+
+
+def next_token(model, batch):
+    logits = model(batch["tokens"], batch["text"])
+    return cross_entropy(logits, batch["labels"], reduction="sum"), len(batch["labels"])
+
+
+def test_packed_texts_of_a_loader_hold_no_rows_and_train_once_that_is_said():
+    """Their tokens lie where rows usually do; taken for rows, they are refused with the argument that says so."""
+    torch.manual_seed(0)
+    documents = [torch.arange(length) * 3 % 11 for length in (4, 9, 3, 7, 5)]
+    model = Packed().double()
+    right = torch.autograd.grad(next_token(model, packed(documents))[0] / 23, model.parameters())
+    loader = [packed(documents[:2]), packed(documents[2:])]
+    accumulator = wb.Accumulator(model, sgd(model.parameters()), next_token)
+    with pytest.raises(wb.VerifyError, match="not a sum over rows") as error:
+        list(accumulator.updates(loader, micro_batches=2))
+    assert "whole=" in error.value.hint
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    said = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), next_token, whole=list(loader[0]))
+    (update,) = said.updates(loader, micro_batches=2)
+    assert (update.targets, update.rows) == (23, None)
+    change = [old - new.detach() for old, new in zip(before, model.parameters(), strict=True)]
+    assert relative_error(flat(change), flat(right)) <= 1e-12
+    assert said.reasons == [
+        "The first batch was not compared cut and uncut. The logical batch (dict) holds no tensor with rows."
+    ]
+
+
+def test_a_nested_tensor_of_a_loader_trains_as_it_is():
+    torch.manual_seed(0)
+    documents = [torch.arange(length) * 3 % 11 for length in (4, 9, 3, 7)]
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11)).double()
+
+    def next_one(model, nested):
+        return cross_entropy(model(nested).values(), (nested.values() + 3) % 11, reduction="sum"), len(nested.values())
+
+    everything = torch.cat(documents)
+    right = torch.autograd.grad(cross_entropy(model(everything), (everything + 3) % 11), model.parameters())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    accumulator = wb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), next_one)
+    loader = [torch.nested.nested_tensor(part, layout=torch.jagged) for part in (documents[:3], documents[3:])]
+    (update,) = accumulator.updates(loader, micro_batches=2)
+    assert (update.rows, update.targets) == (4, 23)
+    change = [old - new.detach() for old, new in zip(before, model.parameters(), strict=True)]
+    assert relative_error(flat(change), flat(right)) <= 1e-12
+    assert "is a nested tensor" in accumulator.reasons[0]
 
 
 def test_a_first_micro_batch_of_one_row_leaves_the_check_to_the_next():

@@ -1,6 +1,7 @@
 """Who trains what, and whether they belong together."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import wholebatch as wb
-from menagerie import mean_square, mlp
+from menagerie import mean_square, mlp, regression
 from wholebatch.engine.setup import Setup
 
 
@@ -143,6 +144,51 @@ class Wrapper(torch.optim.Optimizer):
 
     def step(self, closure=None):
         self.inner.step()
+
+
+class Bound:
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def hook(self, weight, optimizer=None):
+        (optimizer or self.optimizer).step()
+
+
+BOUND = {
+    "a name": lambda each: lambda _: each.step(),
+    "a table": lambda each: lambda _, table={"weight": each}: table["weight"].step(),
+    "a list": lambda each: (lambda held: lambda _: held[0].step())([each]),
+    "a method": lambda each: Bound(each).hook,
+    "a partial": lambda each: partial(Bound(None).hook, optimizer=each),
+}
+
+
+@pytest.mark.parametrize("bound", BOUND)
+def test_weights_that_are_stepped_inside_of_the_backward_pass_are_refused(bound):
+    """They would be stepped once for each micro-batch, and moved before anybody could tell."""
+    model = mlp()
+    model[2].weight.register_post_accumulate_grad_hook(BOUND[bound](torch.optim.Adam([model[2].weight])))
+    with pytest.raises(wb.OptimizerError, match=r"hook on 2\.weight holds an optimizer \(Adam\)") as error:
+        Setup.of(model, sgd_of(model), None)
+    assert "take the hooks off" in error.value.hint
+
+
+def test_weights_that_pytorch_steps_inside_of_the_backward_pass_are_refused():
+    model = mlp()
+    model[0].bias._in_backward_optimizers = [torch.optim.SGD([model[0].bias], lr=0.1)]
+    with pytest.raises(wb.OptimizerError, match=r"hook on 0\.bias holds an optimizer \(SGD\)"):
+        Setup.of(model, sgd_of(model), None)
+
+
+def test_hooks_that_only_look_are_none_of_its_business():
+    model = mlp()
+    norms, later = [], None
+    model[0].weight.register_post_accumulate_grad_hook(lambda weight: norms.append(weight.grad.norm()))
+    model[0].bias.register_post_accumulate_grad_hook(lambda _: later)
+    Setup.of(model, sgd_of(model), None)
+    accumulator = wb.Accumulator(model, sgd_of(model), mean_square, micro_batch=wb.Rows(2), check=None)
+    assert accumulator.step(regression(4, torch.float32)).applied
+    assert len(norms) == 2
 
 
 def test_an_optimizer_around_another_that_left_its_own_making_out_is_stepped():

@@ -20,6 +20,7 @@ KEYS = [
     "targets_per_second",
     "plain_targets_per_second",
     "speedup",
+    "why",
 ]
 collate = torch.utils.data.default_collate
 
@@ -39,6 +40,41 @@ def test_a_comparison_leaves_weights_buffers_and_random_streams_alone(layer):
     model = nn.Sequential(layer(), nn.Linear(5, 3)).double()
     with assert_leaves_no_trace(model):
         compare(model, mean_square, ROWS, micro_batch=wb.Rows(4), collate=collate)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+def test_dropout_is_silent_while_gradients_are_compared():
+    """Other masks are no other gradient: a run of a model with dropout is not told that its updates were wrong."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    found = compare(model, mean_square, ROWS, micro_batch=wb.Rows(7), collate=collate)
+    assert found.gradient_ok is True
+    assert found.gradient_error <= 1e-12
+    assert found.why is None
+
+
+def test_gradients_that_depend_on_chance_are_not_compared():
+    model = nn.Sequential(Noisy(), nn.Linear(5, 3)).double()
+    found = compare(model, mean_square, ROWS, micro_batch=wb.Rows(7), collate=collate)
+    assert (found.gradient_error, found.gradient_ok) == (None, None)
+    assert found.why == "model or loss draw random numbers, and others when the batch is cut"
+    assert found.speedup > 0
+
+
+def test_a_mistake_beside_dropout_is_still_told():
+    """Silence hides chance alone: a loss that averages over something else than rows stays off."""
+
+    def masked(model, batch):
+        seen = batch["x"][:, 0] > 0
+        return (model(batch["x"]) - batch["y"]).square()[seen].mean()
+
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    found = compare(model, masked, ROWS, micro_batch=wb.Rows(7), collate=collate)
+    assert found.gradient_ok is False
+    assert found.gradient_error > 1e-3
 
 
 def test_a_comparison_of_a_pair_by_length_counts_the_targets():

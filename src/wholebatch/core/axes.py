@@ -80,7 +80,8 @@ class Axes:
                 hint="yield tensors, or lists of rows together with collate=...",
             )
         if len(set(found.values())) > 1:
-            raise _disagreement(found)
+            plain_list = type(batch) is list and all(path.isdecimal() for path in found)
+            raise _unequal_rows(found) if plain_list else _disagreement(found)
         return next(iter(found.values()))
 
     def _dim(self, path: str) -> int:
@@ -124,6 +125,17 @@ def _disagreement(found: Mapping[str, int]) -> SplitError:
         f"The tensors of one logical batch disagree on how many rows there are: {counts}.",
         hint=f"if `{odd}` is the same for every row, pass whole=[{odd!r}] and each micro-batch gets all of it; if its "
         f"rows lie on another dimension, say which, as in dims={{{odd!r}: 1}}.",
+    )
+
+
+def _unequal_rows(found: Mapping[str, int]) -> SplitError:
+    """The error for a list of tensors, which is most likely one of rows."""
+    counts = [str(rows) for rows in found.values()]
+    said = ", ".join(counts[:8]) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
+    return SplitError(
+        f"The logical batch is a list of {len(counts)} tensors, which disagree on how many rows there are: {said}.",
+        hint="if they are its rows, pass collate=..., which makes a micro-batch of some of them; if one is for all "
+        "rows, name it, as in whole=['0']; if its rows lie on another dimension, say which, as in dims={'0': 1}.",
     )
 
 

@@ -1,7 +1,7 @@
 """What does a micro-batch add to the window? The declared objective: a loss, and the targets that it averages over."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
@@ -138,8 +138,6 @@ class Objective:
         if micro_batch is None:
             return 0
         if self.targets is None:
-            if rows is None and _is_list_of_rows(micro_batch):
-                raise _uncounted()
             return rows
         counted = plain_count(self.targets(micro_batch))
         check_count(counted)
@@ -166,7 +164,12 @@ class Objective:
                 "This accumulator has no loss function.",
                 hint="pass loss_fn to wb.Accumulator, or use accumulator.window() and window.backward(loss, n).",
             )
-        result = self.loss_fn(model, micro_batch)
+        try:
+            result = self.loss_fn(model, micro_batch)
+        except (AttributeError, LookupError, TypeError) as error:
+            if count is None and isinstance(micro_batch, list):  # rows, and the loss takes them for a micro-batch
+                raise _uncounted() from error
+            raise
         if result is None:
             return None
         if not isinstance(result, tuple):
@@ -182,10 +185,6 @@ class Objective:
                 hint="let one of them count: leave out targets=..., or return the loss alone.",
             )
         return part
-
-
-def _is_list_of_rows(micro_batch: Any) -> bool:
-    return isinstance(micro_batch, list) and all(isinstance(row, tuple | list | Mapping) for row in micro_batch)
 
 
 def _uncounted() -> WeightError:

@@ -18,6 +18,7 @@ from wholebatch.engine.ranks.group import Group
 from wholebatch.engine.ranks.membership import group_of
 from wholebatch.engine.reasons import Say, silent
 from wholebatch.engine.steps.consuming import Consumption, takers
+from wholebatch.engine.steps.inbackward import steps_in_backward
 from wholebatch.engine.steps.scheduling import Schedules
 from wholebatch.engine.steps.stepping import Stepping
 
@@ -176,6 +177,15 @@ def _check_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None
                 hint="give each parameter to one of them.",
             )
         seen.add(id(parameter))
+    for name, parameter in model.named_parameters():
+        stepping = steps_in_backward(parameter)
+        if stepping is not None:
+            raise OptimizerError(
+                f"A hook on {name} holds an optimizer ({stepping}), to step it inside of the backward pass, which is "
+                "once for each micro-batch.",
+                hint="take the hooks off, and pass the optimizer to the accumulator; one that keeps no gradients is "
+                "wb.AdamA, or your own with begin_window() and consume(parameter, gradient).",
+            )
     if not any(parameter.requires_grad for parameter in held):
         raise OptimizerError(
             "None of the optimizer's parameters requires a gradient, so that nothing can learn.",

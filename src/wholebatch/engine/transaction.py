@@ -4,8 +4,8 @@ Weights, optimizer state, loss scale and schedule need no copy: nothing touches 
 good. The gradient sum has its own beginning and end (`sums.py`).
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class Transaction:
     """What a model's forward passes change, kept so that it can be undone.
 
     Buffers are copied before every window, into the same copies: a version counter would miss what goes through
-    ``.data``.
+    ``.data``. Where a pass has replaced one, the plain attributes of all modules go back with it.
 
     Args:
         model: Whose buffers are kept.
@@ -41,7 +41,7 @@ class Transaction:
         """Keep random state and buffers as they are now."""
         before, versions = self._begun.random, self._begun.versions
         self._modules = modules(self._model)
-        self._begun.take([module for module in self._modules if module._buffers], self._device)
+        self._begun.take(self._modules, self._device)
         # What was still from one window to the next needs no mark in this one.
         self._draws = before is None or not self._begun.random_is(before)
         self._writes = self._writes or (None if self._writes is None else versions != self._begun.versions)
@@ -63,6 +63,11 @@ class Transaction:
         """Return what a buffer held at `begin`, or None if it was not there. To be read, not changed."""
         return self._begun.copy_of(module, name)
 
+    @property
+    def attributes(self) -> "Attributes":
+        """What modules had as plain attributes at `begin`."""
+        return self._begun.attributes
+
     def state_dict(self) -> dict[str, Any]:
         """Return random state and buffers as they were at `begin`."""
         assert self._begun.random is not None
@@ -80,7 +85,7 @@ class Transaction:
         for path, module in self._model.named_modules():
             for name in module._buffers.keys():  # noqa: SIM118
                 copy, saved = self._begun.copy_of(module, name), state["buffers"].get(f"{path}.{name}")
-                if copy is not None and _alike(saved, copy):
+                if copy is not None and alike(saved, copy):
                     copy.copy_(saved)
 
     def roll_back(self) -> None:
@@ -109,15 +114,17 @@ class _Kept:
     """Random state and buffers at one moment, in copies that are used again for the next.
 
     Attributes:
-        modules: Those that had buffers.
+        modules: Those of the model.
         random: The random state; None before the first moment.
         versions: How often each buffer had been written.
+        attributes: What they had besides; see `attributes_of`.
     """
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
         self.random: RandomState | None = None
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
+        self.attributes: Attributes = {}
         self._copies: dict[int, Tensor] = {}
         self.versions: list[int] = []
 
@@ -143,10 +150,11 @@ class _Kept:
     def take(self, modules: list[nn.Module], device: torch.device) -> None:
         self.random = RandomState.now(device)
         self.modules = modules
-        self._buffers = {module: dict(module._buffers) for module in modules}
+        self._buffers = {module: dict(module._buffers) for module in modules if module._buffers}
+        self.attributes = attributes_of(modules)
         there = {id(each): each for held in self._buffers.values() for each in held.values() if each is not None}
         self.versions = list(map(_version, there.values()))
-        if there.keys() == self._copies.keys() and all(map(_alike, there.values(), map(self._copies.get, there))):
+        if there.keys() == self._copies.keys() and all(map(alike, there.values(), map(self._copies.get, there))):
             if there:
                 with torch.no_grad():
                     torch._foreach_copy_([self._copies[key] for key in there], list(there.values()))
@@ -168,6 +176,8 @@ class _Kept:
             self.put_back_buffers(modules)
 
     def put_back_buffers(self, modules: list[nn.Module]) -> None:
+        if any(self._is_replaced(module) for module in modules):
+            put_back_attributes(self.attributes)
         for module in modules:
             buffers = self._buffers.get(module, {})
             for name in [name for name in module._buffers.keys() if name not in buffers]:  # noqa: SIM118
@@ -177,15 +187,61 @@ class _Kept:
                     module._buffers[name] = self._copies[id(buffer)]
                     continue
                 if buffer is not None:
+                    copy = self._copies[id(buffer)]
+                    if not alike(buffer, copy):
+                        buffer.data = copy.clone()
                     with torch.no_grad():
-                        buffer.copy_(self._copies[id(buffer)])
+                        buffer.copy_(copy)
                 module._buffers[name] = buffer
+
+    def _is_replaced(self, module: nn.Module) -> bool:
+        """Whether a module has another buffer than it had, or one that has grown."""
+        before = self._buffers.get(module, {})
+        return any(
+            then is not now or not (now is None or alike(now, self._copies[id(now)]))
+            for name, now in module._buffers.items()
+            for then in [before.get(name)]
+        )
+
+
+def attributes_of(modules: Iterable[nn.Module]) -> "Attributes":
+    """Return what modules that are not PyTorch's own keep as plain attributes.
+
+    A buffer that a forward pass replaces, such as a table of positions that grows with the longest text, comes with
+    others that say what is in it: both have to go back together. A tensor with a graph is not held on to.
+    """
+    return {
+        module: {name: _LEFT if _has_graph(held[name]) else held[name] for name in held.keys() - _EVERY_MODULE_HAS}
+        for module in modules
+        if not type(module).__module__.startswith("torch.")
+        for held in [vars(module)]
+    }
+
+
+def put_back_attributes(kept: "Attributes") -> None:
+    """Make the plain attributes of modules what they were."""
+    for module, attributes in kept.items():
+        held = vars(module)
+        for name in held.keys() - attributes.keys() - _EVERY_MODULE_HAS:
+            del held[name]
+        held.update((name, value) for name, value in attributes.items() if value is not _LEFT)
+
+
+Attributes: TypeAlias = dict[nn.Module, dict[str, Any]]
+"""The plain attributes of modules at one moment."""
+
+_EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
+_LEFT = object()
+
+
+def _has_graph(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def _version(buffer: Tensor) -> int:
     return -1 if buffer.is_inference() else buffer._version
 
 
-def _alike(buffer: Tensor | None, copy: Tensor | None) -> bool:
+def alike(buffer: Tensor | None, copy: Tensor | None) -> bool:
     """Whether a buffer can be copied into its last copy."""
     return copy is not None and buffer is not None and copy.shape == buffer.shape and copy.dtype is buffer.dtype

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from wholebatch.core.batch import Layout, LogicalBatch
-from wholebatch.core.errors import BatchNormError, VerifyError, WholeBatchError
+from wholebatch.core.errors import BatchNormError, SplitError, VerifyError, WholeBatchError
 from wholebatch.core.split import Indices, Tokens
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import batch_dependent_layers
@@ -32,6 +32,11 @@ ROWS = 8
 
 SAMPLE = 4096
 """How many entries of each parameter's gradient the first check keeps; a second gradient would take memory."""
+
+_NO_ROWS = (
+    "If the first dimension of what the loader yields holds no rows, as with the tokens of texts that stand one after "
+    "the other, name its tensors in whole=[...]: then it is never cut."
+)
 
 
 class FirstCheck:
@@ -81,16 +86,17 @@ class FirstCheck:
         """Compare a few rows of a micro-batch that a loader has cut, if it is the first; see `look`."""
         if not self._due:
             return
-        num_rows = layout.count(micro_batch)
-        if num_rows is None:
+        try:
+            rows = layout.loaded(micro_batch)
+        except SplitError as error:  # it is trained as it is
             self._due = False
-            self._say(
-                "The first batch was not compared cut and uncut: its tensors disagree on how many rows there are.",
-                logging.INFO,
-            )
-        elif num_rows > 1:
+            self._say(f"The first batch was not compared cut and uncut. {error.found}", logging.INFO)
+            return
+        if rows.rows > 1:
             try:
-                self.look(layout.loaded(micro_batch), range(num_rows))
+                self.look(rows, range(rows.rows))
+            except VerifyError as error:
+                raise VerifyError(error.found, hint=f"{error.hint} {_NO_ROWS}") from None
             except Exception as error:  # the next one is looked at
                 if not memory.is_out_of_memory(error):
                     raise

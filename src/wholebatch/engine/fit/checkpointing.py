@@ -149,10 +149,11 @@ class _Recomputed:
 
 def _contexts(block: nn.Module) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:
     """How the two forward passes of a block run: the second finds the buffers of the first, and leaves none changed."""
-    if next(block.buffers(), None) is None:
+    buffers = list(block.buffers())  # those that the first pass replaces, as a table that grows, stay replaced
+    if not buffers:
         return lambda: (nullcontext(), nullcontext())
-    before = [buffer.detach().clone() for buffer in block.buffers()]
-    return lambda: (nullcontext(), _with_buffers(list(block.buffers()), before))
+    before = [buffer.detach().clone() for buffer in buffers]
+    return lambda: (nullcontext(), _with_buffers(buffers, before))
 
 
 @contextmanager
@@ -166,6 +167,7 @@ def _with_buffers(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> Iterat
 
 
 def _fill(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Give buffers values without a trace in their version, since a graph may hold on to them."""
+    """Give buffers values without a trace in their version, since a graph may hold on to them; one that grew stays."""
     for buffer, value in zip(buffers, values, strict=True):
-        buffer.data.copy_(value)
+        if buffer.shape == value.shape:
+            buffer.data.copy_(value)

@@ -82,12 +82,13 @@ class Cutting:
             lengths = rows.lengths(self.micro_batch.length)
             cut = self.micro_batch.cut(lengths)
             if self._unsaid:
-                self._say_whether_it_fits(rows, max(map(len, cut)), say)
+                self._say_whether_it_fits(rows, cut, lengths, say)
             return cut, padding(lengths, cut)
         if isinstance(self.micro_batch, Rows):
+            cut = self.micro_batch.cut(rows.rows)
             if self._unsaid:
-                self._say_whether_it_fits(rows, min(self.micro_batch.rows, rows.rows), say)
-            return self.micro_batch.cut(rows.rows), None
+                self._say_whether_it_fits(rows, cut, None, say)
+            return cut, None
         varying = None if self._by_rows else varying_lengths(self._fitting, rows)
         known = self._known(rows, varying, say) if varying is not None else None
         share = self._share(rows, say) if known is None else self._shares[self._kind]
@@ -242,10 +243,12 @@ class Cutting:
         self._watch.forget()
         return self._shares[self._kind]
 
-    def _say_whether_it_fits(self, rows: LogicalBatch, at_once: int, say: Say) -> None:
+    def _say_whether_it_fits(
+        self, rows: LogicalBatch, cut: Sequence[Indices], lengths: Sequence[int] | None, say: Say
+    ) -> None:
         self._unsaid = False
         try:
-            takes, budget = self._fitting.peak(rows, at_once)
+            takes, budget = self._fitting.peak(rows, cut, lengths)
         except Exception as error:
             say(f"Whether the micro-batch fits was not found out: {type(error).__name__}.", logging.INFO)
             return

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from wholebatch.core.budget import say_bytes, say_rows
 from wholebatch.core.errors import OutOfMemoryError
 from wholebatch.core.need import Need, Passes
 from wholebatch.core.sizes import evened, largest_rows, least_budget, usable
+from wholebatch.core.split import Indices
 from wholebatch.core.trace import Size, Trace
 from wholebatch.core.tree import flatten
 from wholebatch.engine.fit.probe import Probe
@@ -135,12 +136,27 @@ class Fitting:
         return chosen
 
     @rehearsal()
-    def peak(self, rows: LogicalBatch, at_once: int) -> tuple[int, int]:
-        """Return what micro-batches of so many rows take, and the budget. Unit: bytes."""
-        probe = self.probe_of(rows)
-        budget, _ = self.budget_of()
-        need = self._need(probe, rows.rows, largest_row(probe.sample), None)
-        return need.peak(at_once, alone=at_once >= rows.rows), budget
+    def peak(self, rows: LogicalBatch, cut: Sequence[Indices], lengths: Sequence[int] | None) -> tuple[int, int]:
+        """Return what the largest micro-batch of a cut takes, and the budget. Unit: bytes.
+
+        Args:
+            rows: The logical batch.
+            cut: Its micro-batches.
+            lengths: Of each row, where they are known; then micro-batches of a list are padded to their own longest.
+        """
+        largest = [max(cut, key=len)]
+        if lengths is not None and self.collate is not None:
+            tokens = [len(part) * max(lengths[row] for row in part) for part in cut]
+            largest = [cut[0], cut[tokens.index(max(tokens))]]  # the longest rows, and the most tokens
+        takes = 0
+        for part in largest if largest[0] is not largest[-1] else largest[:1]:
+            looked_at = rows
+            if lengths is not None and self.collate is not None:
+                looked_at = LogicalBatch([rows.given[row] for row in part], collate=self.collate)
+            probe = self.probe_of(looked_at)
+            need = self._need(probe, looked_at.rows, largest_row(probe.sample), None)
+            takes = max(takes, need.peak(len(part), alone=len(cut) == 1))
+        return takes, self.budget_of()[0]
 
     def probe_of(self, rows: LogicalBatch) -> Probe:
         """Return what looks at the rows of a logical batch."""

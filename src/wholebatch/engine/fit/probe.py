@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from wholebatch.engine.fit.blocks import Ledger
 from wholebatch.engine.fit.clock import now
 from wholebatch.engine.fit.fakes import Fakes
 from wholebatch.engine.fit.resident import beside_passes
+from wholebatch.engine.fit.room import available_bytes
 from wholebatch.engine.fit.sample import Sample
 from wholebatch.engine.fit.timeline import Timeline
 from wholebatch.engine.narrow import SumIn
@@ -201,8 +202,24 @@ class Probe:
                     self._passes(micro_batches, parameters, timeline)
             return timeline.trace()
 
-        with self._untouched(), fakes.within(self.setup.model):
-            return few_looks(look, sizes)
+        with self._untouched():
+            self._fill_caches(sizes, rows_of)
+            with fakes.within(self.setup.model):
+                return few_looks(look, sizes)
+
+    def _fill_caches(self, sizes: Sequence[Size], rows_of: Mapping[int, int]) -> None:
+        """Run forward passes for real, as far as the device has room for them.
+
+        What a model keeps for later passes in a place of its own, such as a mask for each length, would be a stand-in
+        for ever if it were made on fake tensors.
+        """
+        room = available_bytes(self.device)
+        for rows, length in sizes:
+            timeline = Timeline(self.device, room)
+            timeline.ignore(list(_tensors_of(self.setup.model)))
+            batch = self.sample.repeat(rows_of[length], rows)
+            with suppress(Exception), torch.no_grad(), timeline:  # fake tensors will show what is wrong
+                self._result(*[make() for make in self._micro_batches(batch, rows)])
 
     def _passes(
         self,
@@ -260,9 +277,7 @@ class Probe:
         return GradientSum(parameters, bystanders, self.sum_in, forgetting(taken) if taken else None)
 
     def _loss(self, micro_batch: Any) -> Tensor:
-        assert self.objective.loss_fn is not None
-        with self.precision.autocast():
-            result = self.objective.loss_fn(self.setup.model, micro_batch)
+        result = self._result(micro_batch)
         if isinstance(result, tuple):
             loss, once = result[0], result[2] if len(result) == 3 else None
             loss = loss + once if isinstance(once, Tensor) and once.requires_grad else loss
@@ -274,6 +289,11 @@ class Probe:
                 hint="return a tensor with one number and a graph, or (loss_sum, targets).",
             )
         return loss.reshape(())
+
+    def _result(self, micro_batch: Any) -> Any:
+        assert self.objective.loss_fn is not None
+        with self.precision.autocast():
+            return self.objective.loss_fn(self.setup.model, micro_batch)
 
     def _micro_batches(self, batch: LogicalBatch, rows: int) -> list[Callable[[], Any]]:
         def make(start: int) -> Callable[[], Any]:

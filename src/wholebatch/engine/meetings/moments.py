@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wholebatch.engine.device import modules
 from wholebatch.engine.randomness import RandomState
-from wholebatch.engine.transaction import Transaction
+from wholebatch.engine.transaction import Attributes, Transaction, alike, attributes_of, put_back_attributes
 
 
 class Moments:
@@ -30,9 +30,12 @@ class Moments:
         self._last_random: RandomState | None = None
         self._drawn = False
         self._buffers: dict[tuple[int, int], tuple[Tensor | None, ...]] = {}
+        self._modules = modules(model)
+        self._attributes: dict[tuple[int, int], Attributes] = {}
+        self._replaced: set[int] = set()
         self._watched = [
             (module, name)
-            for module in modules(model)
+            for module in self._modules
             if not (isinstance(module, _BatchNorm) and module.training)
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_inference()
@@ -61,24 +64,31 @@ class Moments:
             if buffer is not seen or _version(buffer) != version:
                 self._seen[place] = buffer, _version(buffer)
                 self._changed.add(place)
+                if buffer is not seen:
+                    self._replaced.add(place)
                 copies = list(self._copies) if copies is None else copies
                 copies[place] = None if buffer is None else buffer.detach().clone()
         if copies is not None:
             self._copies = tuple(copies)
         self._buffers[number, piece] = self._copies
+        if self._replaced:
+            self._attributes[number, piece] = attributes_of(self._modules)
 
     def restore(self, number: int, piece: int) -> None:
         """Let a micro-batch find what it found before."""
         if self._drawn:
             self._random[number, piece].restore()
         kept = self._buffers[number, piece]
+        if self._replaced:
+            put_back_attributes(self._attributes.get((number, piece), self._transaction.attributes))
         for place in self._changed:
             module, name = self._watched[place]
             buffer = _buffer(module, name)
             copy = kept[place]
             if copy is None:  # it had not changed yet
                 copy = self._transaction.copy_of_buffer(module, name)
-            if buffer is None or copy is None or buffer.shape != copy.shape or buffer.dtype != copy.dtype:
+            # A graph may hold on to what is there.
+            if place in self._replaced or buffer is None or copy is None or not alike(buffer, copy):
                 module._buffers[name] = None if copy is None else copy.clone()
             else:
                 if buffer.requires_grad:  # moved by what a meeting came to, which has a graph in the first pass
