@@ -1,6 +1,7 @@
 """Micro-batches of several ranks that meet, scene by scene. Run by `ranks.launch`; judged in test_reach.py."""
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -300,26 +301,55 @@ def failures(place: Place) -> dict[str, Any]:
 
 @SCENES("shortage")
 def shortage(place: Place) -> dict[str, Any]:
+    """In a pass of one rank: the first, in the middle of a window, or its last, when others are done with theirs."""
     found: dict[str, Any] = {}
-    for name in ("two-sided", "twice gathered", "MLP"):
+    for name, way, due in product(("two-sided", "twice gathered", "MLP"), ("step", "updates"), (3, 4, 5, 6)):
         both = Both(COUPLED[name], place, exact=name in NORMED)
         plain, passes, failed = both.animal.loss_fn, [], []
 
-        def loss_fn(model: Any, batch: Any, plain: Any = plain, passes: Any = passes, failed: Any = failed) -> Any:
+        def loss_fn(
+            model: Any, batch: Any, plain: Any = plain, passes: Any = passes, failed: Any = failed, due: int = due
+        ) -> Any:
             passes.append(1)
             loss = plain(model, batch)
-            if place.rank == 1 and not failed and len(passes) >= 3 and len(next(iter(batch.values()))) > 1:
+            if place.rank == 1 and not failed and len(passes) >= due and len(next(iter(batch.values()))) > 1:
                 failed.append(1)
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return loss
 
         accumulator = wb.Accumulator(both.model, both.steps, loss_fn, micro_batch=wb.Rows(3), check=None)
+        parts = LogicalBatch(both.mine)
+        loaded = [parts.take(range(start, min(start + 3, parts.rows))) for start in range(0, parts.rows, 3)]
         retries = 0
         for _ in range(3):
-            retries += accumulator.step(both.mine).retries
+            if way == "step":
+                retries += accumulator.step(both.mine).retries
+            else:
+                (update,) = accumulator.updates(loaded, micro_batches=len(loaded))
+                retries += update.retries
             both.judge_update()
-        found[name] = [retries, both.off()]
+        found[f"{name}, {way}, {due}"] = [retries, both.off()]
     return found
+
+
+@SCENES("shortage in the first check")
+def shortage_in_the_first_check(place: Place) -> dict[str, Any]:
+    """One rank cuts its rows, and runs out of memory when they are compared; then another, which has to cut too."""
+    both = Both(COUPLED["MLP"], place, exact=True)
+    plain, due = both.animal.loss_fn, [1]
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        if due:
+            due.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(model, batch)
+
+    rows = LogicalBatch(both.mine).rows
+    size = rows if place.rank else rows - 1
+    accumulator = wb.Accumulator(both.model, both.steps, loss_fn, micro_batch=wb.Rows(size))
+    update = accumulator.step(both.mine)
+    both.judge_update()
+    return {"retries": update.retries, "off": both.off(), "cut": [size, update.micro_batches]}
 
 
 @SCENES("other places")

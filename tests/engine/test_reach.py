@@ -69,6 +69,12 @@ def test_a_shortage_on_one_rank_is_retried_on_all(two):
             assert_exact(off)
 
 
+def test_ranks_that_run_out_of_memory_in_their_first_check_one_after_the_other_go_on(two):
+    for found in ranks.result(two, "shortage in the first check", 2):
+        assert found["retries"] == 2
+        assert_exact(found["off"])
+
+
 def test_ranks_that_do_not_meet_at_the_same_places_are_an_error_that_names_both(two):
     for found in ranks.result(two, "other places", 2):
         for name in ("other", "fewer", "nowhere", "unlike"):

@@ -14,6 +14,7 @@ from wholebatch.core.window import check_stream, group
 from wholebatch.engine import memory
 from wholebatch.engine.checks.check import FirstCheck
 from wholebatch.engine.fit.cutting import Shortage
+from wholebatch.engine.fit.share import no_finer
 from wholebatch.engine.fit.splitting import Splitting
 from wholebatch.engine.forward import Forward
 from wholebatch.engine.held import Held
@@ -226,12 +227,15 @@ class Loading:
             if isinstance(made, Update):
                 return replace(made, retries=retries) if retries else made
             memory.free_cached(self._windows.rules.setup.device)
-            taken = taken or [self._splitting.rows_of(each, made.said) for each in held]
-            at_once = max((len(part) for each in taken for part in self._splitting.parts(each)), default=0)
-            if not held:  # it ran out on another rank
-                continue
-            self._splitting.take_finer(max(taken, key=lambda each: each.rows), made.rows or at_once, made.said)
             retries += 1
+            if made.elsewhere:
+                continue
+            if not held:
+                raise no_finer("on a rank without rows", made.said)
+            taken = taken or [self._splitting.rows_of(each, made.said) for each in held]
+            at_once = max(len(part) for each in taken for part in self._splitting.parts(each))
+            self._splitting.take_finer(max(taken, key=lambda each: each.rows), made.rows or at_once, made.said)
+            self._windows.rules.setup.group.report_shortage(made.said, self._splitting.size)
 
     def _made_in_parts(self, taken: list[LogicalBatch]) -> Update | Shortage:
         if len(taken) == 1:

@@ -16,7 +16,7 @@ from torch import nn
 
 from wholebatch.core.batch import Layout, LogicalBatch
 from wholebatch.core.errors import BatchNormError, OutOfMemoryError, SplitError
-from wholebatch.core.split import Indices, Rows
+from wholebatch.core.split import Indices, Rows, Size
 from wholebatch.engine import memory
 from wholebatch.engine.batchnorm import require_row_by_row
 from wholebatch.engine.fit.share import Share, no_finer
@@ -95,6 +95,12 @@ class Splitting:
     def parts(self, rows: LogicalBatch) -> list[Indices]:
         """Return how the rows of a micro-batch are cut, as far as is known."""
         return Rows(min(self._share.rows, rows.rows) if self._share is not None else rows.rows).cut(rows.rows)
+
+    @property
+    def size(self) -> Size:
+        """How large parts are, now that memory has run out."""
+        assert self._share is not None
+        return self._share.unit, self._share.rows
 
     def rows_of(self, micro_batch: Any, said: str) -> LogicalBatch:
         """Return the rows of a micro-batch that did not fit.
