@@ -53,6 +53,34 @@ def test_two_updates_and_all_statistics_are_those_of_the_undivided_batch(name, c
     assert_same(trained(animal, stepped(animal, CUTS[cut])), right, FP64)
 
 
+@pytest.mark.parametrize("way", ["step", "updates"])
+def test_memory_that_runs_out_in_the_one_backward_pass_is_not_laid_to_its_last_micro_batch(way):
+    """Which holds a single row here, that no cut makes smaller."""
+    animal, due = exactly(NORMED["MLP"]), [1]
+
+    def run_out(_):
+        if due:
+            due.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def loss_fn(model, batch):
+        loss = animal.loss_fn(model, batch)
+        loss.register_hook(run_out)
+        return loss
+
+    def make_update(model, optimizer, batch):
+        accumulator = wb.Accumulator(model, optimizer, loss_fn, **animal.objective, micro_batch=wb.Rows(4), check=None)
+        if way == "step":
+            update = accumulator.step(batch)
+        else:
+            parts = [{name: each[start : start + 4] for name, each in batch.items()} for start in (0, 4, 8)]
+            (update,) = accumulator.updates(parts, micro_batches=3)
+        assert update.retries == 1
+
+    right = trained(NORMED["MLP"], undivided(NORMED["MLP"]), rows=9, updates=1)
+    assert_same(trained(animal, make_update, rows=9, updates=1), right, FP64)
+
+
 @pytest.mark.parametrize("name", NORMED)
 def test_the_bound_sees_statistics_of_parts(name):
     animal = NORMED[name]

@@ -1,7 +1,7 @@
 """How do the micro-batches of a window meet? One by one after a first pass, or in one graph; and why."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -100,9 +100,6 @@ class Lockstep:
             Exception: What the user's code raised.
         """
 
-        def before(number: int) -> None:
-            place.rows = rows[number]
-
         weighing = window.intake.rehearsal()
         joined = self._why_joined()
         reach = self._group.reach(
@@ -115,7 +112,7 @@ class Lockstep:
         failed = False
         try:
             moving = Moving(self._model)
-            self._run(window, transaction, runs, rows, reach, weighing, place, before, joined, moving, say)
+            self._run(window, transaction, runs, rows, reach, weighing, place, joined, moving, say)
             moving.end()
         except RankFailedError:
             failed = True
@@ -131,11 +128,13 @@ class Lockstep:
         reach: Reach,
         weighing: Weighing,
         place: Place,
-        before: Callable[[int], None],
         joined: str | None,
         moving: Moving,
         say: Say,
     ) -> None:
+        def before(number: int) -> None:
+            place.rows = rows[number]
+
         try:
             reach.open()
             if not runs:
@@ -157,8 +156,7 @@ class Lockstep:
                 if met and self._execution == "auto":
                     say(f'The micro-batches meet at {met[0]}. lockstep="auto" replays: {_REPLAY}.', logging.INFO)
                 return
-            self._join(window, runs, rows, reach, before, moving)
-            place.rows = None
+            self._join(window, runs, rows, reach, place, moving)
             if self._execution == "auto":
                 say(f'lockstep="auto" joins the graphs of all micro-batches: {joined}.', logging.INFO)
         except Again as again:
@@ -171,13 +169,13 @@ class Lockstep:
         runs: Sequence[Run],
         rows: Sequence[int | None],
         reach: Reach,
-        before: Callable[[int], None],
+        place: Place,
         moving: Moving,
     ) -> None:
         taps = Taps(self._model, window.sums.narrow, window.sums.receive)
 
         def take_turn(number: int) -> None:
-            before(number)
+            place.rows = rows[number]
             taps.take_turn(number)
 
         try:
@@ -192,6 +190,7 @@ class Lockstep:
             )
         finally:
             taps.put_back()
+        place.rows = None  # the backward pass is that of all micro-batches
         with recomputing_with(minutes):
             window.intake.add_together(list(zip(parts, rows, strict=True)), *reach.roots())
         reach.close()
