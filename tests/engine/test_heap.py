@@ -16,7 +16,7 @@ from wholebatch.engine import heap
 import wholebatch as wb
 
 torch.set_num_threads(1)
-layers = [layer for _ in range(24) for layer in (nn.Linear(64, 64), nn.GELU())]
+layers = [layer for _ in range(16) for layer in (nn.Linear(64, 64), nn.GELU())]
 model = nn.Sequential(*layers, nn.Linear(64, 1))
 accumulator = wb.Accumulator(
     model,
@@ -44,7 +44,7 @@ def faults(memory: str | None) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide otherwise")
 def test_freed_memory_is_kept_for_the_next_micro_batch_unless_there_is_a_budget() -> None:
-    assert 10 * faults(None) < faults("8GiB")
+    assert 3 * faults(None) < faults("8GiB")
 
 
 def test_where_there_is_no_room_nothing_is_kept(monkeypatch):
