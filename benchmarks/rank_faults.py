@@ -38,7 +38,7 @@ import faulty
 from faulty import KINDS, LINK, LOSS, MEMORY, PAUSED, SILENT, STOPPED, TIME_OUT, UPDATES, Scene
 from page import Bar, arguments, table, tell
 
-SLACK = 10.0
+SLACK = 4.0
 """What a busy machine may take beside the time-out. Unit: seconds."""
 
 GIVEN_UP = 40.0

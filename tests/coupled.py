@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import wholebatch as wb
 from menagerie import Animal, numbers, whole_numbers
+from properties import gradient_of, relative_error, undivided
 
 
 def pairs(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -31,6 +32,9 @@ CUTS = {
     "by length": wb.Tokens(18, length=length_of),
 }
 """Ways to cut a batch of eleven rows."""
+
+ROWS = 11
+"""Of a batch."""
 
 
 class Towers(nn.Module):
@@ -224,3 +228,27 @@ NORMED = {
     "normed towers": Animal(NormedTowers, pairs, two_sided),
 }
 """Models with batch norm."""
+
+
+class LooksAround(nn.Module):
+    """Meets between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        return self.after(torch.tanh(h - wb.gather(h).mean(0)))
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+
+
+def error_of(animal: Animal, make_update: Any, dtype: torch.dtype = torch.float64) -> float:
+    """How far the gradient of an update is from that of the undivided batch."""
+    batch = animal.batch(ROWS, dtype)
+    return relative_error(
+        gradient_of(animal, make_update, batch, dtype=dtype), gradient_of(animal, undivided(animal), batch, dtype=dtype)
+    )

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,25 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import wholebatch as wb
-from coupled import CUTS, FEEDING, MEETING, Towers, pairs, standardised, two_sided, without_gather
+from coupled import (
+    CUTS,
+    FEEDING,
+    MEETING,
+    ROWS,
+    Towers,
+    error_of,
+    pairs,
+    standardised,
+    two_layers,
+    two_sided,
+    without_gather,
+)
 from menagerie import Animal, regression
 from properties import assert_leaves_no_trace, change, gradient_of, relative_error, sgd, stepped, undivided, updated
 
 FP64 = 1e-12
-ROWS = 11
 COUPLED = {**MEETING, **FEEDING}
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
-
-
-def error_of(animal, make_update, dtype=torch.float64):
-    batch = animal.batch(ROWS, dtype)
-    return relative_error(
-        gradient_of(animal, make_update, batch, dtype=dtype), gradient_of(animal, undivided(animal), batch, dtype=dtype)
-    )
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -234,40 +231,6 @@ def test_a_replay_that_is_not_possible_says_so_and_leaves_no_trace():
     assert 'lockstep="auto"' in error.value.hint
 
 
-def test_a_model_that_asks_for_gradients_of_its_own_is_joined():
-    """A frozen first pass has none; what the user asks for is there in a graph through all."""
-
-    def penalised(model, batch):
-        left = model(batch["a"])
-        (slope,) = torch.autograd.grad(left.square().sum(), model.encoder[0].weight, create_graph=True)
-        return F.cross_entropy(left @ wb.gather(left).T, wb.own_rows(left)) + 0.0 * slope.sum()
-
-    animal = Animal(Towers, pairs, penalised)
-    assert error_of(animal, stepped(animal, wb.Rows(4))) <= FP64
-    model = animal.model()
-    accumulator = wb.Accumulator(model, sgd(model.parameters()), penalised, micro_batch=wb.Rows(4), check=None)
-    accumulator.step(pairs(ROWS, torch.float64))
-    assert "asks for a graph of its own" in accumulator.reasons[0]
-
-
-@pytest.mark.parametrize("normed", [False, True])
-def test_a_gradient_penalty_of_what_all_rows_give_is_exact(normed):
-    """What one micro-batch gives depends on its own rows alone as far as it can see; what is gathered, on all."""
-
-    def penalised(model, batch):
-        x = batch["x"].clone().requires_grad_()
-        (slope,) = torch.autograd.grad(wb.gather(model(x)).sum(), x, create_graph=True)
-        return F.mse_loss(model(x), batch["y"]) + slope.square().sum(1).mean()
-
-    def build():
-        norm = nn.BatchNorm1d(4) if normed else nn.LayerNorm(4)
-        return wb.exact_batch_norm(nn.Sequential(nn.Linear(5, 4), norm, nn.Softplus(), nn.Linear(4, 3)))
-
-    animal = Animal(build, regression, penalised)
-    assert error_of(animal, stepped(animal, wb.Rows(4))) <= FP64
-    assert wb.verify(animal.model(), penalised, regression(ROWS, torch.float64)).ok
-
-
 def test_a_model_that_never_meets_never_starts_a_thread(monkeypatch):
     monkeypatch.setattr("wholebatch.engine.meetings.baton._MicroBatch.go_on", None)
     model = nn.Linear(6, 2)
@@ -387,90 +350,6 @@ def test_code_that_differentiates_by_what_met_makes_the_update_of_joined_graphs(
         assert error_of(animal, stepped(animal, wb.Rows(4), lockstep="replay")) <= FP64
 
 
-def slope_of(what, by="x"):
-    """A penalty on what some rows give, which begins after the first batch has been looked at."""
-
-    def loss_fn(model, batch):
-        x = batch["x"].clone().requires_grad_()
-        h = model[0](x)
-        everyone = wb.gather(h)
-        said = model[1](torch.tanh(h - everyone.mean(0)))
-        loss = F.mse_loss(said, batch["y"])
-        if not batch["late"].any():
-            return loss
-        given = {"own": said, "gathered": wb.gather(said), "weighed": wb.gather(said)[wb.own_rows(said)]}[what]
-        (slope,) = torch.autograd.grad(given.square().sum(), everyone if by == "all" else x, create_graph=True)
-        return loss + slope.square().sum(1).mean()
-
-    return loss_fn
-
-
-def with_late(rows, dtype, late=True):
-    return {**regression(rows, dtype), "late": torch.full((rows,), late)}
-
-
-def two_layers():
-    return nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
-
-
-@pytest.mark.parametrize("lockstep", ["auto", "joined"])
-@pytest.mark.parametrize(("what", "by"), [("own", "x"), ("own", "all"), ("weighed", "x")])
-def test_a_gradient_inside_the_loss_of_one_micro_batch_is_refused_whenever_it_begins(what, by, lockstep):
-    """What the others give is missing, whether own rows lead to it directly or by a meeting alone."""
-    animal = Animal(two_layers, with_late, slope_of(what, by))
-    model = animal.model()
-    optimizer = sgd(model.parameters())
-    accumulator = wb.Accumulator(model, optimizer, animal.loss_fn, micro_batch=wb.Rows(4), lockstep=lockstep)
-    accumulator.step(with_late(ROWS, torch.float64, late=False))
-    with (
-        assert_leaves_no_trace(model, optimizer),
-        pytest.raises(wb.MeetingError, match="A gradient is taken inside the loss") as error,
-    ):
-        accumulator.step(with_late(ROWS, torch.float64))
-    assert "wb.gather(y).sum()" in error.value.hint
-
-
-@pytest.mark.parametrize("lockstep", ["auto", "joined"])
-def test_a_gradient_inside_the_loss_of_all_rows_is_exact_whenever_it_begins(lockstep):
-    animal = Animal(two_layers, with_late, slope_of("gathered"))
-    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep)) <= FP64
-
-
-def test_a_penalty_through_exact_batch_norm_that_begins_late_is_refused():
-    def penalised(model, batch):
-        x = batch["x"].clone().requires_grad_()
-        said = model(x)
-        loss = F.mse_loss(said, batch["y"])
-        if not batch["late"].any():
-            return loss
-        (slope,) = torch.autograd.grad(said.sum(), x, create_graph=True)
-        return loss + slope.square().sum(1).mean()
-
-    layers = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)
-    model = wb.exact_batch_norm(nn.Sequential(*layers)).double()
-    optimizer = sgd(model.parameters())
-    accumulator = wb.Accumulator(model, optimizer, penalised, micro_batch=wb.Rows(4))
-    accumulator.step(with_late(ROWS, torch.float64, late=False))
-    with assert_leaves_no_trace(model, optimizer), pytest.raises(wb.MeetingError, match="exact batch norm"):
-        accumulator.step(with_late(ROWS, torch.float64))
-
-
-def test_a_replay_that_would_miss_a_gradient_inside_the_loss_says_so():
-    """Nothing leads from what a micro-batch gets in the first pass to what it brought."""
-
-    def penalised(model, batch):
-        x = batch["x"].clone().requires_grad_()
-        h = model[0](x)
-        (slope,) = torch.autograd.grad((h - wb.gather(h).mean(0)).square().sum(), x, create_graph=True)
-        return F.mse_loss(model(batch["x"]), batch["y"]) + slope.square().sum(1).mean()
-
-    model = two_layers().double()
-    options = {"micro_batch": wb.Rows(4), "lockstep": "replay", "check": None}
-    accumulator = wb.Accumulator(model, sgd(model.parameters()), penalised, **options)
-    with pytest.raises(wb.MeetingError, match=r"replay.*a gradient is taken inside the loss"):
-        accumulator.step(regression(ROWS, torch.float64))
-
-
 def gathered_as_numbers(model, batch):
     """What needs no gradient may leave PyTorch, as where rows are clustered or matched outside of it."""
     x = model(batch["x"])
@@ -551,205 +430,6 @@ def test_a_second_tower_that_nobody_trains_is_no_reason_to_join():
 
     animal = Animal(two_layers, regression, two_towers)
     assert error_of(animal, stepped(animal, wb.Rows(4), lockstep="replay")) <= FP64
-
-
-class LeavesBehind(nn.Module):
-    """Reads at its end what it has left behind before layers that meet, in some way."""
-
-    def __init__(self, way, normed):
-        super().__init__()
-        self.way, self.normed = way, normed
-        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
-        self.norms = nn.ModuleList(wb.exact_batch_norm(nn.BatchNorm1d(4)) for _ in range(2 if normed else 0))
-        self.extra, self.extras, self.calls = None, {}, 0
-        found = {}
-        self.first.register_forward_hook(lambda *passed: found.update(features=passed[-1]))
-        self.found = lambda: found["features"]
-
-    def forward(self, x):
-        h = self.first(x)
-        self.calls += 1
-        self.extra = h.square().mean(1)
-        self.extras["first"] = h.square().mean(1)
-        self.pieces = [h.square().mean(1)]
-        for norm in self.norms:
-            h = norm(h)
-        if not self.normed:
-            h = h - wb.gather(h).mean(0)
-        said = {
-            "attribute": lambda: self.extra,
-            "dict": lambda: self.extras.pop("first"),
-            "list": lambda: self.pieces[0],
-            "hook": lambda: self.found().square().mean(1),
-        }[self.way]()
-        return self.last(torch.tanh(h)), said
-
-
-def with_what_was_left(model, batch):
-    said, extra = model(batch["x"])
-    return F.mse_loss(said, batch["y"]) + extra.mean()
-
-
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("way", ["attribute", "dict", "list", "hook"])
-@pytest.mark.parametrize("lockstep", ["auto", "joined"])
-def test_what_a_micro_batch_leaves_in_a_module_is_its_own(lockstep, way, normed):
-    animal = Animal(lambda: LeavesBehind(way, normed), regression, with_what_was_left)
-    for rows in 1, 4:
-        assert error_of(animal, stepped(animal, wb.Rows(rows), lockstep=lockstep)) <= FP64
-
-
-class WatchesItself(nn.Module):
-    """A hook that is a method: what it keeps in an attribute is its micro-batch's own, a buffer is that of all."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
-        self.kept = {}
-        self.register_buffer("mean", torch.zeros(4))
-        self.first.register_forward_hook(self.keep)
-
-        def another(_module, _inputs, output):
-            return late if output is None else None  # noqa: F821 - a variable that is gone
-
-        self.first.register_forward_hook(another)
-        late = None
-        del late
-
-    def keep(self, _module, _inputs, output):
-        self.kept["features"] = output
-
-    def forward(self, x):
-        h = self.first(x)
-        mean = wb.sum_over_batch(h.sum(0)) / wb.sum_over_batch(len(h))
-        if 0 in wb.own_rows(x):
-            self.mean = torch.lerp(self.mean, mean.detach(), 0.1)
-        everyone = wb.gather(x)
-        return self.last(torch.tanh(h - mean)), self.kept["features"] * everyone.mean()
-
-
-@pytest.mark.parametrize("lockstep", ["auto", "joined"])
-def test_what_a_hook_that_is_a_method_keeps_and_a_buffer_that_is_all_of_theirs(lockstep):
-    def loss_fn(model, batch):
-        said, kept = model(batch["x"])
-        return F.mse_loss(said, batch["y"]) + kept.square().mean()
-
-    animal = Animal(WatchesItself, regression, loss_fn)
-    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep)) <= FP64
-    means = []
-    for rows in ROWS, 4:
-        model = animal.model()
-        options = {"micro_batch": wb.Rows(rows), "lockstep": lockstep, "check": None}
-        wb.Accumulator(model, sgd(model.parameters()), loss_fn, **options).step(regression(ROWS, torch.float64))
-        means.append(model.mean)
-    torch.testing.assert_close(*means, rtol=1e-12, atol=1e-12)
-
-
-def test_numbers_that_a_forward_pass_counts_are_counted_for_all_micro_batches():
-    model = LeavesBehind("attribute", normed=True).double()
-    options = {"micro_batch": wb.Rows(4), "check": None}
-    wb.Accumulator(model, sgd(model.parameters()), with_what_was_left, **options).step(regression(ROWS, torch.float64))
-    assert model.calls == 3
-
-
-def with_other_weights(model, batch):
-    """As in meta-learning: the model runs with weights that were made of its own."""
-
-    def through(x):
-        weights = {name: weight * 1.5 for name, weight in model.named_parameters()}
-        return torch.func.functional_call(model, weights, (x,))
-
-    return F.mse_loss(through(batch["x"]), batch["y"])
-
-
-class LooksAround(nn.Module):
-    """Meets between two layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.before, self.after = nn.Linear(5, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        h = self.before(x)
-        return self.after(torch.tanh(h - wb.gather(h).mean(0)))
-
-
-def normed():
-    return wb.exact_batch_norm(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
-
-
-@pytest.mark.parametrize("build", [LooksAround, normed])
-@pytest.mark.parametrize("lockstep", ["auto", "replay", "joined"])
-def test_micro_batches_that_meet_while_a_model_runs_with_other_weights(lockstep, build):
-    """Each finds its own again, and at the end the model has those that it had."""
-    animal = Animal(build, regression, with_other_weights)
-    assert error_of(animal, stepped(animal, wb.Rows(4), lockstep=lockstep)) <= FP64
-    model = animal.model()
-    weights = list(model.parameters())
-    wb.Accumulator(model, sgd(weights), with_other_weights, micro_batch=wb.Rows(4), lockstep=lockstep).step(
-        regression(ROWS, torch.float64)
-    )
-    assert all(now is before for now, before in zip(model.parameters(), weights, strict=True))
-
-
-def test_an_error_while_a_model_runs_with_other_weights_leaves_those_that_it_had():
-    model = normed().double()
-    weights, passes = list(model.parameters()), []
-    model[2].register_forward_hook(lambda *_: passes.append(1) if len(passes) < 2 else [].pop())
-    accumulator = wb.Accumulator(model, sgd(weights), with_other_weights, micro_batch=wb.Rows(4), check=None)
-    with pytest.raises(IndexError):
-        accumulator.step(regression(ROWS, torch.float64))
-    assert all(now is before for now, before in zip(model.parameters(), weights, strict=True))
-
-
-def test_weights_of_16_bits_stay_too_while_a_model_runs_with_others():
-    model = normed().bfloat16()
-    weights = list(model.parameters())
-    accumulator = wb.Accumulator(model, sgd(weights), with_other_weights, micro_batch=wb.Rows(4), check=None)
-    assert accumulator.step(regression(ROWS, torch.bfloat16)).applied
-    assert all(now is before for now, before in zip(model.parameters(), weights, strict=True))
-
-
-@pytest.mark.parametrize("lockstep", ["auto", "joined"])
-def test_a_meeting_inside_of_torch_func_is_refused(lockstep):
-    """What is brought there belongs to a transformation of one micro-batch alone."""
-
-    def penalised(model, batch):
-        slope = torch.func.grad(lambda x: model(x).sum())(batch["x"])
-        return F.mse_loss(model(batch["x"]), batch["y"]) + slope.square().sum(1).mean()
-
-    model = LooksAround().double()
-    optimizer = sgd(model.parameters())
-    options = {"micro_batch": wb.Rows(4), "lockstep": lockstep, "check": None}
-    accumulator = wb.Accumulator(model, optimizer, penalised, **options)
-    with (
-        assert_leaves_no_trace(model, optimizer),
-        pytest.raises(wb.MeetingError, match=r"inside of torch\.func") as error,
-    ):
-        accumulator.step(regression(ROWS, torch.float64))
-    assert "torch.autograd.grad" in error.value.hint
-
-
-@pytest.mark.parametrize("lockstep", ["auto", "joined"])
-def test_a_gradient_inside_the_loss_of_what_is_recomputed_is_refused(lockstep):
-    """What is recomputed for it would wait for the others, and they for its end."""
-
-    def penalised(model, batch):
-        x = batch["x"].clone().requires_grad_()
-        said = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
-        (slope,) = torch.autograd.grad(wb.gather(said).sum(), x, create_graph=True)
-        return F.mse_loss(said, batch["y"]) + slope.square().sum(1).mean()
-
-    model = LooksAround().double()
-    optimizer = sgd(model.parameters())
-    options = {"micro_batch": wb.Rows(4), "lockstep": lockstep, "check": None}
-    accumulator = wb.Accumulator(model, optimizer, penalised, **options)
-    with (
-        assert_leaves_no_trace(model, optimizer),
-        pytest.raises(wb.MeetingError, match="what is recomputed for it would meet") as error,
-    ):
-        accumulator.step(regression(ROWS, torch.float64))
-    assert "activation checkpointing" in error.value.hint
 
 
 HELPERS = """

@@ -36,13 +36,7 @@ from wholebatch.engine.meetings.singly import Alone
 FP64 = 1e-12
 ROWS = 11
 BOTH = pytest.mark.parametrize("lockstep", ["replay", "joined"])
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def contrast(left, right):

@@ -14,6 +14,10 @@ def input_device(model: nn.Module) -> torch.device:
     return first.device if first is not None else torch.device("cpu")
 
 
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""The attributes that modules have as PyTorch makes them; others are their own."""
+
+
 def modules(model: nn.Module) -> list[nn.Module]:
     """Return a model and all modules below it, as ``model.modules()`` does, in a fraction of its time."""
     found: dict[int, nn.Module] = {}

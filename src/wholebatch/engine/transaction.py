@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from wholebatch.engine.device import modules
+from wholebatch.engine.device import OF_EVERY_MODULE, modules
 from wholebatch.engine.randomness import RandomState
 
 
@@ -211,7 +211,7 @@ def attributes_of(modules: Iterable[nn.Module]) -> "Attributes":
     others that say what is in it: both have to go back together. A tensor with a graph is not held on to.
     """
     return {
-        module: {name: _LEFT if _has_graph(held[name]) else held[name] for name in held.keys() - _EVERY_MODULE_HAS}
+        module: {name: _LEFT if _has_graph(held[name]) else held[name] for name in held.keys() - OF_EVERY_MODULE}
         for module in modules
         if not type(module).__module__.startswith("torch.")
         for held in [vars(module)]
@@ -222,7 +222,7 @@ def put_back_attributes(kept: "Attributes") -> None:
     """Make the plain attributes of modules what they were."""
     for module, attributes in kept.items():
         held = vars(module)
-        for name in held.keys() - attributes.keys() - _EVERY_MODULE_HAS:
+        for name in held.keys() - attributes.keys() - OF_EVERY_MODULE:
             del held[name]
         held.update((name, value) for name, value in attributes.items() if value is not _LEFT)
 
@@ -230,7 +230,6 @@ def put_back_attributes(kept: "Attributes") -> None:
 Attributes: TypeAlias = dict[nn.Module, dict[str, Any]]
 """The plain attributes of modules at one moment."""
 
-_EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
 _LEFT = object()
 
 

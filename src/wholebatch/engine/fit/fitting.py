@@ -144,19 +144,22 @@ class Fitting:
             cut: Its micro-batches.
             lengths: Of each row, where they are known; then micro-batches of a list are padded to their own longest.
         """
-        largest = [max(cut, key=len)]
-        if lengths is not None and self.collate is not None:
-            tokens = [len(part) * max(lengths[row] for row in part) for part in cut]
-            largest = [cut[0], cut[tokens.index(max(tokens))]]  # the longest rows, and the most tokens
-        takes = 0
-        for part in largest if largest[0] is not largest[-1] else largest[:1]:
-            looked_at = rows
-            if lengths is not None and self.collate is not None:
-                looked_at = LogicalBatch([rows.given[row] for row in part], collate=self.collate)
-            probe = self.probe_of(looked_at)
-            need = self._need(probe, looked_at.rows, largest_row(probe.sample), None)
-            takes = max(takes, need.peak(len(part), alone=len(cut) == 1))
-        return takes, self.budget_of()[0]
+        budget, _ = self.budget_of()
+        alone = len(cut) == 1
+        if lengths is None or self.collate is None:
+            return self._takes(rows, len(max(cut, key=len)), alone=alone), budget
+        most_tokens = max(cut, key=lambda part: len(part) * max(lengths[row] for row in part))
+        longest_rows = cut[0]
+        takes = [
+            self._takes(LogicalBatch([rows.given[row] for row in part], collate=self.collate), len(part), alone=alone)
+            for part in ([most_tokens] if most_tokens is longest_rows else [longest_rows, most_tokens])
+        ]
+        return max(takes), budget
+
+    def _takes(self, rows: LogicalBatch, at_once: int, *, alone: bool) -> int:
+        """Return what so many of some rows take at once, all of them as long as the longest. Unit: bytes."""
+        probe = self.probe_of(rows)
+        return self._need(probe, rows.rows, largest_row(probe.sample), None).peak(at_once, alone=alone)
 
     def probe_of(self, rows: LogicalBatch) -> Probe:
         """Return what looks at the rows of a logical batch."""

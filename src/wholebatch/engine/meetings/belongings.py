@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from wholebatch.engine.device import modules
+from wholebatch.engine.device import OF_EVERY_MODULE, modules
 
-_OF_MODULES = frozenset(nn.Module().__dict__)
 _MISSING = object()
 _EMPTY = CellType()
 
@@ -79,7 +78,7 @@ class Belongings:
     def _containers(self) -> Iterator[Any]:
         for attributes in self._attributes:
             for name, value in attributes.items():
-                if type(value) in (dict, list) and name not in _OF_MODULES:
+                if type(value) in (dict, list) and name not in OF_EVERY_MODULE:
                     yield value
 
 
@@ -89,7 +88,7 @@ def _filled_by_hooks(module: nn.Module) -> Iterable[Any]:
         function: Any = getattr(hook, "func", hook)  # of a partial function
         if inspect.ismethod(function):
             held = getattr(function.__self__, "__dict__", {})
-            seen = [value for name, value in held.items() if name not in _OF_MODULES]
+            seen = [value for name, value in held.items() if name not in OF_EVERY_MODULE]
         elif inspect.isfunction(function):
             seen = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
             seen += [function.__globals__.get(name) for name in function.__code__.co_names]
