@@ -48,6 +48,8 @@ def ways(creature: Creature, rows: int) -> dict[str, Callable[[], object]]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
     def undivided() -> None:

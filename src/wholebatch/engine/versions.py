@@ -28,9 +28,11 @@ class Versions:
     def __init__(self, batch: Any) -> None:
         kind = type(batch)
         leaves = batch.values() if kind is dict else batch if kind in (tuple, list) else (batch,)
-        if not all(isinstance(leaf, Tensor) for leaf in leaves):  # not the usual kind
-            leaves = [leaf for _, leaf, _ in flatten(batch)[0] if isinstance(leaf, Tensor)]
-        self._tensors = [(leaf, leaf._version) for leaf in leaves if not leaf.is_inference()]
+        try:
+            self._tensors = [(leaf, leaf._version) for leaf in leaves]
+        except (AttributeError, RuntimeError):  # not the usual kind, or tensors of inference, which count nothing
+            every = [leaf for _, leaf, _ in flatten(batch)[0] if isinstance(leaf, Tensor)]
+            self._tensors = [(leaf, leaf._version) for leaf in every if not leaf.is_inference()]
 
     @property
     def are_those_of_now(self) -> bool:
